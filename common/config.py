@@ -1,0 +1,204 @@
+"""Command lines: one parser style for all scripts, and --config, a YAML file of flags in front of the command line."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the docstring's lines and shows defaults, but not the uninformative ones."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, "", argparse.SUPPRESS) or "%(default)" in (action.help or ""):
+            return action.help or ""
+        return super()._get_help_string(action) or ""
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help is the script's docstring; it knows --config and accepts no abbreviations."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=_Formatter, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of flags; the command line wins over it")
+    return parser
+
+
+def parse_args(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, base: dict | None = None
+) -> argparse.Namespace:
+    """Parse `argv`; the YAML named by --config supplies the flags that `argv` leaves out.
+
+    The file is turned into flags in front of the command line, so argparse checks spelling, types and choices of
+    both, and a required flag may come from the file.
+
+    Args:
+        base: flag values in front of both, e.g. the configuration of a checkpoint that is resumed.
+
+    Raises:
+        SystemExit: with one line that names the wrong key or flag and the nearest valid one.
+    """
+    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(argv)[0].config
+    flags = mapping_to_flags(parser, base, "checkpoint") if base else []
+    if path:
+        flags += mapping_to_flags(parser, read_yaml(parser, path), path)
+    args, unknown = parser.parse_known_args(flags + argv)
+    if unknown:
+        wrong = next((u for u in unknown if u.startswith("-")), unknown[0])
+        valid = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unknown option {wrong}{_nearest(wrong.split('=')[0], valid)}; --help lists them all")
+    return args
+
+
+def read_yaml(parser: argparse.ArgumentParser, path: str | Path) -> dict:
+    """A YAML mapping; anything else ends the program with a line that names the file."""
+    try:
+        with open(path, encoding="utf8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        parser.error(f"--config {path}: {error.strerror}")
+    except yaml.YAMLError as error:
+        parser.error(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        parser.error(f"--config {path}: expected lines of 'flag: value', found a {type(content).__name__}")
+    return content
+
+
+def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str | Path) -> list[str]:
+    """{'epochs': 5, 'amp': 'off', 'ema': False} -> ['--epochs=5', '--amp=off', '--no-ema']. None leaves a flag out."""
+    by_name = {
+        option[2:]: action
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+        and not option.startswith("--no-")
+        and action.dest not in ("help", "config")
+    }
+    flags: list[str] = []
+    for key, value in mapping.items():
+        action = by_name.get(str(key))
+        if action is None:
+            parser.error(f"{origin}: unknown key '{key}'{_nearest(str(key), list(by_name))}")
+        if value is None:
+            continue
+        option = f"--{key}"
+        if isinstance(action, argparse.BooleanOptionalAction):
+            if not isinstance(value, bool):
+                parser.error(f"{origin}: {key} is a switch: true or false, not {value!r}")
+            flags.append(option if value else f"--no-{key}")
+        elif isinstance(value, bool):  # YAML 1.1 reads a bare `off` as False
+            words = ("on", "yes", "true") if value else ("off", "no", "false")
+            word = next((w for w in words if w in (action.choices or ())), None)
+            if word is None:
+                parser.error(f"{origin}: {key} needs a value, not {str(value).lower()}")
+            flags.append(f"{option}={word}")
+        elif isinstance(value, (list, tuple)):
+            flags += [option, *map(str, value)]
+        elif isinstance(value, dict):
+            parser.error(f"{origin}: {key} holds a section; write one 'flag: value' a line, without sections")
+        else:
+            flags.append(f"{option}={value}")
+    return flags
+
+
+def resolved_config(args: argparse.Namespace, leave_out: Sequence[str] = ("config", "resume")) -> dict:
+    """Flag values as plain types, for config.yaml and checkpoints."""
+    return {k: v for k, v in sorted(vars(args).items()) if k not in leave_out}
+
+
+def duration_s(text: str) -> float:
+    """'90' (seconds), '45s', '30m', '2h', '1.5h', '1h30m', '2d' -> seconds. For argparse's `type=`."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if text and "".join(n + u for n, u in parts) == text:
+        seconds = sum(float(n) * units[u] for n, u in parts)
+    else:
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration above zero; write 90s, 45m, 2h or 1h30m")
+    return seconds
+
+
+def positive_int(text: str) -> int:
+    """For argparse's `type=`: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """For argparse's `type=`: a number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+    return value
+
+
+def add_prediction_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--device and --amp, with one meaning in all scripts; returns their group."""
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device", default="auto", help="auto (cuda, then mps, then cpu), cuda, cuda:1, mps, cpu"
+    )
+    group.add_argument(
+        "--amp",
+        choices=["auto", "off", "bf16", "fp16"],
+        default="auto",
+        help="mixed precision; auto takes what this card or processor computes fast and logs why",
+    )
+    return group
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags about the machine that every train script has, with one meaning everywhere."""
+    group = add_prediction_flags(parser)
+    group.add_argument("--workers", type=int, default=2, help="processes that prepare batches; 0 = none")
+    group.add_argument("--seed", type=int, default=42, help="of weights, shuffling and augmentation")
+    group.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="on CUDA: only repeatable kernels, slower; a CPU run is repeatable without it",
+    )
+
+
+def add_length_flags(parser: argparse.ArgumentParser, *, epochs: int, early_stopping: int) -> None:
+    """The flags about how long a run lasts and how it goes on, with one meaning everywhere."""
+    group = parser.add_argument_group("length of the run")
+    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training set")
+    group.add_argument(
+        "--time_budget",
+        type=duration_s,
+        help="train for this long (90s, 45m, 2h) instead of --epochs; the learning-rate schedule then follows "
+        "the elapsed share",
+    )
+    group.add_argument(
+        "--early_stopping",
+        type=int,
+        default=early_stopping,
+        help="epochs without a better validation score before the run ends; 0 = never",
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="last",
+        help="continue a run: a last.pt, or nothing for the last run of this --model_name",
+    )
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    match = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else f"; valid: {', '.join(sorted(valid))}"

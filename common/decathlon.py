@@ -1,0 +1,71 @@
+"""The Medical Segmentation Decathlon's folder layout: imagesTr/, labelsTr/, dataset.json."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.nifti import case_name, is_nifti
+from common.splits import natural_key
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan and its label, both files on disk."""
+
+    case_id: str
+    image: Path
+    label: Path
+
+
+def find_decathlon(folder: str | Path) -> Path | None:
+    """`folder` itself or its only subfolder, whichever holds imagesTr; None if neither does."""
+    folder = Path(folder)
+    if (folder / "imagesTr").is_dir():
+        return folder
+    inside = [p for p in folder.glob("*/imagesTr") if p.is_dir()]
+    return inside[0].parent if len(inside) == 1 else None
+
+
+def list_cases(folder: str | Path) -> list[Case]:
+    """Training cases by natural order of their names; macOS resource files (`._*`) are passed over.
+
+    Raises:
+        FileNotFoundError: no imagesTr or labelsTr.
+        ValueError: no scan at all, or a scan without label or a label without scan; names them.
+    """
+    folder = Path(folder)
+    for name in ("imagesTr", "labelsTr"):
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no folder {name}; expected the Decathlon layout imagesTr/, labelsTr/, dataset.json"
+            )
+    images = {case_name(p): p for p in (folder / "imagesTr").iterdir() if is_nifti(p)}
+    labels = {case_name(p): p for p in (folder / "labelsTr").iterdir() if is_nifti(p)}
+    if not images and not labels:
+        raise ValueError(f"{folder}: imagesTr and labelsTr hold no .nii or .nii.gz file")
+    problems = [
+        f"{kind}: {', '.join(sorted(names, key=natural_key)[:10])}"
+        for kind, names in (
+            ("scans without a file of that name in labelsTr", images.keys() - labels.keys()),
+            ("labels without a file of that name in imagesTr", labels.keys() - images.keys()),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{folder}: {'; '.join(problems)}. Add the missing files or move these away")
+    return [Case(name, images[name], labels[name]) for name in sorted(images, key=natural_key)]
+
+
+def read_dataset_json(folder: str | Path) -> dict:
+    """dataset.json of the folder, {} when absent.
+
+    Raises:
+        ValueError: not valid JSON.
+    """
+    path = Path(folder) / "dataset.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error

@@ -1,0 +1,156 @@
+"""The same script alone or under torchrun: start-up, rank, sums over processes, equal shards. No-ops when alone.
+
+torchrun --nproc_per_node 2 lung_tumor/train.py ...     NCCL on CUDA, gloo on CPU
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import Sampler
+
+T = TypeVar("T")
+
+
+def init() -> None:
+    """Join the process group that torchrun describes in the environment; nothing without torchrun."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(local_rank())
+    # Two hours: rank 0 may convert a data set or evaluate whole volumes while the others wait.
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Index of this process on its machine, which is also the index of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, in place; returns the tensor."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_true(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process, so that all of them stop at the same step."""
+    if not dist.is_initialized():
+        return flag
+    return bool(all_sum(torch.tensor(int(flag), device=device)).item())
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value (plain, picklable) in every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 only; its (plain, picklable) result in every process."""
+    return from_main(function() if is_main() else None)
+
+
+def main_first(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0, then on the others, which find on disk what rank 0 has made."""
+    result = function() if is_main() else None
+    barrier()
+    return result if is_main() else function()  # type: ignore[return-value]
+
+
+def gather(value: Any) -> list[Any]:
+    """The values (plain, picklable) of all processes, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def my_share(items: list) -> list:
+    """Every world_size-th item from this rank's own on: no item twice, none left out."""
+    return items[rank() :: world_size()]
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """DistributedDataParallel when there are several processes, else the model itself."""
+    if not dist.is_initialized():
+        return model
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Shuffled (index, augmentation seed) pairs, a pure function of (seed, epoch, position).
+
+    So augmentation does not depend on the number of workers, and a run resumed in the middle of an epoch sees
+    exactly the batches that were still to come. The global batch number b is made of the same indices whatever
+    the number of processes: rank r takes its r-th part.
+
+    Args:
+        size: number of training items.
+        batch_size: items a step in one process.
+
+    Raises:
+        ValueError: fewer items than one global batch.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        global_batch = batch_size * world_size()
+        if size < global_batch:
+            per_process = f"{batch_size} x {world_size()} processes" if world_size() > 1 else f"{batch_size}"
+            raise ValueError(
+                f"a batch of {per_process} is larger than the training set of {size}; "
+                f"use --batch_size {max(1, size // world_size())} or less"
+            )
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.num_batches = (
+            size // global_batch
+        )  # the incomplete last batch is left out, a different one each epoch
+        self.epoch, self.first_batch = 0, 0
+
+    def start(self, epoch: int, first_batch: int = 0) -> None:
+        """Set which epoch comes next and how many of its batches are already done."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        return (self.num_batches - self.first_batch) * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.size, generator=generator)
+        seeds = torch.randint(2**31, (self.size,), generator=generator)
+        for batch in range(self.first_batch, self.num_batches):
+            start = (batch * world_size() + rank()) * self.batch_size
+            for position in range(start, start + self.batch_size):
+                yield int(order[position]), int(seeds[position])

@@ -1,0 +1,159 @@
+"""Blocks for 2-D and 3-D networks."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+LINEAR_MODE = {2: "bilinear", 3: "trilinear"}
+
+
+def make_norm(norm: str, channels: int, ndim: int) -> nn.Module:
+    """'batch', or 'group' with 8 groups (fewer for few channels), which does not depend on the batch size."""
+    if norm == "batch":
+        return BATCH_NORM[ndim](channels)
+    if norm == "group":
+        groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
+        return nn.GroupNorm(groups, channels)
+    raise ValueError(f"unknown norm {norm!r}; batch or group")
+
+
+def upsample_to(x: Tensor, size: torch.Size) -> Tensor:
+    """Linear interpolation of (N, C, *spatial) to `size`, corners aligned."""
+    if x.shape[2:] == size:
+        return x
+    return F.interpolate(x, size=tuple(size), mode=LINEAR_MODE[x.ndim - 2], align_corners=True)
+
+
+def pad_to(x: Tensor, size: torch.Size) -> Tensor:
+    """Zero-pad (N, C, *spatial) to `size`, half on each side, so that odd input sizes fit their skips."""
+    padding: list[int] = []
+    for have, want in zip(reversed(x.shape[2:]), reversed(size), strict=True):
+        padding += [(want - have) // 2, want - have - (want - have) // 2]
+    return F.pad(x, padding) if any(padding) else x
+
+
+class DoubleConv(nn.Module):
+    """(3x3 convolution without bias, norm, ReLU) twice."""
+
+    def __init__(self, in_channels: int, out_channels: int, mid_channels: int, norm: str, ndim: int) -> None:
+        super().__init__()
+        self.double_conv = nn.Sequential(
+            CONV[ndim](in_channels, mid_channels, 3, padding=1, bias=False),
+            make_norm(norm, mid_channels, ndim),
+            nn.ReLU(inplace=True),
+            CONV[ndim](mid_channels, out_channels, 3, padding=1, bias=False),
+            make_norm(norm, out_channels, ndim),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.double_conv(x)
+
+
+class Down(nn.Module):
+    """Max pooling by 2, then DoubleConv."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str, ndim: int) -> None:
+        super().__init__()
+        double_conv = DoubleConv(in_channels, out_channels, out_channels, norm, ndim)
+        self.maxpool_conv = nn.Sequential(MAX_POOL[ndim](2), double_conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maxpool_conv(x)
+
+
+class AttentionGate(nn.Module):
+    """Additive attention: weighs each position of a skip connection by what the coarser decoder level asks for.
+
+    Source: Oktay et al. 2018, Attention U-Net, arXiv:1804.03999. Differs: works on the skip's grid (the paper
+    brings the skip to the gating signal's grid), convolutions without bias but with a norm, no output transform.
+    """
+
+    def __init__(self, gate_channels: int, skip_channels: int, norm: str, ndim: int) -> None:
+        super().__init__()
+        mid = max(skip_channels // 2, 1)
+
+        def project(channels: int, out: int) -> nn.Sequential:
+            return nn.Sequential(CONV[ndim](channels, out, 1, bias=False), make_norm(norm, out, ndim))
+
+        self.W_g = project(gate_channels, mid)
+        self.W_x = project(skip_channels, mid)
+        self.psi = project(mid, 1)
+
+    def forward(self, gate: Tensor, skip: Tensor) -> Tensor:
+        """gate (N, Cg, *coarse), skip (N, Cx, *fine) -> skip weighted by attention in (0, 1), (N, Cx, *fine)."""
+        gate = upsample_to(gate, skip.shape[2:])
+        attention = torch.sigmoid(self.psi(F.relu(self.W_g(gate) + self.W_x(skip), inplace=True)))
+        return skip * attention
+
+
+class Up(nn.Module):
+    """Upsample by 2, pad to the skip, concatenate [skip, up], DoubleConv; with `attention` the skip is gated first.
+
+    `bilinear` takes linear interpolation (corners aligned) instead of a transposed convolution; then the incoming
+    feature must already have half of `in_channels`.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, bilinear: bool, attention: bool, norm: str, ndim: int
+    ) -> None:
+        super().__init__()
+        half = in_channels // 2
+        if bilinear:
+            self.up = nn.Upsample(scale_factor=2, mode=LINEAR_MODE[ndim], align_corners=True)
+            self.conv = DoubleConv(in_channels, out_channels, half, norm, ndim)
+        else:
+            self.up = CONV_TRANSPOSE[ndim](in_channels, half, 2, stride=2)
+            self.conv = DoubleConv(in_channels, out_channels, out_channels, norm, ndim)
+        self.gate = AttentionGate(half if bilinear else in_channels, half, norm, ndim) if attention else None
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        up = pad_to(self.up(x), skip.shape[2:])
+        if self.gate is not None:
+            skip = self.gate(x, skip)  # gated by the feature before upsampling
+        return self.conv(torch.cat([skip, up], dim=1))
+
+
+class OutConv(nn.Module):
+    """1x1 convolution to the classes."""
+
+    def __init__(self, in_channels: int, num_classes: int, ndim: int) -> None:
+        super().__init__()
+        self.conv = CONV[ndim](in_channels, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@contextlib.contextmanager
+def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch but does not update its running statistics."""
+    norms = [
+        m
+        for m in module.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """Run `module` without keeping its activations; backward computes them again.
+
+    The second computation must not update BatchNorm's running statistics a second time.
+    """
+    contexts = lambda: (contextlib.nullcontext(), _frozen_running_statistics(module))  # noqa: E731
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)

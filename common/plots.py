@@ -1,0 +1,77 @@
+"""Pictures: training curves, overlays, panels. matplotlib and OpenCV are imported on use."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+TRUTH_COLOR, PRED_COLOR = (0, 200, 80), (230, 30, 30)  # RGB
+
+
+def save_curves(path: str | Path, rows: list[dict], panels: dict[str, list[str]]) -> None:
+    """One panel a title with the named columns of `rows` over "epoch"; the file is replaced in one step.
+
+    Args:
+        rows: one dict an epoch, values float (NaN leaves a gap).
+        panels: {title: [column, ...]}.
+    """
+    figure, axes = new_figure(1, len(panels), (4.2 * len(panels), 3.2))
+    for axis, (title, columns) in zip(axes.flat, panels.items(), strict=True):
+        for column in columns:
+            # A dot as well: a single epoch draws no line.
+            axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], marker=".", label=column)
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        if len(columns) > 1:
+            axis.legend()
+    save_figure(figure, path)
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, color: tuple = PRED_COLOR, alpha: float = 0.4) -> np.ndarray:
+    """(h, w) uint8 image with a (h, w) mask in colour over it -> (h, w, 3) uint8 RGB."""
+    rgb = np.repeat(image[..., None], 3, axis=-1).astype(np.float32)
+    inside = mask.astype(bool)
+    rgb[inside] = (1 - alpha) * rgb[inside] + alpha * np.asarray(color, np.float32)
+    return rgb.round().astype(np.uint8)
+
+
+def outline(rgb: np.ndarray, mask: np.ndarray, color: tuple) -> np.ndarray:
+    """`rgb` (h, w, 3) with the one-pixel border of `mask` drawn in colour; a copy."""
+    from scipy import ndimage
+
+    rgb = rgb.copy()
+    mask = mask.astype(bool)
+    rgb[mask & ~ndimage.binary_erosion(mask)] = color
+    return rgb
+
+
+def save_panels(
+    path: str | Path, rows: list[list[np.ndarray]], titles: list[list[str]], height: float = 2.6
+) -> None:
+    """A grid of images, (h, w) grey uint8 or (h, w, 3) RGB, each with its title."""
+    columns = max(len(row) for row in rows)
+    figure, axes = new_figure(len(rows), columns, (height * columns, (height + 0.25) * len(rows)))
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis_row, images, names in zip(axes, rows, titles, strict=True):
+        for axis, image, name in zip(axis_row, images, names, strict=False):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set_title(name, fontsize=8)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: str | Path) -> None:
+    """Write a matplotlib figure as PNG in one step, so that a viewer never opens half a picture."""
+    path = Path(path)
+    partial = path.with_name(f".partial_{path.name}")
+    figure.savefig(partial, format="png", dpi=100)
+    os.replace(partial, path)
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float]):
+    """(figure, 2-D array of axes), `size` in inches; no pyplot, hence no display and no global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="tight")
+    return figure, figure.subplots(rows, columns, squeeze=False)

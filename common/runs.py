@@ -1,0 +1,293 @@
+"""What a run leaves behind: its folder, log, metrics.csv, checkpoints; and how it is stopped and continued."""
+
+import atexit
+import contextlib
+import csv
+import multiprocessing
+import os
+import platform
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from common import distributed
+
+# ---- folder, configuration, log ----
+
+
+def new_run_dir(root: str | Path, name: str) -> Path:
+    """Create and return root/name, or root/name2, root/name3, ... where earlier runs lie."""
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+        raise ValueError(f"{name!r} is no name for a run; use letters, digits, '_', '-', '+' and '.'")
+    number = 1
+    while True:
+        run_dir = Path(root) / (name if number == 1 else f"{name}{number}")
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise OSError(
+                f"{run_dir}: cannot be created ({error.strerror}); choose a folder you may write to"
+            ) from error
+        else:
+            return run_dir
+
+
+def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
+    """The last.pt that --resume means: a file, a run folder, or "last" = the newest run called `name`."""
+    if resume != "last":
+        path = Path(resume)
+        path = path / "weights" / "last.pt" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"--resume {resume}: no such checkpoint")
+        return path
+    pattern = re.compile(re.escape(name) + r"\d*")
+    found = [p for p in Path(root).glob(f"{name}*/weights/last.pt") if pattern.fullmatch(p.parents[1].name)]
+    if not found:
+        raise FileNotFoundError(f"--resume: no run called {name} with a weights/last.pt under {root}")
+    return max(found, key=lambda p: p.stat().st_mtime)
+
+
+def save_config(path: str | Path, config: dict) -> None:
+    """Write flag values as YAML: `--config` of this file repeats the run."""
+    Path(path).write_text(yaml.safe_dump(config, sort_keys=True), encoding="utf8")
+
+
+def git_state() -> str:
+    """Commit of this checkout and whether files differ from it, for the log."""
+    folder = Path(__file__).resolve().parent
+    try:
+        run = dict(cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain"], **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (not a git checkout)"
+    return f"{commit} ({'dirty: files differ from it' if dirty else 'clean'})"
+
+
+def start_log(run_dir: Path, config: dict, history: list[dict]) -> Callable[[str], None]:
+    """Make weights/, config.yaml and metrics.csv (holding `history`, the epochs that a resumed run has behind it).
+
+    Returns:
+        A function that prints a line and appends it to log.txt; silent on all ranks but 0. Its first lines give
+        command, commit and versions.
+    """
+    if distributed.is_main():
+        (run_dir / "weights").mkdir(parents=True, exist_ok=True)
+        save_config(run_dir / "config.yaml", config)
+        (run_dir / "metrics.csv").unlink(missing_ok=True)
+        for row in history:
+            append_row(run_dir / "metrics.csv", row)
+
+    def log(message: str) -> None:
+        if distributed.is_main():
+            print(message, flush=True)
+            with (run_dir / "log.txt").open("a", encoding="utf8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    log(f"command: {' '.join([Path(sys.executable).name, *sys.argv])}")
+    log(f"commit: {git_state()}")
+    cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    log(f"python {platform.python_version()}, torch {torch.__version__}{cuda}, numpy {np.__version__}")
+    return log
+
+
+def append_row(path: str | Path, row: dict) -> None:
+    """Add one line to a CSV file whose columns are those of its first row."""
+    path = Path(path)
+    is_new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="", encoding="utf8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if is_new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def open_wandb(project: str, name: str, config: dict) -> Any:
+    """A Weights & Biases run, None on all ranks but 0; wandb is imported here only.
+
+    Raises:
+        SystemExit: wandb is not installed.
+    """
+    if not distributed.is_main():
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise SystemExit("--use_wandb needs the wandb package: pip install wandb") from error
+    return wandb.init(project=project, name=name, config=config)
+
+
+# ---- seeds and random states ----
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch. `deterministic` also restricts CUDA to repeatable kernels."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from the global state
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first call
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+
+
+def rng_state() -> dict:
+    """States of all random generators as tensors and plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": [
+            str(name),
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+# ---- checkpoints ----
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write tensors and plain values so that a reader never sees half a file; rank 0 only.
+
+    Temporary name, fsync, rename: whatever goes wrong, the previous checkpoint of that name survives.
+
+    Raises:
+        TypeError: `state` holds something that `torch.load(weights_only=True)` would refuse; names where.
+        OSError: disk full or no permission.
+    """
+    if not distributed.is_main():
+        return
+    _require_plain(state, "checkpoint")
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
+        )
+        kept = f"the earlier {path.name} is untouched" if path.exists() else "nothing was written"
+        raise OSError(
+            f"{path}: checkpoint could not be written ({reason}); {kept}. Free space or check permissions, "
+            "then go on with --resume"
+        ) from error
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """Read a checkpoint without ever running code from it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it carries code or foreign objects, is damaged, or is no checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many types here; each ends as one clear sentence
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise ValueError(
+                f"{path}: refused, because it holds more than tensors and plain values and loading it could run "
+                "code from the file. Only checkpoints written by this project are opened"
+            ) from error
+        detail = "truncated or damaged" if not zipfile.is_zipfile(path) else str(error).split("\n")[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({detail})") from error
+    if not isinstance(state, dict) or "model" not in state or "config" not in state:
+        raise ValueError(f"{path}: holds no 'model' and 'config'; it was not written by this project")
+    return state
+
+
+def _require_plain(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _require_plain(item, f"{where}[{index}]")
+    elif not (value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor)):
+        raise TypeError(
+            f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain values only"
+        )
+
+
+# ---- stopping ----
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a flag: finish the step, save, exit. A second Ctrl-C stops at once.
+
+    with StopRequest() as stop:
+        ... if stop.requested: ...
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        atexit.register(_end_children)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: signals stay as they are
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        if distributed.is_main():
+            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+
+
+def ignore_signals(worker_id: int) -> None:
+    """`worker_init_fn` of data loaders: Ctrl-C and a scheduler's SIGTERM reach every process, but only the main
+    one should act on them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_children() -> None:
+    """Runs before multiprocessing's own exit handler, which would wait for ever for workers that ignore SIGTERM."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
+    for child in multiprocessing.active_children():
+        child.kill()

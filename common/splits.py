@@ -1,0 +1,134 @@
+"""Splits and folds by patient: drawn once, written to splits.json, checked wherever they are used."""
+
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+
+def natural_key(text: str) -> list:
+    """Sort key by which lung_2 comes before lung_10."""
+    return [(1, int(part)) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def patients_of(cases: list[str], pattern: str | None = None) -> dict[str, str]:
+    """{case: patient}. Without a pattern each case is a patient of its own.
+
+    Args:
+        pattern: regular expression whose first group is the patient within the case name, e.g. `(.+)_scan\\d+`.
+
+    Raises:
+        ValueError: a case that the pattern does not fit.
+    """
+    if pattern is None:
+        return {case: case for case in cases}
+    patients = {}
+    for case in cases:
+        match = re.search(pattern, case)
+        if not match or not match.groups():
+            raise ValueError(f"case {case}: the patient pattern {pattern!r} finds no group in its name")
+        patients[case] = match.group(1)
+    return patients
+
+
+def split_by_patient(
+    patients: dict[str, str], *, val_ratio: float = 0.2, test_ratio: float = 0.0, seed: int = 42
+) -> dict[str, list[str]]:
+    """Draw {"train", "val", "test"}: lists of cases, no patient in two of them.
+
+    Patients in natural order are shuffled by a private generator; the last int(ratio * n), at least one if the
+    ratio is above 0, become validation, those before them test.
+
+    Raises:
+        ValueError: nothing would be left for training.
+    """
+    order = _shuffled(patients, seed)
+    num_val, num_test = (max(1, int(r * len(order))) if r > 0 else 0 for r in (val_ratio, test_ratio))
+    num_train = len(order) - num_val - num_test
+    if num_train < 1:
+        raise ValueError(
+            f"{len(order)} patient(s) cannot be split into training, {num_val} validation and {num_test} test; "
+            "add scans or lower the ratios"
+        )
+    parts = {
+        "train": order[:num_train],
+        "val": order[num_train + num_test :],
+        "test": order[num_train : num_train + num_test],
+    }
+    return _cases_of(parts, patients)
+
+
+def fold_split(patients: dict[str, str], *, folds: int, fold: int, seed: int = 42) -> dict[str, list[str]]:
+    """Fold `fold` of `folds` is held out for the test, the next one chooses the best epoch, the rest trains.
+
+    Choosing the epoch on the part that is reported would flatter the score, hence three parts.
+    """
+    order = _shuffled(patients, seed)
+    if not 3 <= folds <= len(order):
+        raise ValueError(f"--folds {folds}: choose 3 to {len(order)} for {len(order)} patients")
+    if not 0 <= fold < folds:
+        raise ValueError(f"--fold {fold}: with {folds} folds choose 0 to {folds - 1}")
+    rest = [p for k in range(folds) if k not in (fold, (fold + 1) % folds) for p in order[k::folds]]
+    parts = {"train": rest, "val": order[(fold + 1) % folds :: folds], "test": order[fold::folds]}
+    return _cases_of(parts, patients)
+
+
+def check_split(split: dict[str, list[str]], patients: dict[str, str], where: str | Path = "split") -> None:
+    """Refuse a split in which a case or a patient stands in two parts, or that names unknown cases.
+
+    Raises:
+        ValueError: naming part, case and patient.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for part in ("train", "val", "test"):
+        for case in split.get(part, []):
+            if case not in patients:
+                raise ValueError(f"{where}: {part} names case {case}, which is not in the data set")
+            patient = patients[case]
+            earlier_part, earlier_case = seen.setdefault(patient, (part, case))
+            if earlier_part != part:
+                raise ValueError(
+                    f"{where}: patient {patient} stands in {earlier_part} (case {earlier_case}) and in {part} "
+                    f"(case {case}); scores would be too good. Put all scans of a patient into one part"
+                )
+    if not split.get("train"):
+        raise ValueError(f"{where}: no training case")
+
+
+def save_splits(path: str | Path, split: dict[str, list[str]], patients: dict[str, str], seed: int) -> None:
+    """Write the split after checking it."""
+    check_split(split, patients, path)
+    content = {**split, "patients": patients, "seed": seed}
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf8")
+    os.replace(partial, path)
+
+
+def read_splits(path: str | Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """(split, patients) from splits.json, checked.
+
+    Raises:
+        ValueError: not valid, or a patient in two parts.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf8"))
+        split = {part: list(content.get(part, [])) for part in ("train", "val", "test")}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a valid splits file ({error})") from error
+    patients = content.get("patients") or patients_of([case for part in split.values() for case in part])
+    check_split(split, patients, path)
+    return split, patients
+
+
+def _shuffled(patients: dict[str, str], seed: int) -> list[str]:
+    order = sorted(set(patients.values()), key=natural_key)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _cases_of(parts: dict[str, list[str]], patients: dict[str, str]) -> dict[str, list[str]]:
+    return {
+        part: sorted((c for c, p in patients.items() if p in set(chosen)), key=natural_key)
+        for part, chosen in parts.items()
+    }

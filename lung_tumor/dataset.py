@@ -1,0 +1,254 @@
+"""Slices on disk and the training data set made of them.
+
+    <data_path>/images/<volume>_slice_NNNN.png    8-bit grey
+    <data_path>/labels/<same name>                0 / 255 (0 / 1 is understood)
+    <data_path>/dataset.json                      window_hu and how the slices were made (preprocess.py)
+    <data_path>/volumes.json                      geometry of each volume, to go back to its NIfTI (preprocess.py)
+    <data_path>/splits.json                       train, val, test volumes and the patient of each
+    <data_path>/cache/                            all slices at the training size as one uint8 array (made here)
+
+A plain folder with images/ and labels/ works as well; splits.json is then drawn once and written.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from common.splits import (
+    check_split,
+    fold_split,
+    natural_key,
+    patients_of,
+    read_splits,
+    save_splits,
+    split_by_patient,
+)
+from lung_tumor.slices import IMAGE_SUFFIXES, fit_to_square, normalise, read_image, read_mask
+
+
+@dataclass(frozen=True)
+class SliceFile:
+    """One slice: volume it belongs to, its number in the volume, image and label files."""
+
+    volume: str
+    number: int
+    image: Path
+    label: Path
+
+
+def parse_slice_name(stem: str) -> tuple[str, int]:
+    """'lung_001_slice_0042' -> ('lung_001', 42). A name without '_slice_' is a volume of its own."""
+    volume, separator, number = stem.rpartition("_slice_")
+    return (volume, int(number)) if separator and number.isdecimal() else (stem, 0)
+
+
+def list_slices(data_path: str | Path) -> list[SliceFile]:
+    """All slices in natural order.
+
+    Raises:
+        FileNotFoundError: no images/ or labels/ folder.
+        ValueError: empty, or an image without label or the reverse; names them.
+    """
+    data_path = Path(data_path)
+    files = {}
+    for kind in ("images", "labels"):
+        if not (data_path / kind).is_dir():
+            raise FileNotFoundError(
+                f"{data_path}: no folder {kind}/; make it with lung_tumor/preprocess.py --out {data_path}, "
+                "or try --data_path demo"
+            )
+        found = (p for p in (data_path / kind).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        files[kind] = {p.stem: p for p in found if not p.name.startswith(".")}
+    images, labels = files["images"], files["labels"]
+    if not images and not labels:
+        raise ValueError(f"{data_path}: images/ and labels/ are empty; run lung_tumor/preprocess.py")
+    for ours, others, kind in ((images, labels, "label"), (labels, images, "image")):
+        missing = sorted(ours.keys() - others.keys(), key=natural_key)
+        if missing:
+            raise ValueError(
+                f"{data_path}: {len(missing)} slice(s) without {kind}, first {missing[0]}; "
+                "add the files or remove their partners"
+            )
+    return [SliceFile(*parse_slice_name(s), images[s], labels[s]) for s in sorted(images, key=natural_key)]
+
+
+def read_json(data_path: str | Path, name: str) -> dict:
+    """dataset.json or volumes.json of a data set; {} when absent."""
+    path = Path(data_path) / name
+    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+
+
+def training_slices(slices: list[SliceFile], volumes: dict) -> list[SliceFile]:
+    """Those slices that volumes.json marks as kept for training; all of them without a volumes.json."""
+    kept = {name: set(entry["kept"]) for name, entry in volumes.items()}
+    return [s for s in slices if s.volume not in kept or s.number in kept[s.volume]]
+
+
+def load_splits(
+    data_path: str | Path, slices: list[SliceFile], seed: int
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """splits.json of the data set, drawn 80/20 by volume and written if there is none.
+
+    Raises:
+        ValueError: a patient in two parts, or a volume that has no slices.
+    """
+    path = Path(data_path) / "splits.json"
+    volumes = {s.volume for s in slices}
+    if not path.is_file():
+        patients = patients_of(sorted(volumes, key=natural_key))
+        save_splits(path, split_by_patient(patients, seed=seed), patients, seed)
+    split, patients = read_splits(path)
+    missing = [v for part in split.values() for v in part if v not in volumes]
+    if missing:
+        raise ValueError(f"{path}: names volume {missing[0]}, of which there is no slice under {data_path}")
+    return split, patients
+
+
+def open_data(
+    data_path: str | Path, size: int, seed: int, folds: int | None = None, fold: int | None = None
+) -> tuple["PackedSlices", dict[str, list[str]], dict]:
+    """(packed training-style slices, split, what a checkpoint must know of the preprocessing).
+
+    Raises:
+        FileNotFoundError, ValueError: see `list_slices`, `load_splits`, `pack_slices`; or a part without tumour.
+    """
+    slices = training_slices(list_slices(data_path), read_json(data_path, "volumes.json"))
+    split, patients = load_splits(data_path, slices, seed)
+    if fold is not None:
+        split = fold_split(patients, folds=folds or 0, fold=fold, seed=seed)
+        check_split(split, patients)
+    packed = pack_slices(data_path, slices, size)
+    for part in ("train", "val"):
+        indices = packed.indices(split[part])
+        if not any(packed.labels[i].any() for i in indices):
+            raise ValueError(
+                f"{data_path}: no tumour pixel in the {len(indices)} slices of the part '{part}', which needs both "
+                "classes. Check the labels, or draw another split (preprocess.py --seed or --val_cases)"
+            )
+    window = read_json(data_path, "dataset.json").get("window_hu")
+    return packed, split, {"window_hu": window, "data_path": str(Path(data_path).resolve())}
+
+
+@dataclass
+class PackedSlices:
+    """All slices of a data set at one size, memory-mapped: no decoding and no resizing during training.
+
+    Measured at 512 x 512: see benchmarks/slice_loading.py.
+
+    Attributes:
+        images, labels: (n, size, size) uint8, labels 0/1.
+        volumes: volume of each slice.
+        num_unclean: masks that held other values than 0/1 or 0/255.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    volumes: list[str]
+    num_unclean: int
+
+    def indices(self, volumes: list[str]) -> np.ndarray:
+        """Positions of all slices of these volumes."""
+        chosen = set(volumes)
+        return np.array([i for i, v in enumerate(self.volumes) if v in chosen], dtype=np.int64)
+
+
+def pack_slices(data_path: str | Path, slices: list[SliceFile], size: int) -> PackedSlices:
+    """Decode every slice once into two .npy files under <data_path>/cache and map them.
+
+    The cache is named by a hash of all file names, sizes and times, so a changed data set makes a new one and old
+    ones are removed. If the folder cannot be written, a temporary folder is used, with a message.
+
+    Raises:
+        ValueError: an image and its label differ in shape, or a file is no image or mask.
+    """
+    stamp = hashlib.sha256(f"{size}".encode())
+    for s in slices:
+        for path in (s.image, s.label):
+            stat = path.stat()
+            stamp.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    name = f"slices_{size}_{stamp.hexdigest()[:16]}"
+    cache = Path(data_path) / "cache"
+    folder = cache / name
+    if not folder.is_dir():
+        try:
+            cache.mkdir(exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix="partial_", dir=cache))
+        except OSError as error:
+            partial = Path(tempfile.mkdtemp(prefix="lung_tumor_"))
+            folder = partial
+            print(
+                f"{cache}: cannot be written ({error.strerror}); slices are packed into {folder} for this run"
+            )
+        try:
+            _pack(partial, slices, size)
+            if folder != partial:
+                os.replace(partial, folder)
+                for old in cache.iterdir():
+                    if old.name.startswith((f"slices_{size}_", "partial_")) and old != folder:
+                        shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    info = json.loads((folder / "info.json").read_text(encoding="utf8"))
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    labels = np.load(folder / "labels.npy", mmap_mode="r")
+    return PackedSlices(images, labels, [s.volume for s in slices], info["num_unclean"])
+
+
+def _pack(folder: Path, slices: list[SliceFile], size: int) -> None:
+    shape = (len(slices), size, size)
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
+    labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, shape)
+    num_unclean = 0
+    for i, s in enumerate(tqdm(slices, "packing slices", unit="slice", disable=None, leave=False)):
+        image = read_image(s.image)
+        mask, is_clean = read_mask(s.label)
+        if image.shape != mask.shape:
+            raise ValueError(
+                f"{s.image.name}: image {image.shape} and label {mask.shape} differ in shape; "
+                "run lung_tumor/preprocess.py again or remove the pair"
+            )
+        images[i] = fit_to_square(image, size)
+        labels[i] = fit_to_square(mask, size, is_mask=True)
+        num_unclean += not is_clean
+    images.flush()
+    labels.flush()
+    (folder / "info.json").write_text(json.dumps({"num_unclean": num_unclean}), encoding="utf8")
+
+
+class SliceDataset(Dataset):
+    """Slices of the given volumes as (image, target): float32 (1, size, size) in [-1, 1], int64 (size, size).
+
+    Args:
+        packed: from `pack_slices`.
+        volumes: which volumes.
+        augment: (image uint8, mask uint8, seed) -> the same, or None. Items are then asked for with an
+            (index, seed) pair, as `common.distributed.EpochSampler` gives.
+    """
+
+    def __init__(
+        self, packed: PackedSlices, volumes: list[str], augment: Callable[..., tuple] | None = None
+    ) -> None:
+        self.packed, self.augment = packed, augment
+        self.indices = packed.indices(volumes)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        index, seed = key if isinstance(key, tuple) else (key, 0)
+        position = self.indices[index]
+        image, mask = np.array(self.packed.images[position]), np.array(self.packed.labels[position])
+        if self.augment is not None:
+            image, mask = self.augment(image, mask, seed)
+        return normalise(image).unsqueeze(0), torch.from_numpy(mask.astype(np.int64))

@@ -1,0 +1,198 @@
+"""Get and check the lung tumour scans, from Kaggle or from the Medical Segmentation Decathlon's archive.
+
+    python lung_tumor/download.py --out data/lung_tumor_raw
+    python lung_tumor/download.py --out data/lung_tumor_raw --archive Task06_Lung.tar
+
+Ends with the number of cases and the command that comes next, or with the steps to do by hand.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.config import make_parser, parse_args
+from common.decathlon import find_decathlon, list_cases
+from lung_tumor.kaggle import find_task, is_kaggle_folder, leads_outside, list_kaggle_cases
+
+KAGGLE_SET = "modaresimr/medical-image-segmentation"
+MARKER = ".made_by_download"
+KAGGLE_STEPS = """By hand, in a browser:
+  1. Open https://www.kaggle.com/datasets/{set} and sign in; an account is free.
+  2. Click Download, then "Download dataset as zip" (about 40 GB; only its folder Task006_Lung is used).
+  3. Unzip it so that {out}/Task006_Lung holds CT.zip (leave this one packed), GroundTruth and metadata.json.
+  4. Run: python lung_tumor/download.py --out {out}
+If Kaggle asked for credentials: on kaggle.com click your picture, Settings, API, create a token, save it as
+kaggle.json in the folder .kaggle of your home folder, and run this command again.
+Without Kaggle: python lung_tumor/download.py --out {out} --source msd"""
+MSD_STEPS = """The Decathlon hands out its files through a browser:
+  1. Open http://medicaldecathlon.com and follow the link to the data.
+  2. Download Task06_Lung.tar (several GB).
+  3. Run: python lung_tumor/download.py --out {out} --archive <where it lies>/Task06_Lung.tar"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--out", default="data/lung_tumor_raw", help="folder for the scans")
+    parser.add_argument("--source", choices=["kaggle", "msd"], default="kaggle", help="kaggle is about 40 GB")
+    parser.add_argument(
+        "--archive", help="what you already have: Task06_Lung.tar, or a folder, used in place"
+    )
+    help_force = "get the scans anew; replaces --out only if this script made it"
+    parser.add_argument("--force", action=argparse.BooleanOptionalAction, default=False, help=help_force)
+    return parser
+
+
+def check_own(folder: Path) -> None:
+    """Raise ValueError unless the folder is absent, empty or made by this script."""
+    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file()
+    if foreign or folder.is_symlink() or folder.is_file():
+        raise ValueError(
+            f"{folder} is not empty and was not made by this script (it has no file {MARKER}), so it is left "
+            "alone; give another --out or move it away yourself"
+        )
+
+
+def delete_own(folder: Path) -> None:
+    check_own(folder)
+    if folder.exists():
+        for path in [path for path in folder.iterdir() if path.name != MARKER]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (folder / MARKER).unlink(missing_ok=True)  # last, so that an interrupted deletion can be repeated
+        folder.rmdir()
+
+
+def make_own(folder: Path) -> None:
+    check_own(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+
+
+def unpack_tar(archive: Path, out: Path) -> None:
+    """Unpack beside `out`, then rename: `out` is whole or as before.
+
+    Raises:
+        ValueError: a damaged tar, a link, device or path that leads outside, not the Decathlon's layout.
+    """
+    part = out.with_name(out.name + ".unpacking")
+    delete_own(part)
+    print(f"Unpacking {archive} ...")
+    try:
+        with tarfile.open(archive) as tar, tqdm(unit="B", unit_scale=True, disable=None) as bar:
+            make_own(part)
+            for member in tar:
+                if member.isdir() or member.name.rpartition("/")[2].startswith("._"):
+                    continue
+                if not member.isfile() or leads_outside(member.name):
+                    raise ValueError(
+                        f"{archive}: member {member.name!r} is a link, a device or leads out of the folder; "
+                        "nothing was unpacked. Get the archive from http://medicaldecathlon.com"
+                    )
+                target = part / member.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with tar.extractfile(member) as packed, open(target, "wb") as file:
+                    shutil.copyfileobj(packed, file, 1 << 20)
+                bar.update(member.size)
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a cut between two members for the end
+                raise tarfile.ReadError("its end is missing")
+        if find_decathlon(part) is None:
+            raise ValueError(
+                f"{archive}: holds no folder imagesTr; Task06_Lung.tar of the Decathlon is needed"
+            )
+        delete_own(out)
+        part.rename(out)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        advice = "download it again; a zip from Kaggle is to be unzipped by hand"
+        raise ValueError(f"{archive}: not a complete tar ({error}); {advice}") from error
+    finally:
+        delete_own(part)
+
+
+def download_kaggle(out: Path) -> Path:
+    """Let kagglehub fetch the set beside `out`, then rename it to `out`. Returns where the set lies.
+
+    Raises:
+        RuntimeError: kagglehub is missing or gave up; what it fetched stays in `out`.partial for next time.
+    """
+    part = out.with_name(out.name + ".partial")
+    try:
+        import kagglehub
+
+        make_own(part)
+        os.environ["KAGGLEHUB_CACHE"] = str(part.resolve())
+        found = Path(kagglehub.dataset_download(KAGGLE_SET))
+    except Exception as error:  # network, credentials, disk, ...: all end in the steps by hand
+        raise RuntimeError(f"kagglehub (pip install kagglehub): {type(error).__name__}: {error}") from error
+    finally:
+        if not any(path.is_file() and path.name != MARKER for path in part.rglob("*")):
+            delete_own(part)
+    if part.resolve() not in found.resolve().parents:  # a Kaggle notebook mounts its own copy, read-only
+        return found
+    (found / MARKER).touch()
+    delete_own(out)
+    found.rename(out)
+    delete_own(part)
+    return out
+
+
+def report(folder: Path) -> None:
+    """Check what lies in the folder and print it with the next command."""
+    if (task := find_decathlon(folder)) is not None:
+        num_cases, source, flag = len(list_cases(task)), task, ""
+    elif is_kaggle_folder(folder):
+        task = find_task(folder, "lung")
+        num_cases, source, flag = len(list_kaggle_cases(task)), folder, f" --task {shlex.quote(task.name)}"
+    else:
+        raise ValueError(
+            f"{folder}: holds neither imagesTr and labelsTr (Decathlon) nor CT.zip and GroundTruth (Kaggle). "
+            "Give the right folder as --archive, or another --out for a download"
+        )
+    size_gb = sum(path.stat().st_size for path in task.rglob("*") if path.is_file()) / 1e9
+    print(f"{task}: {num_cases} cases, {size_gb:.2f} GB")
+    source = shlex.quote(str(source))
+    print(f"Next: python lung_tumor/preprocess.py --source {source} --out data/lung_tumor{flag}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    out = found = Path(args.out)
+    try:
+        if args.archive and Path(args.archive).is_dir():
+            found = Path(args.archive)
+        elif args.force or not out.is_dir() or not any(out.iterdir()):
+            check_own(out)
+            if args.archive:
+                unpack_tar(Path(args.archive), out)
+            elif args.source == "kaggle":
+                if args.force:
+                    delete_own(out.with_name(out.name + ".partial"))
+                found = download_kaggle(out)
+            else:
+                print(MSD_STEPS.format(out=out))
+                return 1
+        else:
+            print(f"{out} is there already; --force gets it anew")
+        report(found)
+    except RuntimeError as error:
+        print(f"{error}\n{KAGGLE_STEPS.format(set=KAGGLE_SET, out=out)}")
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"Stopped. {out} is as it was; run the same command again.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Score a trained model on whole volumes, slice by slice as in prediction, on each scan's own grid.
+
+    python lung_tumor/evaluate.py --weights runs/demo/weights/best.pt
+
+Takes the data set and the held-out part from the checkpoint. Volumes of which only some slices were converted are
+read from their scan again, so that every slice counts. Writes per_volume.csv, summary.csv, sweep.csv and
+evaluation.png beside the weights' folder.
+"""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.config import add_prediction_flags, fraction, make_parser, parse_args
+
+from common import distributed
+from common.hardware import autocast, choose_precision, pick_device
+from common.metrics import binary_counts, dice_from_counts, iou_from_counts, lesion_counts
+from lung_tumor.dataset import SliceDataset, SliceFile, list_slices, load_splits, read_json
+from lung_tumor.model import TrainedModel, load_trained, predict_slices
+from lung_tumor.preprocess import case_from_entry, find_cases, load_case
+from lung_tumor.report import THRESHOLDS, write_report
+from lung_tumor.slices import read_image, read_mask, to_display, volume_to_slices
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--weights", required=True, help="best.pt of a run")
+    parser.add_argument("--data_path", help="data set; default: the one the run was trained on")
+    parser.add_argument(
+        "--part", choices=["test", "val", "train"], help="default: test volumes if the run has any, else val"
+    )
+    parser.add_argument("--volumes", nargs="+", help="score these volumes instead of a part of the split")
+    parser.add_argument("--source", help="folder of the scans, if they were moved since the conversion")
+    parser.add_argument(
+        "--threshold", type=fraction, default=0.5, help="tumour where the probability is above"
+    )
+    parser.add_argument("--out", help="folder of the tables; default: evaluation/ in the run's folder")
+    add_prediction_flags(parser)
+    return parser
+
+
+@torch.inference_mode()
+def validate(model: TrainedModel, dataset: SliceDataset, loss_function: Callable) -> dict[str, float]:
+    """The scores of every epoch, from one confusion matrix over the kept validation slices at training size.
+
+    Slices are shared over the processes, none counted twice. val_false_alarms is the share of tumour-free slices
+    with a predicted pixel, val_pred_to_true the ratio of predicted to true tumour pixels.
+    """
+    model.network.eval()
+    sums = torch.zeros(8, dtype=torch.float32 if model.device.type == "mps" else torch.float64)
+    mine = distributed.my_share(list(range(len(dataset))))
+    batch_size = model.config["batch_size"]
+    for start in range(0, len(mine), batch_size):
+        pairs = [dataset[i] for i in mine[start : start + batch_size]]
+        image, target = (torch.stack(part) for part in zip(*pairs, strict=True))
+        with autocast(model.device, model.precision):
+            logits = model.network(image.to(model.device, memory_format=torch.channels_last))
+        logits = logits.float().cpu()
+        tumour, pred = target.bool(), logits[:, 1] > logits[:, 0]
+        loss = loss_function(logits, target) * len(pairs)
+        tp, fp, fn = (pred & tumour).sum(), (pred & ~tumour).sum(), (~pred & tumour).sum()
+        empty = ~tumour.flatten(1).any(1)
+        alarms = (empty & pred.flatten(1).any(1)).sum()
+        sums += torch.tensor(
+            [loss, len(pairs), target.numel(), tp, fp, fn, empty.sum(), alarms], dtype=sums.dtype
+        )
+    loss, slices, pixels, tp, fp, fn, empty, alarms = distributed.all_sum(sums.to(model.device)).tolist()
+    return {
+        "val_loss": loss / slices,
+        "val_dice": dice_from_counts(tp, fp, fn),
+        "val_iou": iou_from_counts(tp, fp, fn),
+        "val_pixel_accuracy": 1 - (fp + fn) / pixels,
+        "val_false_alarms": alarms / empty if empty else float("nan"),
+        "val_pred_to_true": (tp + fp) / (tp + fn),
+    }
+
+
+@dataclass
+class Volume:
+    """Slices (n, row, column) of one volume as displayed, uint8, and their masks 0/1.
+
+    `kept` are the positions that training-style slices have; `complete`: no slice of the scan is missing.
+    """
+
+    name: str
+    slices: np.ndarray | list[np.ndarray]
+    masks: np.ndarray | list[np.ndarray]
+    kept: list[int]
+    spacing_mm: tuple[float, float, float] | None
+    complete: bool
+
+
+def load_volume(name: str, files: list[SliceFile], entry: dict, window_hu, cases: dict) -> Volume:
+    """From the converted slices if all are there, else from the scan, else from what there is.
+
+    Args:
+        entry: of volumes.json; {} for a plain folder of images.
+        cases: {name: case} of a --source folder; looked at first.
+    """
+    spacing = tuple(entry["spacing_mm"]) if entry else None
+    if entry and len(files) < entry["num_slices"]:
+        case = cases.get(name) or case_from_entry(name, entry)
+        if case is not None:
+            scan, mask = load_case(case)
+            slices = volume_to_slices(scan.array, window_hu)
+            return Volume(name, slices, to_display(mask), entry["kept"], spacing, True)
+    kept = entry.get("kept")
+    positions = [i for i, f in enumerate(files) if kept is None or f.number in kept]
+    complete = bool(entry) and len(files) == entry["num_slices"]
+    images, masks = [read_image(f.image) for f in files], [read_mask(f.label)[0] for f in files]
+    return Volume(name, images, masks, positions, spacing, complete)
+
+
+def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
+    """All counts and scores of one volume; see the README for their definitions."""
+    pred = np.zeros((len(volume.slices), *volume.slices[0].shape), bool)
+    target = np.stack(volume.masks).astype(bool)
+    bins = np.zeros((len(THRESHOLDS) + 1, 2), np.int64)  # [number of thresholds below p, target]
+    for z, prob in enumerate(predict_slices(model, volume.slices, model.config["batch_size"])):
+        pred[z] = prob > threshold
+        index = np.searchsorted(THRESHOLDS, prob.ravel()) * 2 + target[z].ravel()
+        bins += np.bincount(index, minlength=bins.size).reshape(bins.shape)
+    tp, fp, fn, tn = binary_counts(pred, target)
+    kept_tp, kept_fp, kept_fn, kept_tn = binary_counts(pred[volume.kept], target[volume.kept])
+    has_tumour = target.any(axis=(1, 2))
+    per_slice = [dice_from_counts(*binary_counts(pred[z], target[z])[:3]) for z in np.flatnonzero(has_tumour)]
+    false_alarms = int(pred[~has_tumour].any(axis=(1, 2)).sum())
+    voxel_mm3 = float(np.prod(volume.spacing_mm)) if volume.spacing_mm else float("nan")
+    above = bins[::-1].cumsum(axis=0)[::-1][1:]  # (threshold, target): voxels with p above it
+    return {
+        "volume": volume.name,
+        "slices": len(pred),
+        "all_slices": volume.complete,
+        "dice": dice_from_counts(tp, fp, fn),
+        "iou": iou_from_counts(tp, fp, fn),
+        "slice_dice": float(np.mean(per_slice)) if per_slice else float("nan"),
+        "empty_slices": int((~has_tumour).sum()),
+        "empty_with_false_positive": false_alarms,
+        **lesion_counts(pred, target),
+        "target_mm3": target.sum() * voxel_mm3,
+        "pred_mm3": pred.sum() * voxel_mm3,
+        "pixel_accuracy": (tp + tn) / pred.size,
+        **{"tp": tp, "fp": fp, "fn": fn},
+        **{"kept_tp": kept_tp, "kept_fp": kept_fp, "kept_fn": kept_fn, "kept_tn": kept_tn},
+        "sweep": [[int(t), int(f), int(target.sum() - t)] for f, t in above],  # tp, fp, fn a threshold
+    }
+
+
+def evaluate_volumes(
+    model: TrainedModel,
+    data_path: str | Path,
+    volumes: list[str],
+    *,
+    threshold: float = 0.5,
+    source: str | Path | None = None,
+) -> list[dict]:
+    """Score whole volumes, shared over the processes; every process gets all rows, in the order of `volumes`.
+
+    Raises:
+        ValueError: a volume that the data set does not have.
+    """
+    files: dict[str, list[SliceFile]] = {}
+    for f in list_slices(data_path):
+        files.setdefault(f.volume, []).append(f)
+    missing = [v for v in volumes if v not in files]
+    if missing or not volumes:
+        raise ValueError(f"{data_path}: no slices of volume {', '.join(missing) or '(none asked for)'}")
+    entries = read_json(data_path, "volumes.json")
+    patients = load_splits(data_path, list(sum(files.values(), [])), seed=42)[1]
+    cases = {c.case_id: c for c in find_cases(source)} if source else {}
+    rows = {}
+    bar = tqdm(distributed.my_share(volumes), "evaluating", unit="volume", disable=None, leave=False)
+    for name in bar:
+        volume = load_volume(name, files[name], entries.get(name, {}), model.window_hu, cases)
+        rows[name] = {"patient": patients[name], **score_volume(model, volume, threshold)}
+    for other in distributed.gather(rows):
+        rows |= other
+    return [rows[name] for name in volumes]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(build_parser(), argv)
+    distributed.init()
+    try:
+        device = pick_device(args.device, distributed.local_rank())
+        model = load_trained(args.weights, device, choose_precision(args.amp, device))
+        data_path = Path(args.data_path or model.preprocessing["data_path"])
+        split = model.split if not args.data_path else load_splits(data_path, list_slices(data_path), 42)[0]
+        part = args.part or ("test" if split["test"] else "val")
+        volumes = args.volumes or split[part]
+        rows = evaluate_volumes(model, data_path, volumes, threshold=args.threshold, source=args.source)
+        if distributed.is_main():
+            out = Path(args.out) if args.out else Path(args.weights).resolve().parents[1] / "evaluation"
+            name = f"{len(volumes)} named volumes" if args.volumes else f"{part} volumes"
+            title = f"{name} of {data_path}, threshold {args.threshold:g}"
+            write_report(rows, out, title)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

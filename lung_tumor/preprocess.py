@@ -1,0 +1,336 @@
+"""Convert lung CT with tumour masks to 8-bit slices for training.
+
+    python lung_tumor/preprocess.py --source Task06_Lung --out data/lung_tumor
+
+Reads the Decathlon layout (imagesTr/, labelsTr/) or the Kaggle layout (TaskXXX_Name/CT.zip, GroundTruth/*.pkl).
+Writes images/ and labels/ (PNG), dataset.json, volumes.json (geometry of each scan) and splits.json (by patient).
+All slices with tumour are kept and a share of the others. Run it again to go on where it stopped.
+"""
+
+import json
+import os
+import random
+import sys
+import tempfile
+from argparse import ArgumentParser, BooleanOptionalAction
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.config import fraction, make_parser, parse_args
+from common.decathlon import Case, find_decathlon, list_cases, read_dataset_json
+from common.nifti import Scan, load_label, load_nifti, same_grid, to_ras
+from common.phantoms import write_chest_phantoms
+from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
+from lung_tumor.dataset import read_json
+from lung_tumor.explore import explore
+from lung_tumor.kaggle import (
+    KaggleCase,
+    extract_image,
+    find_task,
+    is_kaggle_folder,
+    list_kaggle_cases,
+    load_ground_truth,
+)
+from lung_tumor.slices import to_display, volume_to_slices, write_png
+
+WINDOW_HU = (-1024.0, 325.0)  # wide enough for lung, soft tissue and contrast; 5.3 HU a grey level
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the pixels; a volume made with other settings is made again."""
+
+    window_hu: tuple[float, float] = WINDOW_HU
+    empty_ratio: float = 0.1
+    all_slices: bool = False
+    min_pixels: int = 0
+    seed: int = 42
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--source", default="data/lung_tumor_raw", help="folder in one of the two layouts")
+    parser.add_argument("--out", default="data/lung_tumor", help="folder of the converted data set")
+    parser.add_argument(
+        "--task", default="Task006_Lung", help="Kaggle layout: which task, any part of its name"
+    )
+    parser.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        default=WINDOW_HU,
+        metavar=("LOW", "HIGH"),
+        help="HU that become 0 and 255, the same for all slices; lung -1350 150, mediastinum -160 240",
+    )
+    parser.add_argument(
+        "--empty_ratio", type=fraction, default=0.1, help="share of tumour-free slices to keep"
+    )
+    parser.add_argument(
+        "--all_slices",
+        action=BooleanOptionalAction,
+        default=False,
+        help="write every slice, so that evaluation needs no NIfTI; training still uses the kept ones",
+    )
+    parser.add_argument(
+        "--min_pixels", type=int, default=0, help="leave out slices with less tumour than this"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="draws the empty slices and the split")
+    parser.add_argument("--val_ratio", type=fraction, default=0.2, help="share of patients for validation")
+    parser.add_argument("--test_ratio", type=fraction, default=0.0, help="share of patients for a test set")
+    parser.add_argument("--val_cases", nargs="+", help="name the validation volumes instead of drawing them")
+    parser.add_argument("--test_cases", nargs="+", help="name the test volumes instead of drawing them")
+    parser.add_argument(
+        "--patient_pattern", help="regular expression whose group is the patient in a case name"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 = this one only"
+    )
+    parser.add_argument(
+        "--explore",
+        action=BooleanOptionalAction,
+        default=False,
+        help="only print and plot what is there: explore.csv and explore.png under --out",
+    )
+    return parser
+
+
+def find_cases(source: str | Path, task: str = "Task006_Lung") -> list:
+    """Cases of a folder in the Decathlon or the Kaggle layout.
+
+    Raises:
+        FileNotFoundError: no such folder, or neither layout.
+        ValueError: a scan without label or the reverse.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise FileNotFoundError(f"--source {source}: no such folder; see lung_tumor/download.py for the data")
+    decathlon = find_decathlon(source)
+    if decathlon is not None:
+        return list_cases(decathlon)
+    if is_kaggle_folder(source) or any(
+        p.name.startswith("Task") for p in source.rglob("Task*") if p.is_dir()
+    ):
+        return list_kaggle_cases(find_task(source, task))
+    raise FileNotFoundError(
+        f"{source}: neither imagesTr/ and labelsTr/ (Decathlon) nor TaskXXX_Name/CT.zip (Kaggle) in it"
+    )
+
+
+def load_case(case: Case | KaggleCase) -> tuple[Scan, np.ndarray]:
+    """(scan, mask): HU (z, y, x) RAS+ and 0/1 uint8 on the same grid; every label above 0 is tumour.
+
+    Raises:
+        ValueError: the two files do not fit, or one of them cannot be read; names the case.
+    """
+    if isinstance(case, Case):
+        scan, label = load_nifti(case.image), load_label(case.label)
+        if scan.array.shape != label.array.shape or not same_grid(scan, label, 0.1 * min(scan.spacing_mm)):
+            raise ValueError(
+                f"scan {scan.array.shape} and label {label.array.shape} (z y x) lie on different grids; "
+                f"{case.label} does not belong to {case.image}"
+            )
+        return scan, (label.array > 0).astype(np.uint8)
+    with tempfile.TemporaryDirectory(prefix="lung_tumor_") as temporary:
+        scan = load_nifti(extract_image(case.label_path.parents[1], case, temporary))
+    mask_xyz = load_ground_truth(case.label_path, scan.file_shape)
+    return scan, (to_ras(mask_xyz, scan) > 0).astype(np.uint8)
+
+
+def source_files(case: Case | KaggleCase) -> dict[str, str]:
+    """Where a case came from, for volumes.json."""
+    if isinstance(case, Case):
+        return {"image": str(case.image.resolve()), "label": str(case.label.resolve())}
+    archive = case.label_path.parents[1] / "CT.zip"
+    return {
+        "archive": f"{archive.resolve()}",
+        "image": case.image_member,
+        "label": str(case.label_path.resolve()),
+    }
+
+
+def case_from_entry(volume: str, entry: dict) -> Case | KaggleCase | None:
+    """The case that an entry of volumes.json was made from; None if its files are no longer there."""
+    files = {kind: Path(path) for kind, path in entry["source"].items()}
+    if "archive" in files and files["archive"].is_file() and files["label"].is_file():
+        return KaggleCase(volume, entry["source"]["image"], files["label"])
+    return Case(volume, **files) if all(p.is_file() for p in files.values()) else None
+
+
+def choose_slices(mask: np.ndarray, volume: str, settings: Settings) -> list[int]:
+    """Numbers of the slices to keep: all with tumour, a share of the others, none with less than min_pixels.
+
+    Seeded by volume, so the choice does not depend on which other volumes are converted.
+    """
+    pixels = mask.reshape(len(mask), -1).sum(axis=1)
+    tumour = [int(z) for z in np.flatnonzero(pixels >= max(1, settings.min_pixels))]
+    empty = [int(z) for z in np.flatnonzero(pixels == 0)]
+    chooser = random.Random(f"{settings.seed} {volume}")
+    return sorted(tumour + chooser.sample(empty, round(settings.empty_ratio * len(empty))))
+
+
+def convert_case(case: Case | KaggleCase, out: Path, settings: Settings) -> dict:
+    """Write the slices of one case; returns its entry of volumes.json. Runs in a worker process."""
+    volume = case.case_id
+    scan, mask = load_case(case)
+    slices, masks = volume_to_slices(scan.array, settings.window_hu), to_display(mask)
+    kept = choose_slices(mask, volume, settings)
+    for folder in ("images", "labels"):
+        for old in (out / folder).glob(f"{volume}_slice_*.png"):
+            old.unlink()
+    for z in range(len(slices)) if settings.all_slices else kept:
+        name = f"{volume}_slice_{z:04d}.png"
+        write_png(out / "images" / name, slices[z])
+        write_png(out / "labels" / name, masks[z] * np.uint8(255))
+    return {
+        "source": source_files(case),
+        "num_slices": len(slices),
+        "kept": kept,
+        "tumour_slices": [int(z) for z in np.flatnonzero(mask.any(axis=(1, 2)))],
+        "tumour_mm3": round(float(mask.sum()) * scan.voxel_mm3, 1),
+        "tumour_pixels_kept": int(mask[kept].sum()),
+        "shape_zyx": list(scan.array.shape),
+        "spacing_mm": [round(s, 6) for s in scan.spacing_mm],
+        "affine": scan.affine.tolist(),
+        "file_orientation": scan.orientation,
+        "settings": json.loads(json.dumps(asdict(settings))),
+    }
+
+
+def convert_all(cases: list, out: Path, settings: Settings, workers: int) -> tuple[dict, dict[str, str]]:
+    """Convert what is not done yet. Returns (entries of volumes.json, {failed volume: reason})."""
+    for folder in ("images", "labels"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    wanted = json.loads(json.dumps(asdict(settings)))
+    ids = {c.case_id for c in cases}
+    done = {v: e for v, e in read_json(out, "volumes.json").items() if v in ids and e["settings"] == wanted}
+    todo = [c for c in cases if c.case_id not in done]
+    if done:
+        print(f"{len(done)} of {len(cases)} volumes are converted already")
+    failed: dict[str, str] = {}
+    for case, entry, error in tqdm(
+        _run(todo, out, settings, workers), "converting", total=len(todo), unit="volume", disable=None
+    ):
+        if entry is None:
+            failed[case.case_id] = error
+            continue
+        done[case.case_id] = entry
+        ordered = dict(sorted(done.items(), key=lambda item: natural_key(item[0])))
+        write_json(out / "volumes.json", ordered)
+    return done, failed
+
+
+def _run(todo: list, out: Path, settings: Settings, workers: int) -> Iterator[tuple]:
+    """Yield (case, entry, "") or (case, None, reason) in the order of completion."""
+    if workers < 2 or len(todo) < 2:
+        for case in todo:
+            try:
+                yield case, convert_case(case, out, settings), ""
+            except (ValueError, OSError) as error:
+                yield case, None, str(error)
+        return
+    with ProcessPoolExecutor(min(workers, len(todo))) as pool:
+        futures = {pool.submit(convert_case, case, out, settings): case for case in todo}
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result(), ""
+            except BrokenProcessPool:
+                reason = "its process was ended from outside, most likely for lack of memory; use --workers 0"
+                yield futures[future], None, reason
+            except (ValueError, OSError) as error:
+                yield futures[future], None, str(error)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """JSON in one step: a reader or an interruption never meets half a file."""
+    partial = path.with_name(f".partial_{path.name}")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf8")
+    os.replace(partial, path)
+
+
+def write_splits(out: Path, volumes: list[str], args) -> None:
+    """splits.json as the flags ask for; an existing one that fits the volumes is kept when nothing is named."""
+    patients = patients_of(volumes, args.patient_pattern)
+    path = out / "splits.json"
+    if args.val_cases or args.test_cases:
+        val, test = args.val_cases or [], args.test_cases or []
+        split = {"train": [v for v in volumes if v not in {*val, *test}], "val": val, "test": test}
+    else:
+        if path.is_file():
+            split, known = read_splits(path)
+            if known == patients:
+                print(f"split: kept as it stands in {path}")
+                return
+        split = split_by_patient(
+            patients, val_ratio=args.val_ratio, test_ratio=args.test_ratio, seed=args.seed
+        )
+    check_split(split, patients, path)
+    save_splits(path, split, patients, args.seed)
+    print("split by patient: " + ", ".join(f"{part} {len(cases)}" for part, cases in split.items()))
+
+
+def demo_dataset(folder: str | Path = "data/demo/lung_tumor") -> Path:
+    """Phantom chest CT in the Decathlon layout, converted by the ordinary route; made once."""
+    folder = Path(folder)
+    source = write_chest_phantoms(folder / "Task06_Lung")
+    out = folder / "slices"
+    if not (out / "splits.json").is_file():
+        code = main(
+            ["--source", str(source), "--out", str(out), "--test_ratio", "0.2", "--empty_ratio", "0.3"]
+        )
+        if code:
+            raise SystemExit(f"{source}: the phantoms could not be converted; delete {folder} and try again")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    low, high = args.window
+    if not low < high:
+        raise SystemExit(f"--window {low:g} {high:g}: the first number must be the lower one")
+    try:
+        cases = find_cases(args.source, args.task)
+        out = Path(args.out)
+        if args.explore:
+            return explore(cases, load_case, out)
+        settings = Settings((low, high), args.empty_ratio, args.all_slices, args.min_pixels, args.seed)
+        done, failed = convert_all(cases, out, settings, args.workers)
+        if done:
+            origin = find_decathlon(args.source) or args.source
+            kept = sum(len(e["kept"]) for e in done.values())
+            tumour = sum(len(set(e["kept"]) & set(e["tumour_slices"])) for e in done.values())
+            pixels = sum(len(e["kept"]) * e["shape_zyx"][1] * e["shape_zyx"][2] for e in done.values())
+            share = sum(e["tumour_pixels_kept"] for e in done.values()) / max(pixels, 1)
+            content = {
+                "name": read_dataset_json(origin).get("name", Path(origin).name),
+                "window_hu": [low, high],
+                "labels": {"0": "background", "1": "tumour"},
+                "num_volumes": len(done),
+                "num_slices": kept,
+                "num_tumour_slices": tumour,
+                "tumour_pixel_share": share,
+            }
+            write_json(out / "dataset.json", content)
+            print(f"{len(done)} volumes, {kept} slices for training, {tumour} of them with tumour")
+            print(f"{100 * share:.2f} % of the pixels are tumour; window {low:g}..{high:g} HU")
+            write_splits(out, list(done), args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if failed:
+        print(f"\n{len(failed)} volume(s) could not be converted:")
+        for volume, reason in failed.items():
+            print(f"  {volume}: {reason}")
+        return 1
+    print(f"next: python lung_tumor/train.py --data_path {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
