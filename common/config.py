@@ -1,4 +1,4 @@
-"""Command lines: one parser style for all scripts, and --config, a YAML file of flags in front of the command line."""
+"""Command lines: one parser style for all scripts, and --config, a YAML file of flags that go in front."""
 
 import argparse
 import difflib
@@ -22,7 +22,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose --help is the script's docstring; it knows --config and accepts no abbreviations."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=_Formatter, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of flags; the command line wins over it")
+    parser.add_argument(
+        "--config", help="YAML file of flags; the command line wins over it, a later --config too"
+    )
     return parser
 
 
@@ -31,21 +33,21 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parse `argv`; the YAML named by --config supplies the flags that `argv` leaves out.
 
-    The file is turned into flags in front of the command line, so argparse checks spelling, types and choices of
-    both, and a required flag may come from the file.
+    The file is turned into flags in front of the command line, so argparse checks spelling, types and choices
+    of both, and a required flag may come from the file. Of several --config the later ones win.
 
     Args:
         base: flag values in front of both, e.g. the configuration of a checkpoint that is resumed.
 
     Raises:
-        SystemExit: with one line that names the wrong key or flag and the nearest valid one.
+        SystemExit: with one line that names the wrong key or flag and the nearest valid one, or the wrong
+            value; about a file it names the file.
     """
     argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(argv)[0].config
+    finder = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", action="append", default=[])
     flags = mapping_to_flags(parser, base, "checkpoint") if base else []
-    if path:
+    for path in finder.parse_known_args(argv)[0].config:
         flags += mapping_to_flags(parser, read_yaml(parser, path), path)
     args, unknown = parser.parse_known_args(flags + argv)
     if unknown:
@@ -62,7 +64,7 @@ def read_yaml(parser: argparse.ArgumentParser, path: str | Path) -> dict:
             content = yaml.safe_load(file)
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         parser.error(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
     if content is None:
         return {}
@@ -72,7 +74,10 @@ def read_yaml(parser: argparse.ArgumentParser, path: str | Path) -> dict:
 
 
 def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str | Path) -> list[str]:
-    """{'epochs': 5, 'amp': 'off', 'ema': False} -> ['--epochs=5', '--amp=off', '--no-ema']. None leaves a flag out."""
+    """{'epochs': 5, 'amp': 'off', 'ema': False, 'fold': None} -> ['--epochs=5', '--amp=off', '--no-ema'].
+
+    None leaves a flag out. `origin` (a file) stands in front of the message about a wrong key or value.
+    """
     by_name = {
         option[2:]: action
         for action in parser._actions
@@ -92,20 +97,37 @@ def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str
         if isinstance(action, argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
                 parser.error(f"{origin}: {key} is a switch: true or false, not {value!r}")
-            flags.append(option if value else f"--no-{key}")
+            words = [option if value else f"--no-{key}"]
         elif isinstance(value, bool):  # YAML 1.1 reads a bare `off` as False
-            words = ("on", "yes", "true") if value else ("off", "no", "false")
-            word = next((w for w in words if w in (action.choices or ())), None)
-            if word is None:
+            spellings = ("on", "yes", "true") if value else ("off", "no", "false")
+            spelling = next((s for s in spellings if s in (action.choices or ())), None)
+            if spelling is None:
                 parser.error(f"{origin}: {key} needs a value, not {str(value).lower()}")
-            flags.append(f"{option}={word}")
+            words = [f"{option}={spelling}"]
         elif isinstance(value, (list, tuple)):
-            flags += [option, *map(str, value)]
+            # The blank: argparse takes a bare -1e-05 for an option.
+            words = [option, *(f" {v}" if isinstance(v, float) and v < 0 else str(v) for v in value)]
         elif isinstance(value, dict):
             parser.error(f"{origin}: {key} holds a section; write one 'flag: value' a line, without sections")
         else:
-            flags.append(f"{option}={value}")
+            words = [f"{option}={value}"]
+        _check_flag(parser, action, words, origin)
+        flags += words
     return flags
+
+
+def _check_flag(
+    parser: argparse.ArgumentParser, action: argparse.Action, words: list[str], origin: str | Path
+) -> None:
+    """Let argparse judge a flag from a file alone, while it is known which file it comes from."""
+    judge = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    judge._add_action(action)
+    try:
+        surplus = judge.parse_known_args(words)[1]
+    except argparse.ArgumentError as error:
+        parser.error(f"{origin}: {error}")
+    if surplus:
+        parser.error(f"{origin}: argument {words[0]}: too many values, {len(surplus)} left over")
 
 
 def resolved_config(args: argparse.Namespace, leave_out: Sequence[str] = ("config", "resume")) -> dict:
@@ -182,8 +204,8 @@ def add_length_flags(parser: argparse.ArgumentParser, *, epochs: int, early_stop
     group.add_argument(
         "--time_budget",
         type=duration_s,
-        help="train for this long (90s, 45m, 2h) instead of --epochs; the learning-rate schedule then follows "
-        "the elapsed share",
+        help="train for this long (90s, 45m, 2h) instead of --epochs; the learning-rate schedule then "
+        "follows the elapsed share",
     )
     group.add_argument(
         "--early_stopping",

@@ -31,23 +31,24 @@ def list_cases(folder: str | Path) -> list[Case]:
 
     Raises:
         FileNotFoundError: no imagesTr or labelsTr.
-        ValueError: no scan at all, or a scan without label or a label without scan; names them.
+        ValueError: no scan at all, a scan without label, a label without scan, or two files of one case;
+            names them.
     """
     folder = Path(folder)
     for name in ("imagesTr", "labelsTr"):
         if not (folder / name).is_dir():
             raise FileNotFoundError(
-                f"{folder}: no folder {name}; expected the Decathlon layout imagesTr/, labelsTr/, dataset.json"
+                f"{folder}: no folder {name}; expected the Decathlon layout imagesTr/, labelsTr/ and "
+                "dataset.json"
             )
-    images = {case_name(p): p for p in (folder / "imagesTr").iterdir() if is_nifti(p)}
-    labels = {case_name(p): p for p in (folder / "labelsTr").iterdir() if is_nifti(p)}
+    images, labels = _files_by_case(folder / "imagesTr"), _files_by_case(folder / "labelsTr")
     if not images and not labels:
         raise ValueError(f"{folder}: imagesTr and labelsTr hold no .nii or .nii.gz file")
     problems = [
-        f"{kind}: {', '.join(sorted(names, key=natural_key)[:10])}"
+        f"{len(names)} {kind}: {', '.join(sorted(names, key=natural_key)[:10])}{', ...' * (len(names) > 10)}"
         for kind, names in (
-            ("scans without a file of that name in labelsTr", images.keys() - labels.keys()),
-            ("labels without a file of that name in imagesTr", labels.keys() - images.keys()),
+            ("scan(s) without a file of that name in labelsTr", images.keys() - labels.keys()),
+            ("label(s) without a file of that name in imagesTr", labels.keys() - images.keys()),
         )
         if names
     ]
@@ -60,12 +61,23 @@ def read_dataset_json(folder: str | Path) -> dict:
     """dataset.json of the folder, {} when absent.
 
     Raises:
-        ValueError: not valid JSON.
+        ValueError: not valid JSON, or no object.
     """
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:  # not JSON or not UTF-8
         raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object in braces, found a {type(content).__name__}")
+    return content
+
+
+def _files_by_case(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if is_nifti(path) and (other := files.setdefault(case_name(path), path)) != path:
+            raise ValueError(f"{folder}: {other.name} and {path.name} are the same case; move one away")
+    return files

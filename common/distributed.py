@@ -1,6 +1,8 @@
-"""The same script alone or under torchrun: start-up, rank, sums over processes, equal shards. No-ops when alone.
+"""The same script alone or under torchrun: start-up, rank, sums over processes, equal shares.
 
 torchrun --nproc_per_node 2 lung_tumor/train.py ...     NCCL on CUDA, gloo on CPU
+
+Everything here is a no-op in a process that runs alone.
 """
 
 import os
@@ -20,8 +22,10 @@ def init() -> None:
     """Join the process group that torchrun describes in the environment; nothing without torchrun."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
+    backend = "gloo"
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        backend = "cpu:gloo,cuda:nccl"  # gloo as well for --device cpu on a machine with a GPU
+    if local_rank() < torch.cuda.device_count():  # else hardware.pick_device says what is wrong
         torch.cuda.set_device(local_rank())
     # Two hours: rank 0 may convert a data set or evaluate whole volumes while the others wait.
     dist.init_process_group(backend, timeout=timedelta(hours=2))
@@ -114,8 +118,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """Shuffled (index, augmentation seed) pairs, a pure function of (seed, epoch, position).
 
     So augmentation does not depend on the number of workers, and a run resumed in the middle of an epoch sees
-    exactly the batches that were still to come. The global batch number b is made of the same indices whatever
-    the number of processes: rank r takes its r-th part.
+    exactly the batches that were still to come. The global batch number b is made of the same indices
+    whatever the number of processes: rank r takes its r-th part.
 
     Args:
         size: number of training items.
@@ -129,14 +133,13 @@ class EpochSampler(Sampler[tuple[int, int]]):
         global_batch = batch_size * world_size()
         if size < global_batch:
             per_process = f"{batch_size} x {world_size()} processes" if world_size() > 1 else f"{batch_size}"
-            raise ValueError(
-                f"a batch of {per_process} is larger than the training set of {size}; "
-                f"use --batch_size {max(1, size // world_size())} or less"
+            largest = size // world_size()
+            advice = (
+                f"use --batch_size {largest} or less" if largest else "add cases or start fewer processes"
             )
+            raise ValueError(f"a batch of {per_process} is larger than the training set of {size}; {advice}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.num_batches = (
-            size // global_batch
-        )  # the incomplete last batch is left out, a different one each epoch
+        self.num_batches = size // global_batch  # the rest is left out, other items in each epoch
         self.epoch, self.first_batch = 0, 0
 
     def start(self, epoch: int, first_batch: int = 0) -> None:

@@ -7,9 +7,9 @@ from torch import nn
 class WeightAverage:
     """Exponential moving average of a model's parameters *and* float buffers.
 
-    Averaging BatchNorm's running statistics as well matters: averaged weights with the live model's statistics
-    belong to no model. The decay is ramped, min(decay, (1 + n) / (10 + n)) after n updates, so that the random
-    initial weights do not linger. Integer buffers are copied.
+    Averaging BatchNorm's running statistics as well matters: averaged weights with the live model's
+    statistics belong to no model. The decay is ramped, min(decay, (1 + n) / (10 + n)) in the n-th update, so
+    that the random initial weights do not linger. Integer buffers are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

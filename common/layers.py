@@ -1,7 +1,6 @@
 """Blocks for 2-D and 3-D networks."""
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +70,11 @@ class Down(nn.Module):
 
 
 class AttentionGate(nn.Module):
-    """Additive attention: weighs each position of a skip connection by what the coarser decoder level asks for.
+    """Additive attention: weighs each position of a skip by what the coarser decoder level asks for.
 
     Source: Oktay et al. 2018, Attention U-Net, arXiv:1804.03999. Differs: works on the skip's grid (the paper
-    brings the skip to the gating signal's grid), convolutions without bias but with a norm, no output transform.
+    brings the skip to the gating signal's grid), convolutions without bias but with a norm, no output
+    transform.
     """
 
     def __init__(self, gate_channels: int, skip_channels: int, norm: str, ndim: int) -> None:
@@ -89,17 +89,17 @@ class AttentionGate(nn.Module):
         self.psi = project(mid, 1)
 
     def forward(self, gate: Tensor, skip: Tensor) -> Tensor:
-        """gate (N, Cg, *coarse), skip (N, Cx, *fine) -> skip weighted by attention in (0, 1), (N, Cx, *fine)."""
+        """gate (N, Cg, *coarse), skip (N, Cx, *fine) -> skip times attention in (0, 1), (N, Cx, *fine)."""
         gate = upsample_to(gate, skip.shape[2:])
         attention = torch.sigmoid(self.psi(F.relu(self.W_g(gate) + self.W_x(skip), inplace=True)))
         return skip * attention
 
 
 class Up(nn.Module):
-    """Upsample by 2, pad to the skip, concatenate [skip, up], DoubleConv; with `attention` the skip is gated first.
+    """Upsample by 2, pad to the skip, concatenate [skip, up], DoubleConv.
 
-    `bilinear` takes linear interpolation (corners aligned) instead of a transposed convolution; then the incoming
-    feature must already have half of `in_channels`.
+    With `attention` the skip is gated first. `bilinear` takes linear interpolation (corners aligned) instead
+    of a transposed convolution; then the incoming feature must already have half of `in_channels`.
     """
 
     def __init__(
@@ -133,21 +133,24 @@ class OutConv(nn.Module):
         return self.conv(x)
 
 
-@contextlib.contextmanager
-def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch but does not update its running statistics."""
-    norms = [
-        m
-        for m in module.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
+class _FrozenRunningStatistics:
+    """Inside, BatchNorm normalises by the batch but leaves its running statistics and count of batches alone.
+
+    No generator: that could be entered once only, but every backward through one graph enters again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            # Not track_running_stats=False: checkpointing demands that the same tensors are saved both times.
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *_) -> None:
+        for norm, (momentum, count) in zip(self.norms, self.kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
@@ -155,5 +158,8 @@ def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
 
     The second computation must not update BatchNorm's running statistics a second time.
     """
-    contexts = lambda: (contextlib.nullcontext(), _frozen_running_statistics(module))  # noqa: E731
+
+    def contexts() -> tuple:
+        return contextlib.nullcontext(), _FrozenRunningStatistics(module)
+
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)

@@ -27,8 +27,8 @@ def _probs_and_onehot(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
     """1 - soft Dice of the foreground classes, per image and class, then averaged. Scalar in [0, 1].
 
-    `smooth` (voxels) stands above and below. On an image without a class, 1 / 10 / 100 false-positive voxels cost
-    0.50 / 0.91 / 0.99: a strong but saturating penalty; an empty prediction there costs 0.
+    `smooth` (voxels) stands above and below. On an image without a class, 1 / 10 / 100 false-positive voxels
+    cost 0.50 / 0.91 / 0.99: a strong but saturating penalty; an empty prediction there costs 0.
 
     Source: Milletari et al. 2016, V-Net, arXiv:1606.04797. Differs: denominator not squared.
     """
@@ -41,8 +41,8 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, *, foreground_weight:
     """Cross-entropy in which foreground and background of each image count alike, however small the tumour.
 
     Each foreground voxel weighs w / number of foreground voxels of its image, each background voxel
-    (1 - w) / number of background voxels; summed per image, averaged over the batch. An image without foreground
-    has total weight 1 - w.
+    (1 - w) / number of background voxels; summed per image, averaged over the batch. An image without
+    foreground has total weight 1 - w, one without background w.
     """
     _check(logits, target)
     per_voxel = F.cross_entropy(logits.float(), target, reduction="none").flatten(1)
@@ -75,6 +75,5 @@ def focal_tversky_loss(
     fn = ((1 - probs) * onehot).sum((0, 2))
     fp = (probs * (1 - onehot)).sum((0, 2))
     index = (tp + 1) / (tp + fn_weight * fn + fp_weight * fp + 1)
-    return (
-        (1 - index).clamp(min=1e-7) ** gamma
-    ).mean()  # the clamp keeps the gradient finite at a perfect fit
+    missing = (1 - index).clamp(min=1e-7)  # keeps the gradient of the power finite at a perfect fit
+    return (missing**gamma).mean()

@@ -12,11 +12,16 @@ import numpy as np
 
 def binary_counts(pred: np.ndarray, target: np.ndarray) -> tuple[int, int, int, int]:
     """(tp, fp, fn, tn) of two boolean masks of one shape."""
+    _check_shapes(pred, target)
+    pred, target = pred.astype(bool, copy=False), target.astype(bool, copy=False)
+    tp = int(np.count_nonzero(pred & target))
+    fp, fn = int(np.count_nonzero(pred)) - tp, int(np.count_nonzero(target)) - tp
+    return tp, fp, fn, pred.size - tp - fp - fn
+
+
+def _check_shapes(pred: np.ndarray, target: np.ndarray) -> None:
     if pred.shape != target.shape:
         raise ValueError(f"prediction {pred.shape} and target {target.shape} differ in shape")
-    table = np.bincount(pred.astype(bool).ravel() * 2 + target.astype(bool).ravel(), minlength=4)
-    tn, fn, fp, tp = (int(n) for n in table)
-    return tp, fp, fn, tn
 
 
 def dice_from_counts(tp: float, fp: float, fn: float) -> float:
@@ -32,7 +37,9 @@ def iou_from_counts(tp: float, fp: float, fn: float) -> float:
 
 
 def lesion_counts(pred: np.ndarray, target: np.ndarray) -> dict[str, int]:
-    """Lesion-wise hits by connected components (neighbours also across corners) of two boolean (z, y, x) masks.
+    """Lesion-wise hits of two boolean (z, y, x) masks of one shape.
+
+    A lesion is a connected component, with neighbours across edges and corners too.
 
     Returns:
         target_lesions; found_lesions: those touched by at least one predicted voxel; pred_lesions;
@@ -40,6 +47,7 @@ def lesion_counts(pred: np.ndarray, target: np.ndarray) -> dict[str, int]:
     """
     from scipy import ndimage
 
+    _check_shapes(pred, target)
     corners = np.ones((3,) * target.ndim)
     target_components, num_target = ndimage.label(target, corners)
     pred_components, num_pred = ndimage.label(pred, corners)
@@ -52,12 +60,25 @@ def lesion_counts(pred: np.ndarray, target: np.ndarray) -> dict[str, int]:
     }
 
 
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """`mask` with only its largest component (connected also across corners); empty stays empty."""
+    from scipy import ndimage
+
+    components, num = ndimage.label(mask, np.ones((3,) * mask.ndim))
+    if num < 2:
+        return mask
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    return mask * (components == sizes.argmax())
+
+
 def bootstrap_interval(
     values: Sequence[float], groups: Sequence[str] | None = None, *, level: float = 0.95, draws: int = 2000
 ) -> tuple[float, float]:
     """Percentile interval of the mean when whole groups (patients) are drawn with replacement.
 
-    NaN values are left out; with fewer than two groups left the interval is (NaN, NaN). Repeatable: fixed seed.
+    NaN values are left out; with fewer than two groups left the interval is (NaN, NaN). Repeatable: fixed
+    seed.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13.
     """
@@ -98,5 +119,8 @@ def write_table(path: str | Path, rows: list[dict]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow(
-                {k: ("" if v != v else f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+                {
+                    k: ("" if np.isnan(v) else f"{v:.6g}") if isinstance(v, float | np.floating) else v
+                    for k, v in row.items()
+                }
             )

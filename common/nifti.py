@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
+HEADER_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}  # NIfTI-1 and 2
+UNREADABLE = (EOFError, zlib.error, OSError, ValueError)  # what nibabel raises for damaged files
 LABEL_TOLERANCE = 1e-3  # a label stored as float may be off by this much, e.g. 2.9999999993 for 3
 
 
@@ -41,7 +43,7 @@ class Scan:
     @property
     def file_shape(self) -> tuple[int, int, int]:
         """(x, y, z) of the array in the file's axes."""
-        x, y, z = self.header.get_data_shape()[:3]
+        x, y, z = (*self.header.get_data_shape(), 1)[:3]  # a 2-D file has one slice
         return x, y, z
 
     @property
@@ -142,8 +144,8 @@ def load_label(path: str | Path) -> Scan:
         if worst > LABEL_TOLERANCE:
             example = float(array.flat[np.abs(array - rounded).argmax()])
             raise ValueError(
-                f"{path}: label value {example:g} is no whole number; this looks like an image or a mask that "
-                "was resampled with interpolation. Use the original label file"
+                f"{path}: label value {example:g} is no whole number; this looks like an image or a mask "
+                "that was resampled with interpolation. Use the original label file"
             )
         array = rounded
     if array.min() < 0 or array.max() > 65535:
@@ -162,19 +164,25 @@ def same_grid(a: Scan, b: Scan, tolerance_mm: float = 1e-2) -> bool:
 
 
 def save_label(path: str | Path, labels: np.ndarray, like: Scan) -> None:
-    """Write a label map on the grid of the file that `like` came from: same shape, axes, affine, codes, units.
+    """Write a label map on the grid of the file that `like` came from: same axes, affine, form codes, units.
 
     Args:
         labels: (z, y, x) RAS+, whole numbers in 0..65535, shape of `like.array`.
         like: the scan that was segmented.
 
     The file is written under a temporary name and renamed. Stored as uint8 (uint16 above 255), slope 1.
+
+    Raises:
+        ValueError: another shape than the scan's, or values that are no labels.
     """
     import nibabel as nib
 
     if labels.shape != like.array.shape:
         raise ValueError(f"{path}: labels {labels.shape} do not fit the scan's grid {like.array.shape}")
-    labels = labels.astype(np.uint8 if labels.size == 0 or labels.max() < 256 else np.uint16)
+    low, high = labels.min(), labels.max()
+    if not (low >= 0 and high <= 65535) or (labels.dtype.kind == "f" and (labels % 1).any()):
+        raise ValueError(f"{path}: label values {low:g}..{high:g}, expected whole numbers in 0..65535")
+    labels = labels.astype(np.uint8 if high < 256 else np.uint16)
     from_ras = nib.orientations.ornt_transform(
         nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(like.orientation)
     )
@@ -185,14 +193,8 @@ def save_label(path: str | Path, labels: np.ndarray, like: Scan) -> None:
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    image = image_class(array, None, header)
-    # Set both forms as they were: image_class(affine=...) would overwrite the codes.
-    sform, sform_code = like.header.get_sform(coded=True)
-    qform, qform_code = like.header.get_qform(coded=True)
-    image.set_sform(sform, int(sform_code))
-    if qform_code > 0:
-        image.set_qform(qform, int(qform_code))
-    _write(image, Path(path))
+    # No affine: nibabel would set both forms and their codes anew; the header has them as they were.
+    _write(image_class(array, None, header), Path(path))
 
 
 def write_nifti(
@@ -238,19 +240,26 @@ def _open(path: Path):
         raise ValueError(
             f"{path}: a Git-LFS pointer, not the scan itself; run 'git lfs pull' where it came from"
         )
-    if path.name.endswith(".gz") and start[:2] != b"\x1f\x8b":
+    if not start:
+        raise ValueError(f"{path}: an empty file (0 bytes); fetch it again")
+    if path.name.lower().endswith(".gz") and start[:4] in HEADER_STARTS:
         raise ValueError(f"{path}: named .gz but not compressed; rename it to .nii")
+    if start.startswith(b"\x1f\x8b") and path.name.lower().endswith(".nii"):
+        raise ValueError(f"{path}: compressed but not named .gz; rename it to .nii.gz")
     try:
-        return nib.load(path)
-    except (nib.filebasedimages.ImageFileError, EOFError, zlib.error, OSError, ValueError) as error:
+        image = nib.load(path)
+    except (*UNREADABLE, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
         raise ValueError(f"{path}: not a readable NIfTI file ({_first_line(error)})") from error
+    if not isinstance(image, nib.Nifti1Image):  # NIfTI-2 is a subclass; an .hdr/.img pair is not
+        raise ValueError(f"{path}: {type(image).__name__}, not a NIfTI file; convert it to .nii.gz")
+    return image
 
 
 def _read_values(image, path: Path) -> np.ndarray:
     """Stored values with slope and intercept applied, native byte order, without a float64 copy."""
     try:
         raw = np.asarray(image.dataobj.get_unscaled())
-    except (EOFError, zlib.error, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: truncated or damaged ({_first_line(error)}); fetch it again") from error
     raw = raw.astype(raw.dtype.newbyteorder("="), copy=False)
     slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
@@ -283,9 +292,7 @@ def _finite(array: np.ndarray, path: Path) -> np.ndarray:
 def _write(image, path: Path) -> None:
     import nibabel as nib
 
-    partial = path.with_name(
-        f".partial_{path.name}"
-    )  # keeps the suffix, by which nibabel chooses compression
+    partial = path.with_name(f".partial_{path.name}")  # nibabel chooses compression by the suffix
     try:
         nib.save(image, partial)
         os.replace(partial, path)

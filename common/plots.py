@@ -65,8 +65,11 @@ def save_figure(figure, path: str | Path) -> None:
     """Write a matplotlib figure as PNG in one step, so that a viewer never opens half a picture."""
     path = Path(path)
     partial = path.with_name(f".partial_{path.name}")
-    figure.savefig(partial, format="png", dpi=100)
-    os.replace(partial, path)
+    try:
+        figure.savefig(partial, format="png", dpi=100)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]):

@@ -1,10 +1,11 @@
-"""What a run leaves behind: its folder, log, metrics.csv, checkpoints; and how it is stopped and continued."""
+"""What a run leaves behind: folder, log, metrics.csv, checkpoints; and how it is stopped and continued."""
 
 import atexit
 import contextlib
 import csv
 import multiprocessing
 import os
+import pickle
 import platform
 import random
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 from common import distributed
 
@@ -27,22 +30,23 @@ from common import distributed
 
 
 def new_run_dir(root: str | Path, name: str) -> Path:
-    """Create and return root/name, or root/name2, root/name3, ... where earlier runs lie."""
+    """Create and return root/name, or root/name_2, root/name_3, ... where earlier runs lie."""
     if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
         raise ValueError(f"{name!r} is no name for a run; use letters, digits, '_', '-', '+' and '.'")
-    number = 1
-    while True:
-        run_dir = Path(root) / (name if number == 1 else f"{name}{number}")
-        try:
-            run_dir.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise OSError(
-                f"{run_dir}: cannot be created ({error.strerror}); choose a folder you may write to"
-            ) from error
-        else:
-            return run_dir
+    number, run_dir = 1, Path(root) / name
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                run_dir.mkdir()
+                return run_dir
+            except FileExistsError:
+                number += 1
+                run_dir = Path(root) / f"{name}_{number}"
+    except OSError as error:
+        raise OSError(
+            f"{run_dir}: cannot be created ({error.strerror}); choose a folder you may write to"
+        ) from error
 
 
 def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
@@ -53,8 +57,8 @@ def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"--resume {resume}: no such checkpoint")
         return path
-    pattern = re.compile(re.escape(name) + r"\d*")
-    found = [p for p in Path(root).glob(f"{name}*/weights/last.pt") if pattern.fullmatch(p.parents[1].name)]
+    pattern = re.compile(re.escape(name) + r"(_\d+)?")
+    found = [p for p in Path(root).glob("*/weights/last.pt") if pattern.fullmatch(p.parents[1].name)]
     if not found:
         raise FileNotFoundError(f"--resume: no run called {name} with a weights/last.pt under {root}")
     return max(found, key=lambda p: p.stat().st_mtime)
@@ -78,11 +82,11 @@ def git_state() -> str:
 
 
 def start_log(run_dir: Path, config: dict, history: list[dict]) -> Callable[[str], None]:
-    """Make weights/, config.yaml and metrics.csv (holding `history`, the epochs that a resumed run has behind it).
+    """Make weights/, config.yaml and metrics.csv with `history`, the epochs that a resumed run has done.
 
     Returns:
-        A function that prints a line and appends it to log.txt; silent on all ranks but 0. Its first lines give
-        command, commit and versions.
+        A function that prints a line and appends it to log.txt; silent on all ranks but 0. The first lines,
+        with command, commit and versions, are written here.
     """
     if distributed.is_main():
         (run_dir / "weights").mkdir(parents=True, exist_ok=True)
@@ -105,11 +109,16 @@ def start_log(run_dir: Path, config: dict, history: list[dict]) -> Callable[[str
 
 
 def append_row(path: str | Path, row: dict) -> None:
-    """Add one line to a CSV file whose columns are those of its first row."""
+    """Add one line to a CSV file whose columns are those of its first row.
+
+    Later rows may lack a column, which stays empty there; what has no column is left out.
+    """
     path = Path(path)
     is_new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, list(row))
+    with path.open("a+", newline="", encoding="utf8") as file:
+        file.seek(0)
+        columns = list(row) if is_new else next(csv.reader(file))
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         if is_new:
             writer.writeheader()
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -197,9 +206,9 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
-        )
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else None
+        reason = reason or str(error).split("\n")[0]
         kept = f"the earlier {path.name} is untouched" if path.exists() else "nothing was written"
         raise OSError(
             f"{path}: checkpoint could not be written ({reason}); {kept}. Free space or check permissions, "
@@ -217,15 +226,25 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    with path.open("rb") as file:
+        is_zip = zipfile.is_zipfile(file)
+    if not is_zip:  # also torch.save's format before 1.6, a bare pickle
+        raise ValueError(
+            f"{path}: refused, because it is truncated, damaged or no checkpoint at all; a bare pickle could "
+            "run code. Only checkpoints written by this project are opened"
+        )
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many types here; each ends as one clear sentence
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             raise ValueError(
-                f"{path}: refused, because it holds more than tensors and plain values and loading it could run "
-                "code from the file. Only checkpoints written by this project are opened"
+                f"{path}: refused, because it holds more than tensors and plain values and loading it could "
+                "run code from the file. Only checkpoints written by this project are opened"
             ) from error
-        detail = "truncated or damaged" if not zipfile.is_zipfile(path) else str(error).split("\n")[0]
+        detail = str(error).split("\n")[0]
         raise ValueError(f"{path}: not a readable checkpoint ({detail})") from error
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
         raise ValueError(f"{path}: holds no 'model' and 'config'; it was not written by this project")
@@ -233,13 +252,15 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 
 def _require_plain(value: Any, where: str) -> None:
-    if isinstance(value, dict):
+    """Exact types, since reading with weights_only refuses most subclasses, a defaultdict for one."""
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
+            _require_plain(key, f"the key {key!r} of {where}")
             _require_plain(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
+    elif type(value) in (list, tuple, torch.Size):
         for index, item in enumerate(value):
             _require_plain(item, f"{where}[{index}]")
-    elif not (value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor)):
+    elif type(value) not in (type(None), bool, int, float, str, torch.Tensor, nn.Parameter):
         raise TypeError(
             f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain values only"
         )
@@ -275,18 +296,19 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         if distributed.is_main():
-            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+            # Not print: the signal may have come in the middle of a print, which cannot be entered twice.
+            with contextlib.suppress(OSError):
+                os.write(1, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode())
 
 
 def ignore_signals(worker_id: int) -> None:
-    """`worker_init_fn` of data loaders: Ctrl-C and a scheduler's SIGTERM reach every process, but only the main
-    one should act on them."""
+    """`worker_init_fn` of data loaders: Ctrl-C and a scheduler's SIGTERM are for the main process alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end_children() -> None:
-    """Runs before multiprocessing's own exit handler, which would wait for ever for workers that ignore SIGTERM."""
+    """At exit, before multiprocessing's own handler, which waits for ever for workers that ignore SIGTERM."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
     for child in multiprocessing.active_children():

@@ -16,9 +16,9 @@ def learning_rate(
     """Learning rate at `progress`, the share of epochs or of the time budget that is done, 0..1.
 
     Args:
-        schedule: cosine_annealing (half a cosine from `lr` to `min_lr`), warmup_cosine (linear up to `lr` during
-            the share `warmup`, then the cosine over the rest), reduce_on_plateau (halved `plateau_drops` times),
-            constant.
+        schedule: cosine_annealing (half a cosine from `lr` to `min_lr`), warmup_cosine (linear up to `lr`
+            during the share `warmup`, then the cosine over the rest), reduce_on_plateau (halved
+            `plateau_drops` times, not below `min_lr`), constant.
 
     Source: cosine, Loshchilov and Hutter 2017, SGDR, arXiv:1608.03983.
     """
@@ -32,12 +32,15 @@ def learning_rate(
             return max(lr * progress / warmup, min_lr)
         progress = (progress - warmup) / max(1 - warmup, 1e-12)
     elif schedule != "cosine_annealing":
-        raise ValueError(f"unknown schedule {schedule!r}")
+        raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def plateau_drops(scores: list[float], patience: int) -> int:
-    """How often `patience` epochs in a row brought no better score; the count restarts after each drop."""
+    """How often more than `patience` epochs in a row brought no better score; each drop restarts the count.
+
+    Like torch's ReduceLROnPlateau without threshold.
+    """
     best, waited, drops = -math.inf, 0, 0
     for score in scores:
         if score > best:

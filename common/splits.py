@@ -6,17 +6,20 @@ import random
 import re
 from pathlib import Path
 
+PARTS = ("train", "val", "test")
 
-def natural_key(text: str) -> list:
-    """Sort key by which lung_2 comes before lung_10."""
-    return [(1, int(part)) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text) if part]
+
+def natural_key(text: str) -> tuple[list, str]:
+    """Sort key by which lung_2 comes before lung_10; the text itself decides between lung_2 and lung_02."""
+    parts = [(1, int(part)) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text) if part]
+    return parts, text
 
 
 def patients_of(cases: list[str], pattern: str | None = None) -> dict[str, str]:
     """{case: patient}. Without a pattern each case is a patient of its own.
 
     Args:
-        pattern: regular expression whose first group is the patient within the case name, e.g. `(.+)_scan\\d+`.
+        pattern: regular expression whose first group is the patient in the case name, e.g. `(.+)_scan\\d+`.
 
     Raises:
         ValueError: a case that the pattern does not fit.
@@ -26,7 +29,7 @@ def patients_of(cases: list[str], pattern: str | None = None) -> dict[str, str]:
     patients = {}
     for case in cases:
         match = re.search(pattern, case)
-        if not match or not match.groups():
+        if not match or not match.groups() or not match.group(1):
             raise ValueError(f"case {case}: the patient pattern {pattern!r} finds no group in its name")
         patients[case] = match.group(1)
     return patients
@@ -37,8 +40,8 @@ def split_by_patient(
 ) -> dict[str, list[str]]:
     """Draw {"train", "val", "test"}: lists of cases, no patient in two of them.
 
-    Patients in natural order are shuffled by a private generator; the last int(ratio * n), at least one if the
-    ratio is above 0, become validation, those before them test.
+    Patients in natural order are shuffled by a private generator; the last int(ratio * n), at least one if
+    the ratio is above 0, become validation, those before them test.
 
     Raises:
         ValueError: nothing would be left for training.
@@ -48,8 +51,8 @@ def split_by_patient(
     num_train = len(order) - num_val - num_test
     if num_train < 1:
         raise ValueError(
-            f"{len(order)} patient(s) cannot be split into training, {num_val} validation and {num_test} test; "
-            "add scans or lower the ratios"
+            f"{len(order)} patient(s) cannot be split into training, {num_val} validation and {num_test} "
+            "test; add scans or lower the ratios"
         )
     parts = {
         "train": order[:num_train],
@@ -81,7 +84,7 @@ def check_split(split: dict[str, list[str]], patients: dict[str, str], where: st
         ValueError: naming part, case and patient.
     """
     seen: dict[str, tuple[str, str]] = {}
-    for part in ("train", "val", "test"):
+    for part in PARTS:
         for case in split.get(part, []):
             if case not in patients:
                 raise ValueError(f"{where}: {part} names case {case}, which is not in the data set")
@@ -89,8 +92,8 @@ def check_split(split: dict[str, list[str]], patients: dict[str, str], where: st
             earlier_part, earlier_case = seen.setdefault(patient, (part, case))
             if earlier_part != part:
                 raise ValueError(
-                    f"{where}: patient {patient} stands in {earlier_part} (case {earlier_case}) and in {part} "
-                    f"(case {case}); scores would be too good. Put all scans of a patient into one part"
+                    f"{where}: patient {patient} stands in {earlier_part} (case {earlier_case}) and in "
+                    f"{part} (case {case}); scores would be too good. Keep a patient's scans in one part"
                 )
     if not split.get("train"):
         raise ValueError(f"{where}: no training case")
@@ -113,9 +116,13 @@ def read_splits(path: str | Path) -> tuple[dict[str, list[str]], dict[str, str]]
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf8"))
-        split = {part: list(content.get(part, [])) for part in ("train", "val", "test")}
-    except (json.JSONDecodeError, AttributeError) as error:
+    except ValueError as error:  # not JSON or not UTF-8
         raise ValueError(f"{path}: not a valid splits file ({error})") from error
+    split = {part: content.get(part, []) if isinstance(content, dict) else None for part in PARTS}
+    if not all(isinstance(cases, list) for cases in split.values()):
+        raise ValueError(
+            f"{path}: not a valid splits file (expected lists of cases under {', '.join(PARTS)})"
+        )
     patients = content.get("patients") or patients_of([case for part in split.values() for case in part])
     check_split(split, patients, path)
     return split, patients

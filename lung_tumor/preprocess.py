@@ -283,7 +283,7 @@ def demo_dataset(folder: str | Path = "data/demo/lung_tumor") -> Path:
     out = folder / "slices"
     if not (out / "splits.json").is_file():
         code = main(
-            ["--source", str(source), "--out", str(out), "--test_ratio", "0.2", "--empty_ratio", "0.3"]
+            ["--source", str(source), "--out", str(out), "--test_ratio", "0.2", "--empty_ratio", "0.2"]
         )
         if code:
             raise SystemExit(f"{source}: the phantoms could not be converted; delete {folder} and try again")

@@ -36,6 +36,7 @@ from common.config import (
     resolved_config,
 )
 from common.ema import WeightAverage
+from common.memory import training_peak_mib
 from common.plots import save_curves
 from common.schedules import SCHEDULES, learning_rate, plateau_drops
 from lung_tumor.augmentations import Augmentation
@@ -141,6 +142,7 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
         pin_memory=device.type == "cuda",
         persistent_workers=args.workers > 0,
         worker_init_fn=runs.ignore_signals,
+        generator=torch.Generator(),  # its own: else every new iterator moves the global random state
     )
 
     # ---- model and optimiser ----
@@ -180,7 +182,14 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
     for warning in hardware.startup_warnings(device):
         log(f"warning: {warning}")
     log(f"precision: {precision.name} ({precision.reason})")
-    log(f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    shape = (args.batch_size, 1, args.image_size, args.image_size)
+    predicted_mib = training_peak_mib(lambda: get_model(config), loss_function, shape, dtype=precision.dtype)
+    log(
+        f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters; a training step will take "
+        f"{predicted_mib:.0f} MiB{' of GPU memory, besides the CUDA context' if device.type == 'cuda' else ''}"
+    )
+    if device.type == "cuda" and predicted_mib > (free_mib := torch.cuda.mem_get_info(device)[0] / 2**20):
+        log(f"warning: only {free_mib:.0f} MiB are free; lower --batch_size or --base_features, or --checkpointing")
     log(
         f"slices: {len(train_set)} training of {len(split['train'])} volumes, {len(val_set)} validation of "
         f"{len(split['val'])}; test volumes: {len(split['test'])}; {num_batches} steps an epoch, effective "
@@ -198,7 +207,9 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
         rest = dict(
             at=vars(at), rng=runs.rng_state(), config=config, preprocessing=preprocessing, split=split
         )
-        runs.save_checkpoint(last, states | rest | {"precision": "off" if precision.name == "fp32" else precision.name})
+        runs.save_checkpoint(
+            last, states | rest | {"precision": "off" if precision.name == "fp32" else precision.name}
+        )
 
     # ---- train ----
     started, validation_s = time.perf_counter() - at.elapsed_s, 0.0

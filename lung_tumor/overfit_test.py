@@ -1,0 +1,124 @@
+"""Can the model learn at all? Fit a few slices and stop when they are known by heart.
+
+    python lung_tumor/overfit_test.py --data_path data/lung_tumor
+
+Takes the slices with most tumour. Passes (exit code 0) when their Dice gets above --target within --epochs steps;
+if it does not, something is wrong with data, loss or model, and training on everything is a waste of time.
+Writes overfit.png (slices, truth, prediction) and overfit_curves.png to --out.
+"""
+
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.config import add_prediction_flags, fraction, make_parser, parse_args, positive_int
+from common.hardware import autocast, choose_precision, pick_device
+from common.metrics import dice_from_counts
+from common.plots import PRED_COLOR, TRUTH_COLOR, overlay, save_curves, save_panels
+from common.runs import seed_everything
+from lung_tumor.dataset import list_slices, read_json, training_slices
+from lung_tumor.model import LOSSES, MODELS, get_loss, get_model
+from lung_tumor.preprocess import demo_dataset
+from lung_tumor.slices import fit_to_square, normalise, read_image, read_mask
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--data_path", default="data/lung_tumor", help="folder from preprocess.py, or demo")
+    parser.add_argument("--samples", type=positive_int, default=4, help="slices to learn")
+    parser.add_argument("--min_pixels", type=int, default=100, help="a slice needs more tumour than this")
+    parser.add_argument("--epochs", type=positive_int, default=200, help="steps at most")
+    parser.add_argument("--target", type=fraction, default=0.8, help="Dice to reach")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
+    parser.add_argument("--loss", choices=LOSSES, default="dice_bce", help="loss to test")
+    parser.add_argument("--model", choices=MODELS, default="AttentionUNet", help="network to test")
+    parser.add_argument("--base_features", type=positive_int, default=32, help="channels of the first level")
+    parser.add_argument(
+        "--bilinear", action=BooleanOptionalAction, default=True, help="or transposed convolution"
+    )
+    parser.add_argument("--norm", choices=["batch", "group"], default="batch", help="normalisation")
+    parser.add_argument("--image_size", type=positive_int, default=256, help="side of the slices, pixels")
+    parser.add_argument("--seed", type=int, default=42, help="of the weights")
+    parser.add_argument("--out", default="runs/overfit_test", help="folder of the pictures")
+    add_prediction_flags(parser)
+    return parser
+
+
+def slices_with_most_tumour(data_path: str | Path, count: int, min_pixels: int, size: int):
+    """(images, masks) uint8 (n, size, size) of the `count` training slices with most tumour.
+
+    Raises:
+        ValueError: no slice with more than `min_pixels` pixels of tumour.
+    """
+    files = training_slices(list_slices(data_path), read_json(data_path, "volumes.json"))
+    areas = np.array([int(read_mask(f.label)[0].sum()) for f in files])
+    chosen = [i for i in np.argsort(-areas, kind="stable")[:count] if areas[i] > min_pixels]
+    if not chosen:
+        raise ValueError(
+            f"{data_path}: no slice has more than {min_pixels} tumour pixels (largest: {areas.max()}); "
+            "lower --min_pixels or check the labels"
+        )
+    images = np.stack([fit_to_square(read_image(files[i].image), size) for i in chosen])
+    masks = np.stack([fit_to_square(read_mask(files[i].label)[0], size, is_mask=True) for i in chosen])
+    return images, masks
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    try:
+        device = pick_device(args.device)
+        data_path = demo_dataset() if args.data_path == "demo" else Path(args.data_path)
+        images, masks = slices_with_most_tumour(data_path, args.samples, args.min_pixels, args.image_size)
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    seed_everything(args.seed)
+    network = get_model({**vars(args), "deep_supervision": False, "checkpointing": False}).to(device)
+    loss_function = get_loss(args.loss)
+    precision = choose_precision(args.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
+    image = normalise(images).unsqueeze(1).to(device)  # (n, 1, size, size)
+    target = torch.from_numpy(masks.astype(np.int64)).to(device)
+    print(f"{args.model}, {args.loss}: {len(images)} slices of {args.image_size} pixels on {device}")
+    history: list[dict] = []
+    for step in range(args.epochs):
+        network.train()
+        with autocast(device, precision):
+            logits = network(image)
+        loss = loss_function(logits, target)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        # In training mode on purpose: running statistics lag behind, and this asks whether the slices were learnt.
+        pred, tumour = logits.argmax(1) == 1, target == 1
+        counts = ((pred & tumour).sum(), (pred & ~tumour).sum(), (~pred & tumour).sum())
+        dice = float(dice_from_counts(*(int(c) for c in counts)))
+        history.append({"epoch": step, "loss": loss.item(), "dice": dice})
+        if step % 10 == 0 or dice > args.target:
+            print(f"step {step:3d}  loss {loss.item():.4f}  Dice {dice:.4f}", flush=True)
+        if dice > args.target:
+            break
+    passed = dice > args.target
+    rows = [
+        [i, overlay(i, m, TRUTH_COLOR), overlay(i, p, PRED_COLOR)]
+        for i, m, p in zip(images, masks, pred.cpu().numpy(), strict=True)
+    ]
+    save_panels(out / "overfit.png", rows, [["image", "truth", "prediction"]] * len(rows))
+    save_curves(out / "overfit_curves.png", history, {"loss": ["loss"], "Dice": ["dice"]})
+    verdict = "passed" if passed else "FAILED: look at the pictures, then at labels, loss and learning rate"
+    print(
+        f"{verdict}: Dice {dice:.3f} after {len(history)} steps (target {args.target:g}); pictures in {out}"
+    )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Mark tumour on images or CT scans with a trained model.
+
+    python lung_tumor/predict.py --weights runs/lung_tumor_ds512/weights/best.pt --source slice.png
+    python lung_tumor/predict.py --weights best.pt --source slices/ --recursive --save_overlay
+    python lung_tumor/predict.py --weights best.pt --source scan.nii.gz
+
+Model, image size and HU window come from the checkpoint. An image gives <name>_mask.png (0/255, its own size), a
+NIfTI scan <name>_mask.nii.gz on the scan's own grid. results.csv has one line a file. For research only.
+"""
+
+import sys
+import time
+from argparse import ArgumentParser, BooleanOptionalAction
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import distributed
+from common.config import add_prediction_flags, fraction, make_parser, parse_args, positive_int
+from common.hardware import choose_precision, describe_device, pick_device
+from common.metrics import largest_component, write_table
+from common.nifti import case_name, is_nifti, load_nifti, save_label
+from common.plots import PRED_COLOR, overlay, save_panels
+from common.splits import natural_key
+from lung_tumor.model import TrainedModel, load_trained, predict_slices
+from lung_tumor.slices import IMAGE_SUFFIXES, read_image, to_display, volume_to_slices, write_png
+
+OWN_NAMES = ("_mask", "_overlay")  # what this script writes itself
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--weights", required=True, help="best.pt of a run")
+    parser.add_argument("--source", required=True, help="an image, a NIfTI scan, or a folder of either")
+    parser.add_argument("--out", help="folder of the results; default: predictions/ in the run's folder")
+    parser.add_argument("--recursive", action=BooleanOptionalAction, default=False, help="also subfolders")
+    parser.add_argument(
+        "--threshold", type=fraction, default=0.5, help="tumour where the probability is above"
+    )
+    parser.add_argument(
+        "--save_overlay", "--save-overlay", action="store_true", help="also a picture with the tumour in red"
+    )
+    parser.add_argument("--save_mask", action=BooleanOptionalAction, default=True, help="write the masks")
+    parser.add_argument(
+        "--largest_only",
+        action=BooleanOptionalAction,
+        default=False,
+        help="keep the largest component of a scan",
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=4, help="slices at a time")
+    add_prediction_flags(parser)
+    return parser
+
+
+def find_sources(source: str | Path, out: Path, recursive: bool) -> list[Path]:
+    """The file itself, or the images and scans of a folder in natural order, without this script's own output.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or nothing readable in it.
+    """
+    source = Path(source)
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"--source {source}: no such file or folder")
+    found = [
+        p
+        for p in (source.rglob("*") if recursive else source.iterdir())
+        if p.is_file() and not p.name.startswith(".") and (is_nifti(p) or p.suffix.lower() in IMAGE_SUFFIXES)
+    ]
+    out = out.resolve()
+    found = [p for p in found if not case_name(p).endswith(OWN_NAMES) and out not in p.resolve().parents]
+    if not found:
+        hint = "" if recursive else "; --recursive also looks into subfolders"
+        raise FileNotFoundError(f"--source {source}: no NIfTI scan and no image in it{hint}")
+    return sorted(found, key=lambda p: natural_key(str(p)))
+
+
+def predict_image(model: TrainedModel, path: Path, out: Path, args) -> dict:
+    """Mask (and overlay) of one image file; returns its line of results.csv."""
+    image = read_image(path)
+    prob = next(predict_slices(model, image[None]))
+    mask = prob > args.threshold
+    if args.save_mask:
+        write_png(out / f"{path.stem}_mask.png", mask * np.uint8(255))
+    if args.save_overlay:
+        (out / "overlays").mkdir(exist_ok=True)
+        write_png(out / "overlays" / f"{path.stem}_overlay.png", overlay(image, mask, PRED_COLOR))
+    return result_row(path, mask, float(prob.max()), float("nan"))
+
+
+def predict_scan(model: TrainedModel, path: Path, out: Path, args) -> dict:
+    """Mask (and montage) of one CT scan on its own grid; returns its line of results.csv.
+
+    Slice by slice: class scores exist for one batch of slices only, whatever the length of the scan.
+    """
+    scan = load_nifti(path)
+    slices = volume_to_slices(scan.array, model.window_hu)
+    mask, highest = np.zeros(slices.shape, np.uint8), 0.0
+    probs = predict_slices(model, slices, args.batch_size)
+    for z, prob in enumerate(tqdm(probs, path.name, len(slices), unit="slice", disable=None, leave=False)):
+        mask[z] = prob > args.threshold
+        highest = max(highest, float(prob.max()))
+    if args.largest_only:
+        mask = largest_component(mask)
+    if args.save_mask:
+        save_label(out / f"{case_name(path)}_mask.nii.gz", to_display(mask), scan)
+    if args.save_overlay:
+        save_montage(out / f"{case_name(path)}_overlay.png", slices, mask)
+    return result_row(path, mask, highest, float(mask.sum()) * scan.voxel_mm3)
+
+
+def save_montage(path: Path, slices: np.ndarray, mask: np.ndarray, count: int = 8) -> None:
+    """The scan's slices with most predicted tumour, or evenly spaced ones if there is none."""
+    areas = mask.sum(axis=(1, 2), dtype=np.int64)
+    if areas.any():
+        chosen = sorted(np.argsort(-areas, kind="stable")[: min(count, np.count_nonzero(areas))])
+    else:
+        chosen = np.unique(np.linspace(0, len(slices) - 1, count).round().astype(int))
+    pictures = [overlay(slices[z], mask[z], PRED_COLOR) for z in chosen]
+    titles = [f"slice {z}, {areas[z]} pixels" for z in chosen]
+    rows = range(0, len(chosen), 4)
+    save_panels(path, [pictures[i : i + 4] for i in rows], [titles[i : i + 4] for i in rows])
+
+
+def result_row(path: Path, mask: np.ndarray, highest: float, volume_mm3: float) -> dict:
+    return {
+        "file": str(path),
+        "tumour_pixels": int(mask.sum()),
+        "tumour_fraction": float(mask.mean()),
+        "max_probability": highest,
+        "volume_mm3": volume_mm3,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    distributed.init()
+    try:
+        device = pick_device(args.device, distributed.local_rank())
+        model = load_trained(args.weights, device, choose_precision(args.amp, device))
+        run_dir = Path(args.weights).resolve().parents[1]
+        out = Path(args.out) if args.out else run_dir / "predictions"
+        sources = find_sources(args.source, out, args.recursive)
+        out.mkdir(parents=True, exist_ok=True)
+        if distributed.is_main():
+            print(f"{len(sources)} file(s) on {describe_device(device)}, {model.precision.name}")
+        rows, failed = {}, {}
+        started = time.perf_counter()
+        bar = tqdm(distributed.my_share(sources), unit="file", disable=None if len(sources) > 1 else True)
+        for path in bar:
+            try:
+                # Subfolders are mirrored: two files of one name must not overwrite each other's mask.
+                inside = path.parent.relative_to(args.source) if Path(args.source).is_dir() else Path()
+                (out / inside).mkdir(parents=True, exist_ok=True)
+                predict = predict_scan if is_nifti(path) else predict_image
+                rows[path] = predict(model, path, out / inside, args)
+            except (ValueError, OSError) as error:  # one bad file must not cost the others
+                failed[path] = str(error)
+        for other_rows, other_failed in distributed.gather((rows, failed)):
+            rows |= other_rows
+            failed |= other_failed
+        if not distributed.is_main():
+            return 0
+        if rows:
+            write_table(out / "results.csv", [rows[p] for p in sources if p in rows])
+            report(rows, out, time.perf_counter() - started)
+        for path, reason in failed.items():
+            print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}")
+        return 1 if failed else 0
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        distributed.shutdown()
+
+
+def report(rows: dict[Path, dict], out: Path, seconds: float) -> None:
+    with_tumour = [r for r in rows.values() if r["tumour_pixels"]]
+    for path, row in list(rows.items())[:20]:
+        volume = "" if row["volume_mm3"] != row["volume_mm3"] else f", {row['volume_mm3'] / 1000:.2f} mL"
+        print(
+            f"  {path.name}: {row['tumour_pixels']} tumour pixels ({100 * row['tumour_fraction']:.2f} %){volume}"
+        )
+    if len(rows) > 20:
+        print(f"  ... {len(rows) - 20} more in results.csv")
+    print(f"{len(with_tumour)} of {len(rows)} file(s) with tumour; {seconds:.1f} s; written to {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Small phantom data made once a session, and the real scans that lie beside the repository on some machines."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# One thread, also in subprocesses: the networks here are tiny, threads would only wait for each other, and sums
+# over another number of threads differ in the last bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data"
+TINY = ["--image_size", "48", "--base_features", "8", "--batch_size", "4", "--accumulate", "2", "--workers", "0"]
+TINY += ["--lr", "1e-2", "--device", "cpu", "--amp", "off", "--no-checkpointing"]
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def phantom_source(tmp_path_factory) -> Path:
+    """Six phantom chest CT of 48 x 48 pixels in the Decathlon layout."""
+    from common.phantoms import write_chest_phantoms
+
+    folder = tmp_path_factory.mktemp("phantoms") / "Task06_Lung"
+    return write_chest_phantoms(folder, 6, shape=(36, 48, 48))
+
+
+@pytest.fixture(scope="session")
+def phantom_slices(phantom_source, tmp_path_factory) -> Path:
+    """The phantoms converted by preprocess.py: train 4, val 1, test 1."""
+    from lung_tumor.preprocess import main
+
+    out = tmp_path_factory.mktemp("converted") / "slices"
+    assert main(["--source", str(phantom_source), "--out", str(out), "--test_ratio", "0.2", "--workers", "0"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained_run(phantom_slices, tmp_path_factory) -> Path:
+    """Run folder of two epochs on the phantoms."""
+    from lung_tumor.train import main
+
+    out = tmp_path_factory.mktemp("runs")
+    main(["--data_path", str(phantom_slices), "--out", str(out), "--model_name", "tiny", "--epochs", "2", *TINY])
+    return out / "tiny"
+
+
+@pytest.fixture(scope="session")
+def real_lung_ct() -> Path:
+    """Two real chest CT with tumour masks; skips where they are not."""
+    folder = REAL_DATA / "lung_ct"
+    if not folder.is_dir():
+        pytest.skip("the real scans are not on this machine")
+    return folder
+
+
+def run_script(script: str, *flags: object, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script as a user would, from another folder."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)

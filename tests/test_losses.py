@@ -1,0 +1,255 @@
+"""common/losses.py against loops, hand-computed numbers and MONAI."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.losses import balanced_cross_entropy, cross_entropy, dice_loss, focal_tversky_loss
+
+LOSSES = [dice_loss, balanced_cross_entropy, cross_entropy, focal_tversky_loss]
+SHAPES = [(3, 2, 6, 5), (2, 3, 6, 5), (2, 2, 3, 4, 5), (3, 4, 3, 4, 5)]  # (N, C, *spatial), 2-D and 3-D
+
+all_losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def random_pair(shape, seed=0, scale=2.0):
+    """Random logits and target; the last image has no foreground."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(shape, generator=generator)
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
+    target[-1] = 0
+    return logits, target
+
+
+def certain(target, num_classes, margin):
+    """Logits that say `target` with a margin over every other class."""
+    return margin * F.one_hot(target, num_classes).movedim(-1, 1).float()
+
+
+def images_by_voxel(logits, target):
+    """[[(probabilities of the classes, class of the target), ...] of each image], plain floats."""
+    images = []
+    for image_logits, image_target in zip(logits, target, strict=True):
+        voxels = []
+        for scores, label in zip(
+            image_logits.flatten(1).T.tolist(), image_target.flatten().tolist(), strict=True
+        ):
+            powers = [math.exp(s) for s in scores]
+            voxels.append(([p / sum(powers) for p in powers], label))
+        images.append(voxels)
+    return images
+
+
+# ---- against loops ----
+
+
+@all_shapes
+def test_dice_equals_a_loop(shape):
+    logits, target = random_pair(shape)
+    terms = []
+    for voxels in images_by_voxel(logits, target):
+        for c in range(1, shape[1]):
+            overlap = sum(p[c] for p, t in voxels if t == c)
+            total = sum(p[c] + (t == c) for p, t in voxels)
+            terms.append(1 - (2 * overlap + 1) / (total + 1))
+    assert dice_loss(logits, target).item() == pytest.approx(sum(terms) / len(terms), abs=1e-6)
+
+
+@all_shapes
+def test_cross_entropy_equals_a_loop(shape):
+    logits, target = random_pair(shape)
+    terms = [-math.log(p[t]) for voxels in images_by_voxel(logits, target) for p, t in voxels]
+    assert cross_entropy(logits, target).item() == pytest.approx(sum(terms) / len(terms), abs=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.8])
+@all_shapes
+def test_balanced_cross_entropy_equals_a_loop(shape, weight):
+    logits, target = random_pair(shape)
+    costs = []
+    for voxels in images_by_voxel(logits, target):
+        foreground = [-math.log(p[t]) for p, t in voxels if t > 0]
+        background = [-math.log(p[t]) for p, t in voxels if t == 0]
+        cost = (1 - weight) * sum(background) / len(background)
+        costs.append(cost + weight * sum(foreground) / len(foreground) if foreground else cost)
+    got = balanced_cross_entropy(logits, target, foreground_weight=weight)
+    assert got.item() == pytest.approx(sum(costs) / len(costs), abs=1e-5)
+
+
+@all_shapes
+def test_focal_tversky_equals_a_loop(shape):
+    logits, target = random_pair(shape)
+    voxels = [v for image in images_by_voxel(logits, target) for v in image]
+    terms = []
+    for c in range(1, shape[1]):
+        tp = sum(p[c] for p, t in voxels if t == c)
+        fn = sum(1 - p[c] for p, t in voxels if t == c)
+        fp = sum(p[c] for p, t in voxels if t != c)
+        terms.append((1 - (tp + 1) / (tp + 0.7 * fn + 0.3 * fp + 1)) ** 0.75)
+    assert focal_tversky_loss(logits, target).item() == pytest.approx(sum(terms) / len(terms), abs=1e-5)
+
+
+# ---- numbers by hand ----
+
+
+@pytest.mark.parametrize("false_positives, cost", [(0, 0.0), (1, 0.50), (10, 0.91), (100, 0.99)])
+def test_dice_cost_of_false_positives_on_an_empty_image(false_positives, cost):
+    pred = torch.zeros(1, 20, 20, dtype=torch.int64)
+    pred.view(-1)[:false_positives] = 1
+    loss = dice_loss(certain(pred, 2, 50), torch.zeros_like(pred))
+    assert loss.item() == pytest.approx(1 - 1 / (false_positives + 1), abs=1e-6)
+    assert round(loss.item(), 2) == cost
+
+
+def test_dice_by_hand():
+    target = torch.tensor([[[1, 1], [0, 0]]])
+    pred = torch.tensor([[[1, 0], [1, 0]]])
+    logits = certain(pred, 2, 50)
+    assert dice_loss(logits, target).item() == pytest.approx(1 - 3 / 5, abs=1e-6)
+    assert dice_loss(logits, target, smooth=0).item() == pytest.approx(1 - 2 / 4, abs=1e-6)
+
+
+def test_balanced_cross_entropy_of_zero_logits():
+    target = torch.zeros(1, 16, 16, dtype=torch.int64)
+    logits = torch.zeros(1, 2, 16, 16)
+    assert balanced_cross_entropy(logits, target).item() == pytest.approx(
+        0.5 * math.log(2), abs=1e-6
+    )  # 0.3466
+    target[0, 3, 3] = 1
+    assert balanced_cross_entropy(logits, target).item() == pytest.approx(math.log(2), abs=1e-6)  # 0.6931
+    target[:] = 1
+    assert balanced_cross_entropy(logits, target).item() == pytest.approx(0.5 * math.log(2), abs=1e-6)
+
+
+def test_balanced_cross_entropy_does_not_depend_on_the_size_of_the_tumour():
+    small, large = torch.zeros(2, 1, 16, 16, dtype=torch.int64)
+    small[0, 0, 0] = 1
+    large[0, :8] = 1
+    miss = torch.tensor([3.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 16, 16)
+    a, b = balanced_cross_entropy(miss, small), balanced_cross_entropy(miss, large)
+    assert a.item() == pytest.approx(b.item(), rel=1e-5)
+    assert cross_entropy(miss, large) > 10 * cross_entropy(miss, small)  # plain cross-entropy does
+
+
+def test_focal_tversky_weighs_misses_above_false_alarms():
+    target = torch.zeros(1, 1, 40, dtype=torch.int64)
+    target[..., :20] = 1
+    miss, alarm = target.clone(), target.clone()
+    miss[..., 10:20], alarm[..., 20:30] = 0, 1
+    missed, alarmed = (focal_tversky_loss(certain(p, 2, 50), target).item() for p in (miss, alarm))
+    assert missed == pytest.approx((1 - 11 / 18) ** 0.75, abs=1e-5)  # 10 hits, 10 missed
+    assert alarmed == pytest.approx((1 - 21 / 24) ** 0.75, abs=1e-5)  # 20 hits, 10 false alarms
+
+
+# ---- properties ----
+
+
+@all_losses
+@all_shapes
+def test_perfect_fit_costs_nothing_and_the_opposite_a_lot(loss, shape):
+    _, target = random_pair(shape)
+    wrong = (target + 1) % shape[1]
+    assert loss(certain(target, shape[1], 100), target).item() == pytest.approx(0, abs=1e-5)
+    assert loss(certain(wrong, shape[1], 100), target) > 0.5
+
+
+@all_losses
+@all_shapes
+def test_order_of_the_batch_does_not_matter(loss, shape):
+    logits, target = random_pair(shape)
+    order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(3))
+    order = order.flip(0) if order.equal(torch.arange(shape[0])) else order
+    assert loss(logits[order], target[order]).item() == pytest.approx(loss(logits, target).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [dice_loss, balanced_cross_entropy, cross_entropy])
+def test_loss_of_a_batch_is_the_mean_over_its_images(loss):
+    logits, target = random_pair((4, 3, 6, 5))
+    alone = [loss(logits[i : i + 1], target[i : i + 1]).item() for i in range(4)]
+    assert loss(logits, target).item() == pytest.approx(sum(alone) / 4, abs=1e-6)
+
+
+def test_focal_tversky_pools_the_batch():
+    logits, target = random_pair((4, 2, 6, 5))
+    alone = [focal_tversky_loss(logits[i : i + 1], target[i : i + 1]).item() for i in range(4)]
+    assert abs(focal_tversky_loss(logits, target).item() - sum(alone) / 4) > 1e-3
+    flat = logits.movedim(1, 0).reshape(1, 2, -1)
+    assert focal_tversky_loss(flat, target.reshape(1, -1)).item() == pytest.approx(
+        focal_tversky_loss(logits, target).item(), abs=1e-6
+    )
+
+
+@all_losses
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_give_a_float32_loss(loss, dtype):
+    logits, target = random_pair(
+        (2, 2, 128, 128), scale=0.1
+    )  # 16,384 voxels: a sum in bf16 or fp16 is far off
+    low = logits.to(dtype).requires_grad_()
+    value = loss(low, target)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(loss(low.detach().float(), target).item(), rel=1e-6)
+    value.backward()
+    assert low.grad.dtype == dtype and low.grad.isfinite().all()
+
+
+@all_losses
+@pytest.mark.parametrize("margin", [1e-3, 20.0, 1000.0, -1000.0])
+@pytest.mark.parametrize("empty", [False, True])
+def test_gradient_is_finite_when_saturated_and_on_empty_images(loss, margin, empty):
+    _, target = random_pair((2, 3, 8, 8))
+    if empty:
+        target.zero_()
+    logits = certain(target, 3, margin).requires_grad_()
+    value = loss(logits, target)
+    value.backward()
+    assert value.isfinite() and logits.grad.isfinite().all()
+
+
+@all_losses
+def test_gradient_points_to_the_target(loss):
+    logits, target = random_pair((2, 2, 8, 8))
+    logits.requires_grad_()
+    loss(logits, target).backward()
+    towards = certain(target, 2, 1.0)
+    assert (logits.grad * towards).sum() < 0
+
+
+@all_losses
+def test_shapes_that_do_not_fit_are_refused(loss):
+    target = torch.zeros(2, 8, 8, dtype=torch.int64)
+    for shape in [(2, 2, 8, 9), (3, 2, 8, 8), (2, 2, 8), (2, 1, 8, 8)]:
+        with pytest.raises(ValueError) as error:
+            loss(torch.zeros(shape), target)
+        assert str(error.value) == (
+            f"logits {shape} do not fit target (2, 8, 8); expected (N, C >= 2, *spatial) and (N, *spatial)"
+        )
+
+
+# ---- parity with MONAI ----
+
+
+@all_shapes
+def test_dice_equals_monai(shape):
+    losses = pytest.importorskip("monai.losses")
+    peer = losses.DiceLoss(include_background=False, softmax=True, to_onehot_y=True, smooth_nr=1, smooth_dr=1)
+    for seed in range(3):
+        logits, target = random_pair(shape, seed)  # the last image is empty
+        got = dice_loss(logits, target).item()
+        assert got == pytest.approx(peer(logits, target.unsqueeze(1)).item(), abs=1e-7)
+
+
+@all_shapes
+def test_focal_tversky_equals_monai(shape):
+    losses = pytest.importorskip("monai.losses")
+    peer = losses.TverskyLoss(
+        include_background=False, softmax=True, to_onehot_y=True, alpha=0.3, beta=0.7,  # alpha: of FP
+        batch=True, smooth_nr=1, smooth_dr=1, reduction="none",
+    )  # fmt: skip
+    for seed in range(3):
+        logits, target = random_pair(shape, seed)
+        expected = (peer(logits, target.unsqueeze(1)) ** 0.75).mean()
+        assert focal_tversky_loss(logits, target).item() == pytest.approx(expected.item(), abs=1e-6)

@@ -1,0 +1,379 @@
+"""Prediction on images and scans, evaluation of whole volumes, data set and augmentation of lung_tumor."""
+
+import csv
+import json
+import shutil
+import warnings
+
+import cv2
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+from common.hardware import Precision
+from common.metrics import dice_from_counts
+from common.nifti import load_label, load_nifti, write_nifti
+from common.runs import load_checkpoint, save_checkpoint
+from lung_tumor import evaluate, overfit_test, predict
+from lung_tumor.augmentations import Augmentation
+from lung_tumor.dataset import PackedSlices, SliceDataset, list_slices, open_data, pack_slices, read_json
+from lung_tumor.model import TrainedModel, get_loss, load_trained, predict_slices
+from lung_tumor.report import summarise, sweep_table
+from lung_tumor.slices import read_image, read_mask, to_display, volume_to_slices, write_png
+
+CPU = torch.device("cpu")
+FP32 = Precision("fp32", None, False, "test")
+
+
+class BrightIsTumour(torch.nn.Module):
+    """A network that needs no training: tumour where the input, in [-1, 1], is above `level`."""
+
+    def __init__(self, level: float = 0.0) -> None:
+        super().__init__()
+        self.level = level
+
+    def forward(self, image):
+        margin = 20 * (image - self.level)
+        return torch.cat([-margin, margin], dim=1)
+
+
+def bright_model(size: int, level: float = 0.0, split: dict | None = None) -> TrainedModel:
+    config = {"image_size": size, "batch_size": 4, "model": "UNet"}
+    split = split or {"train": [], "val": [], "test": []}
+    return TrainedModel(BrightIsTumour(level), config, CPU, FP32, {"window_hu": [-1024, 325]}, split)
+
+
+# ---- predict ----
+
+
+def run_predict(weights, source, out, *flags: object) -> int:
+    flags = ["--weights", weights, "--source", source, "--out", out, "--device", "cpu", "--amp", "off", *flags]
+    return predict.main([str(f) for f in flags])
+
+
+def results(out) -> list[dict]:
+    with (out / "results.csv").open(encoding="utf8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "SAL"])
+def test_mask_lies_on_the_scans_own_grid(orientation, tmp_path, monkeypatch):
+    """A bright box at a known place comes back at that place, in the file's own axes, with its affine and volume."""
+    hu = np.full((6, 40, 30), -900, np.int16)
+    hu[2:4, 10:20, 5:9] = 100
+    write_nifti(tmp_path / "scan.nii.gz", hu, (5, 1, 2), origin_mm=(3, -7, 11), orientation=orientation)
+    monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(40))
+    assert run_predict("run/weights/best.pt", tmp_path / "scan.nii.gz", tmp_path / "out", "--save-overlay") == 0
+    scan, mask = nibabel.load(tmp_path / "scan.nii.gz"), nibabel.load(tmp_path / "out" / "scan_mask.nii.gz")
+    assert mask.shape == scan.shape and np.array_equal(mask.affine, scan.affine)
+    assert mask.get_data_dtype() == np.uint8 and nibabel.aff2axcodes(mask.affine) == tuple(orientation)
+    assert np.array_equal(np.asarray(mask.dataobj), (np.asarray(scan.dataobj) > 0).astype(np.uint8))
+    row = results(tmp_path / "out")[0]
+    assert int(row["tumour_pixels"]) == 80 and float(row["volume_mm3"]) == pytest.approx(80 * 10)
+    assert (tmp_path / "out" / "scan_overlay.png").stat().st_size > 1000
+
+
+def test_training_slice_gives_the_validation_mask(trained_run, phantom_slices, tmp_path):
+    """Train, validation and prediction see the same tensor for the same PNG, and predict as one."""
+    name = sorted((phantom_slices / "images").iterdir())[3].stem
+    model = load_trained(trained_run / "weights" / "best.pt", CPU, FP32)
+    packed, _, _ = open_data(phantom_slices, 48, 42)
+    stems = [f.image.stem for f in list_slices(phantom_slices)]
+    tensor, _ = SliceDataset(packed, sorted(set(packed.volumes)))[stems.index(name)]
+    assert tensor.min() >= -1 and tensor.max() <= 1 and tensor.max() - tensor.min() > 1.5, "the 1/255 bug"
+    with torch.inference_mode():
+        expected = model.network(tensor[None])[0].softmax(0)[1] > 0.5
+    assert run_predict(trained_run / "weights" / "best.pt", phantom_slices / "images" / f"{name}.png", tmp_path) == 0
+    mask, clean = read_mask(tmp_path / f"{name}_mask.png")
+    assert clean and np.array_equal(mask.astype(bool), expected.numpy())
+    scan_slices = read_image(phantom_slices / "images" / f"{name}.png")
+    assert np.array_equal(next(predict_slices(model, scan_slices[None])) > 0.5, expected.numpy())
+
+
+def test_scan_and_its_slices_give_the_same(trained_run, phantom_source, phantom_slices, tmp_path):
+    weights = trained_run / "weights" / "best.pt"
+    assert run_predict(weights, phantom_source / "imagesTr" / "lung_001.nii.gz", tmp_path / "scan") == 0
+    assert run_predict(weights, phantom_slices / "images", tmp_path / "slices") == 0
+    volume = to_display(load_label(tmp_path / "scan" / "lung_001_mask.nii.gz").array)
+    for z in read_json(phantom_slices, "volumes.json")["lung_001"]["kept"]:
+        mask, _ = read_mask(tmp_path / "slices" / f"lung_001_slice_{z:04d}_mask.png")
+        assert np.array_equal(mask, volume[z])
+
+
+def test_folder_of_everything(tmp_path, monkeypatch, capsys):
+    """16-bit, RGBA, upper-case names, subfolders with equal names, own output skipped, one bad file survived."""
+    monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(32))
+    grey = np.zeros((20, 26), np.uint8)
+    grey[5:9, 5:9] = 255
+    source = tmp_path / "in"
+    (source / "sub").mkdir(parents=True)
+    cv2.imwrite(str(source / "a.PNG"), grey.astype(np.uint16) * 257)
+    cv2.imwrite(str(source / "b.png"), np.dstack([grey, grey, grey, np.full_like(grey, 255)]))
+    cv2.imwrite(str(source / "c.JPG"), grey)
+    cv2.imwrite(str(source / "sub" / "b.png"), 255 - grey)
+    cv2.imwrite(str(source / "old_mask.png"), grey)
+    (source / "bad.png").write_text("no image")
+    (source / ".hidden.png").write_text("no image")
+    (source / "notes.txt").write_text("x")
+    assert run_predict("r/w/best.pt", source, source / "out", "--recursive", "--save_overlay") == 1
+    out = capsys.readouterr().out
+    assert "failed: " in out and "bad.png: not a readable image" in out and "4 of 4 file(s) with tumour" in out
+    assert [row["file"].rsplit("/in/")[-1] for row in results(source / "out")] == ["a.PNG", "b.png", "c.JPG", "sub/b.png"]
+    for name in ("a", "b"):
+        mask, clean = read_mask(source / "out" / f"{name}_mask.png")
+        assert clean and mask.shape == grey.shape and abs(int(mask.sum()) - 16) <= 9
+    inverse, _ = read_mask(source / "out" / "sub" / "b_mask.png")
+    assert inverse.sum() > 400
+    red = cv2.imread(str(source / "out" / "overlays" / "b_overlay.png"))[6, 6]
+    assert red[2] > red[0] + 30, "tumour is red"
+    assert run_predict("r/w/best.pt", source, source / "out", "--recursive") == 1
+    assert "4 of 4 file(s)" in capsys.readouterr().out, "its own masks are not taken for images"
+
+
+def test_threshold_and_largest_component(tmp_path, monkeypatch):
+    hu = np.full((4, 32, 32), -900, np.int16)
+    hu[1, 4:8, 4:8], hu[2:4, 20:28, 20:28] = 0, 300
+    write_nifti(tmp_path / "s.nii", hu, (1, 1, 1))
+    counts = {}
+    for name, flags in {"all": [], "largest": ["--largest_only"], "none": ["--threshold", 1]}.items():
+        monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(32))
+        run_predict("r/w/best.pt", tmp_path / "s.nii", tmp_path / name, *flags)
+        counts[name] = int(results(tmp_path / name)[0]["tumour_pixels"])
+    assert counts == {"all": 16 + 128, "largest": 128, "none": 0}
+
+
+def test_bad_sources_and_weights(trained_run, tmp_path):
+    weights = trained_run / "weights" / "best.pt"
+    (tmp_path / "empty").mkdir()
+    evil = tmp_path / "evil.pt"
+    torch.save({"model": torch.nn.Linear(1, 1), "config": {}}, evil)
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(weights.read_bytes()[:1000])
+    foreign = tmp_path / "foreign.pt"
+    save_checkpoint(foreign, {"model": {}, "config": {"model": "SwinUNETR"}})
+    for w, source, message in (
+        (weights, tmp_path / "none.png", "no such file or folder"),
+        (weights, tmp_path / "empty", "no NIfTI scan and no image in it; --recursive"),
+        (tmp_path / "none.pt", tmp_path / "empty", "no such checkpoint"),
+        (evil, tmp_path / "empty", "refused, because it holds more than tensors"),
+        (damaged, tmp_path / "empty", "not a readable checkpoint"),
+        (foreign, tmp_path / "empty", "not a checkpoint of lung_tumor/train.py .model 'SwinUNETR'"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_predict(w, source, tmp_path / "out")
+    with pytest.raises(SystemExit, match="error: "):
+        (tmp_path / "file").write_text("")
+        run_predict(weights, ROOT / "README.md", tmp_path / "file" / "out")
+
+
+def test_images_only_model_refuses_scans(trained_run, tmp_path):
+    state = load_checkpoint(trained_run / "weights" / "best.pt")
+    state["preprocessing"]["window_hu"] = None
+    (tmp_path / "weights").mkdir()
+    save_checkpoint(tmp_path / "weights" / "best.pt", state)
+    write_nifti(tmp_path / "s.nii", np.zeros((2, 8, 8), np.int16), (1, 1, 1))
+    done = run_script("lung_tumor/predict.py", "--weights", "weights/best.pt", "--source", "s.nii", cwd=tmp_path)
+    assert done.returncode == 1 and "without a known HU window" in done.stdout
+
+
+# ---- evaluate ----
+
+
+def test_scores_by_hand(tmp_path):
+    """Two lesions, one found with a rim too much, one missed, one false alarm on a tumour-free slice."""
+    target, image = np.zeros((5, 16, 16), np.uint8), np.zeros((5, 16, 16), np.uint8)
+    target[1:3, 2:6, 2:6], target[3, 10:12, 10:12] = 1, 1
+    image[1:3, 2:6, 2:8], image[4, 0, 0] = 255, 255
+    volume = evaluate.Volume("v", image, target, [1, 2, 3], (2.0, 1.0, 1.0), True)
+    row = evaluate.score_volume(bright_model(16), volume, 0.5)
+    tp, fp, fn = 32, 2 * 8 + 1, 4
+    assert (row["tp"], row["fp"], row["fn"]) == (tp, fp, fn)
+    assert row["dice"] == pytest.approx(2 * tp / (2 * tp + fp + fn)) and row["iou"] == pytest.approx(tp / (tp + fp + fn))
+    assert (row["kept_tp"], row["kept_fp"], row["kept_fn"]) == (32, 16, 4)
+    assert row["slice_dice"] == pytest.approx((2 * (32 / (32 + 8)) + 0) / 3)
+    assert (row["empty_slices"], row["empty_with_false_positive"]) == (2, 1)
+    assert [row[k] for k in ("target_lesions", "found_lesions", "pred_lesions", "true_lesions")] == [2, 1, 2, 1]
+    assert (row["target_mm3"], row["pred_mm3"]) == (36 * 2, 49 * 2)
+    assert row["sweep"] == [[tp, fp, fn]] * 9, "probabilities of this network are 0 or 1"
+    table = {r["metric"]: r for r in summarise([{"patient": "v", **row}])}
+    assert table["pooled_dice"]["mean"] == pytest.approx(64 / (64 + 16 + 4))
+    assert table["lesion_recall"]["mean"] == 0.5 and table["false_alarm_slices"]["mean"] == 0.5
+    assert sweep_table([row])[4]["volume_dice"] == pytest.approx(row["dice"])
+
+
+def test_threshold_sweep_counts_probabilities_above(monkeypatch):
+    probs = np.array([[0.05, 0.1, 0.15, 0.55, 0.95]], np.float32)
+    monkeypatch.setattr(evaluate, "predict_slices", lambda *_: iter([probs]))
+    target = np.array([[[0, 0, 1, 1, 1]]], np.uint8)
+    volume = evaluate.Volume("v", np.zeros((1, 1, 5), np.uint8), target, [0], None, True)
+    row = evaluate.score_volume(bright_model(5), volume, 0.5)
+    expected = []
+    for t in np.arange(1, 10) / 10:
+        pred = probs > t
+        expected.append([int((pred & (target[0] > 0)).sum()), int((pred & (target[0] == 0)).sum()),
+                         int((~pred & (target[0] > 0)).sum())])  # fmt: skip
+    assert row["sweep"] == expected
+
+
+def test_empty_volume_never_helps():
+    empty = evaluate.Volume("e", np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8), np.uint8), [], (1, 1, 1), True)
+    alarm = np.zeros((2, 8, 8), np.uint8)
+    alarm[0, 0, 0] = 255
+    false = evaluate.Volume("f", alarm, np.zeros((2, 8, 8), np.uint8), [], (1, 1, 1), True)
+    rows = [evaluate.score_volume(bright_model(8), v, 0.5) for v in (empty, false)]
+    assert np.isnan(rows[0]["dice"]) and rows[1]["dice"] == 0
+    table = {r["metric"]: r for r in summarise([{"patient": r["volume"], **r} for r in rows])}
+    assert table["volume_dice"]["mean"] == 0 and table["volume_dice"]["n"] == 1
+
+
+def test_all_slices_come_from_the_scan_when_only_some_were_converted(trained_run, phantom_slices, phantom_source):
+    model = load_trained(trained_run / "weights" / "best.pt", CPU, FP32)
+    name = model.split["test"][0]
+    row = evaluate.evaluate_volumes(model, phantom_slices, [name])[0]
+    scan = load_nifti(phantom_source / "imagesTr" / f"{name}.nii.gz")
+    truth = to_display(load_label(phantom_source / "labelsTr" / f"{name}.nii.gz").array) > 0
+    probs = np.stack(list(predict_slices(model, volume_to_slices(scan.array, (-1024, 325)))))
+    pred = probs > 0.5
+    assert row["all_slices"] and row["slices"] == len(truth) > len(read_json(phantom_slices, "volumes.json")[name]["kept"])
+    counts = ((pred & truth).sum(), (pred & ~truth).sum(), (~pred & truth).sum())
+    assert (row["tp"], row["fp"], row["fn"]) == tuple(int(c) for c in counts)
+    assert row["dice"] == pytest.approx(dice_from_counts(*counts))
+
+
+def test_evaluate_script(trained_run, phantom_slices, phantom_source, tmp_path, capsys):
+    weights = trained_run / "weights" / "best.pt"
+    flags = ["--weights", str(weights), "--device", "cpu", "--amp", "off", "--out", str(tmp_path / "out")]
+    evaluate.main([*flags, "--part", "train"])
+    out = capsys.readouterr().out
+    assert "4 train volumes" not in out and "train volumes of" in out and "volume_dice" in out
+    with (tmp_path / "out" / "per_volume.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+    with pytest.raises(SystemExit, match="no slices of volume lung_999"):
+        evaluate.main([*flags, "--volumes", "lung_999"])
+    moved = tmp_path / "data"
+    shutil.copytree(phantom_slices, moved, ignore=shutil.ignore_patterns("cache"))
+    volumes = json.loads((moved / "volumes.json").read_text())
+    for entry in volumes.values():
+        entry["source"] = {k: str(tmp_path / "gone" / "x.nii.gz") for k in entry["source"]}
+    (moved / "volumes.json").write_text(json.dumps(volumes))
+    evaluate.main([*flags, "--data_path", str(moved)])
+    assert "converted slices only" in capsys.readouterr().out
+    evaluate.main([*flags, "--data_path", str(moved), "--source", str(phantom_source)])
+    assert "converted slices only" not in capsys.readouterr().out
+
+
+def test_validation_shared_over_ranks_counts_every_slice_once(phantom_slices, monkeypatch):
+    packed, split, _ = open_data(phantom_slices, 48, 42)
+    dataset, model = SliceDataset(packed, split["train"]), bright_model(48, level=0.3)
+    alone = evaluate.validate(model, dataset, get_loss("dice_bce"))
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(evaluate.distributed, "my_share", lambda items, rank=rank: items[rank::3])
+        monkeypatch.setattr(evaluate.distributed, "all_sum", lambda sums: parts.append(sums.clone()) or sums)
+        evaluate.validate(model, dataset, get_loss("dice_bce"))
+    monkeypatch.setattr(evaluate.distributed, "my_share", lambda items: items[:1])
+    monkeypatch.setattr(evaluate.distributed, "all_sum", lambda sums: sum(parts))
+    together = evaluate.validate(model, dataset, get_loss("dice_bce"))
+    assert together == pytest.approx(alone)
+    assert alone["val_dice"] > 0
+
+
+# ---- data set, augmentation ----
+
+
+def test_cache_is_made_once_and_anew_when_a_file_changes(phantom_slices, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_slices, data, ignore=shutil.ignore_patterns("cache"))
+    slices = list_slices(data)
+    first = pack_slices(data, slices, 32)
+    assert isinstance(first.images, np.memmap) and first.images.shape == (len(slices), 32, 32)
+    folder = next((data / "cache").iterdir())
+    pack_slices(data, slices, 32)
+    assert list((data / "cache").iterdir()) == [folder]
+    write_png(slices[0].image, np.full((48, 48), 77, np.uint8))
+    again = pack_slices(data, slices, 32)
+    assert (again.images[0] == 77).all() and folder not in list((data / "cache").iterdir())
+
+
+def test_pair_of_different_shapes_and_missing_partners(phantom_slices, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_slices, data, ignore=shutil.ignore_patterns("cache"))
+    name = list_slices(data)[0].image.name
+    write_png(data / "labels" / name, np.zeros((10, 48), np.uint8))
+    with pytest.raises(ValueError, match=rf"{name}: image \(48, 48\) and label \(10, 48\) differ in shape"):
+        open_data(data, 48, 42)
+    assert not any((data / "cache").iterdir()), "no half-made cache"
+    for kind, other in (("labels", "label"), ("images", "image")):
+        (data / kind / name).rename(tmp_path / name)
+        with pytest.raises(ValueError, match=f"1 slice.s. without {other}, first {name[:-4]}"):
+            list_slices(data)
+        (tmp_path / name).rename(data / kind / name)
+
+
+def test_plain_folder_of_images_gets_a_split_by_volume(tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        for volume in range(5):
+            for z in range(3):
+                pixels = np.full((16, 16), 200 if kind == "images" else 255 * (z == 1), np.uint8)
+                write_png(tmp_path / kind / f"{volume}_slice_{z:04d}.png", pixels)
+    _, split, preprocessing = open_data(tmp_path, 16, 42)
+    assert len(split["train"]) == 4 and len(split["val"]) == 1 and preprocessing["window_hu"] is None
+    assert json.loads((tmp_path / "splits.json").read_text())["val"] == split["val"]
+
+
+def test_augmentation_repeats_by_seed_and_keeps_masks_binary():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64), dtype=np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:40, 25:45] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # albumentations only warns of arguments that it does not know
+        augment = Augmentation()
+        results = [augment(image, mask, seed) for seed in range(60)]
+        again = Augmentation()(image, mask, 7)
+    assert np.array_equal(results[7][0], again[0]) and np.array_equal(results[7][1], again[1])
+    assert len({r[0].tobytes() for r in results}) > 50
+    assert all(r[0].dtype == r[1].dtype == np.uint8 and set(np.unique(r[1])) <= {0, 1} for r in results)
+    assert 0.7 < np.mean([r[1].sum() for r in results]) / mask.sum() < 1.3
+
+
+def test_augmentation_moves_image_and_mask_together():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:30, 34:50] = 1
+    augment = Augmentation(brightness_contrast=0)
+    overlaps = []
+    for seed in range(40):
+        image, moved = augment(mask * 255, mask, seed)
+        overlaps.append(dice_from_counts(((image > 127) & (moved > 0)).sum(), ((image > 127) & (moved == 0)).sum(),
+                                         ((image <= 127) & (moved > 0)).sum()))  # fmt: skip
+    assert np.mean(overlaps) > 0.93 and min(overlaps) > 0.6
+
+
+def test_dataset_shapes_and_split_by_volume():
+    images = np.arange(4 * 9, dtype=np.uint8).reshape(4, 3, 3)
+    packed = PackedSlices(images, (images > 20).astype(np.uint8), ["a", "b", "a", "c"], 0)
+    dataset = SliceDataset(packed, ["a", "c"])
+    image, target = dataset[1]
+    assert len(dataset) == 3 and image.shape == (1, 3, 3) and image.dtype == torch.float32
+    assert target.shape == (3, 3) and target.dtype == torch.int64 and target.sum() == (images[2] > 20).sum()
+
+
+# ---- overfit test ----
+
+
+@pytest.mark.slow
+def test_four_slices_are_learnt_by_heart(phantom_slices, tmp_path):
+    flags = ["--data_path", phantom_slices, "--image_size", 128, "--base_features", 16, "--target", 0.95, "--out", tmp_path]
+    assert overfit_test.main([*map(str, flags), "--min_pixels", "10", "--device", "cpu", "--amp", "off"]) == 0
+    assert (tmp_path / "overfit.png").exists() and (tmp_path / "overfit_curves.png").exists()
+
+
+def test_overfit_test_fails_when_nothing_is_learnt(phantom_slices, tmp_path, capsys):
+    flags = ["--data_path", phantom_slices, "--image_size", 48, "--base_features", 4, "--epochs", 2, "--out", tmp_path]
+    assert overfit_test.main([*map(str, flags), "--min_pixels", "10", "--device", "cpu"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no slice has more than 5000 tumour pixels"):
+        overfit_test.main([*map(str, flags), "--min_pixels", "5000"])

@@ -1,0 +1,617 @@
+"""common/nifti.py: geometry, values and errors, on files made with nibabel and on real ones."""
+
+import errno
+import gzip
+import itertools
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from common.nifti import (
+    case_name,
+    is_nifti,
+    load_label,
+    load_nifti,
+    same_grid,
+    save_label,
+    to_ras,
+    write_nifti,
+)
+
+ORIENTATIONS = [
+    "".join(ends) for axes in itertools.permutations(("LR", "PA", "IS")) for ends in itertools.product(*axes)
+]
+SHAPE_XYZ = (4, 5, 3)
+DATATYPE_OFFSET, SLOPE_OFFSET, QUATERN_B_OFFSET, SROW_OFFSET = 70, 112, 256, 280  # bytes in a NIfTI-1 header
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not (DATA / "odd_headers").is_dir(), reason="no ../shared/data")
+
+
+def rotation(degrees, first, second):
+    turn = np.eye(3)
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    turn[[first, second], [first, second]] = c
+    turn[first, second], turn[second, first] = -s, s
+    return turn
+
+
+def affine_of(matrix, origin=(-31.5, 12.25, 100.0)):
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = matrix, origin
+    return affine.astype(np.float32).astype(np.float64)  # what a NIfTI-1 file can hold
+
+
+SPACING_XYZ = np.array([0.7, 1.3, 5.0])
+TILT = np.array([[1, 0, 0], [0, 1, 0.35], [0, 0, 1]])  # a gantry tilted by 19 degrees
+AFFINES = {
+    "anisotropic": affine_of(np.diag(SPACING_XYZ)),
+    "oblique": affine_of(rotation(21, 0, 1) @ rotation(-13, 1, 2) @ rotation(8, 0, 2) @ np.diag(SPACING_XYZ)),
+    "sheared": affine_of(rotation(7, 0, 1) @ TILT @ np.diag(SPACING_XYZ)),
+}
+
+
+def stored_as(volume, affine, orientation):
+    """RAS+ (x, y, z) volume and its affine as a file of that orientation holds them; without nibabel."""
+    axes = [next(k for k, ends in enumerate(("LR", "PA", "IS")) if code in ends) for code in orientation]
+    flipped = [code in "LPI" for code in orientation]
+    stored = volume.transpose(axes)[tuple(slice(None, None, -1 if f else 1) for f in flipped)]
+    to_volume = np.zeros((4, 4))  # voxel of the file -> voxel of the volume
+    to_volume[3, 3] = 1
+    for i, (axis, flip) in enumerate(zip(axes, flipped, strict=True)):
+        to_volume[axis, i] = -1 if flip else 1
+        to_volume[axis, 3] = volume.shape[axis] - 1 if flip else 0
+    return np.ascontiguousarray(stored), affine @ to_volume
+
+
+def write(path, stored, affine, *, sform=1, qform=1, kind=nib.Nifti1Image, order="<", dtype=None):
+    """A file by nibabel alone; a form's code 0 leaves that form out."""
+    header = kind.header_class(endianness=order)
+    header.set_data_dtype(np.dtype(dtype or stored.dtype).newbyteorder(order))
+    image = kind(stored, affine, header)
+    image.set_qform(affine if qform else None, qform)
+    image.set_sform(affine if sform else None, sform)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, path)
+    return path
+
+
+def patch(path, offset, value):
+    """Overwrite header bytes of an uncompressed file."""
+    content = bytearray(path.read_bytes())
+    content[offset : offset + value.nbytes] = value.tobytes()
+    path.write_bytes(content)
+
+
+def random_volume(low=-1000, high=2000, dtype=np.int16, shape=SHAPE_XYZ):
+    return np.random.default_rng(0).integers(low, high, shape).astype(dtype)
+
+
+def geometry(path):
+    """All header fields that say where the voxels are, as bytes in the file's own order."""
+    header = nib.load(path).header
+    names = "srow_x srow_y srow_z quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z".split()
+    names += ["sform_code", "qform_code", "xyzt_units"]
+    return {name: header[name].tobytes() for name in names} | {"pixdim": header["pixdim"][:4].tobytes()}
+
+
+def check_label_lies_on(path, scan_path, labels_zyx, dtype=np.uint8):
+    """The label file, read by nibabel alone, has the scan file's geometry and the right voxels."""
+    scan, label = nib.load(scan_path), nib.load(path)
+    assert geometry(path) == geometry(scan_path)
+    assert type(label.header) is type(scan.header)
+    assert label.header.endianness == scan.header.endianness
+    np.testing.assert_array_equal(label.affine, scan.affine)
+    assert label.get_data_dtype().newbyteorder("=") == dtype
+    assert (label.dataobj.slope, label.dataobj.inter) == (1.0, 0.0)
+    orientation = "".join(nib.aff2axcodes(scan.affine))
+    expected, _ = stored_as(labels_zyx.transpose(2, 1, 0), np.eye(4), orientation)
+    np.testing.assert_array_equal(np.asarray(label.dataobj.get_unscaled()), expected)
+
+
+# ---- geometry ----
+
+
+def test_there_are_48_orientations():
+    assert len(set(ORIENTATIONS)) == 48
+
+
+@pytest.mark.parametrize("name", AFFINES)
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_any_orientation_loads_as_the_same_volume_and_takes_its_label_back(tmp_path, orientation, name):
+    volume, affine = random_volume(), AFFINES[name]
+    path = write(tmp_path / "scan.nii", *stored_as(volume, affine, orientation))
+    scan = load_nifti(path)
+    np.testing.assert_array_equal(scan.array, volume.transpose(2, 1, 0))
+    assert scan.array.dtype == np.int16 and scan.array.flags.c_contiguous
+    assert scan.orientation == orientation
+    np.testing.assert_allclose(scan.affine, affine, atol=1e-4)
+    np.testing.assert_allclose(scan.spacing_mm, np.linalg.norm(affine[:3, :3], axis=0)[::-1], rtol=1e-6)
+    assert scan.voxel_mm3 == pytest.approx(0.7 * 1.3 * 5.0, rel=1e-5)  # a shear changes lengths, not volume
+    assert scan.file_shape == nib.load(path).shape
+
+    labels = random_volume(0, 4, np.int64, SHAPE_XYZ[::-1])
+    save_label(tmp_path / "label.nii.gz", labels, scan)
+    check_label_lies_on(tmp_path / "label.nii.gz", path, labels)
+    again = load_label(tmp_path / "label.nii.gz")
+    np.testing.assert_array_equal(again.array, labels)
+    assert same_grid(again, scan, 0.0)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_write_nifti_in_any_orientation(tmp_path, orientation):
+    array = random_volume(shape=SHAPE_XYZ[::-1])  # z y x
+    path = tmp_path / "scan.nii"
+    write_nifti(path, array, (5.0, 1.3, 0.7), origin_mm=(-31.5, 12.25, 100.0), orientation=orientation)
+    stored, affine = stored_as(array.transpose(2, 1, 0), AFFINES["anisotropic"], orientation)
+    image = nib.load(path)
+    assert "".join(nib.aff2axcodes(image.affine)) == orientation
+    np.testing.assert_array_equal(np.asarray(image.dataobj), stored)
+    np.testing.assert_allclose(image.get_sform(), affine, atol=1e-5)
+    np.testing.assert_allclose(image.get_qform(), affine, atol=1e-5)
+    assert image.header.get_xyzt_units()[0] == "mm"
+    scan = load_nifti(path)
+    np.testing.assert_array_equal(scan.array, array)
+    np.testing.assert_allclose(scan.spacing_mm, (5.0, 1.3, 0.7), rtol=1e-6)
+    np.testing.assert_allclose(scan.affine @ [0, 0, 0, 1], [-31.5, 12.25, 100.0, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "SLA"])
+def test_to_ras_brings_an_array_of_the_files_axes_onto_the_scan(tmp_path, orientation):
+    stored, affine = stored_as(random_volume(), AFFINES["oblique"], orientation)
+    scan = load_nifti(write(tmp_path / "scan.nii", stored, affine))
+    np.testing.assert_array_equal(to_ras(stored, scan), scan.array)
+
+
+FORMS = {
+    "both": {"sform": 1, "qform": 1},
+    "sform only": {"sform": 2, "qform": 0},
+    "qform only": {"sform": 0, "qform": 1},  # as AMOS writes them
+    "codes 4 and 3": {"sform": 4, "qform": 3},
+    "neither": {"sform": 0, "qform": 0},
+}
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("forms", FORMS)
+def test_label_keeps_version_byte_order_and_forms(tmp_path, forms, kind, order):
+    stored, affine = stored_as(random_volume(), AFFINES["oblique"], "PIR")
+    path = write(tmp_path / "scan.nii.gz", stored, affine, kind=kind, order=order, **FORMS[forms])
+    scan = load_nifti(path)
+    assert scan.array.dtype == np.int16 and scan.array.dtype.isnative
+    if forms != "neither":
+        np.testing.assert_array_equal(scan.array, random_volume().transpose(2, 1, 0))
+        np.testing.assert_allclose(scan.affine, AFFINES["oblique"], atol=1e-4)
+    labels = random_volume(0, 3, np.uint8, scan.array.shape)
+    save_label(tmp_path / "label.nii", labels, scan)
+    check_label_lies_on(tmp_path / "label.nii", path, labels)
+
+
+@pytest.mark.parametrize("units", ["mm", "micron", "meter", "unknown"])
+def test_label_keeps_units_and_both_forms_when_they_differ(tmp_path, units):
+    image = nib.Nifti1Image(random_volume(), AFFINES["sheared"])
+    image.set_sform(AFFINES["sheared"], 4)
+    image.set_qform(AFFINES["oblique"], 1)
+    image.header.set_xyzt_units(units)
+    nib.save(image, tmp_path / "scan.nii")
+    scan = load_nifti(tmp_path / "scan.nii")
+    np.testing.assert_allclose(scan.affine, AFFINES["sheared"], atol=1e-5)  # sform first
+    labels = random_volume(0, 3, np.uint8, scan.array.shape)
+    save_label(tmp_path / "label.nii", labels, scan)
+    check_label_lies_on(tmp_path / "label.nii", tmp_path / "scan.nii", labels)
+    assert nib.load(tmp_path / "label.nii").header.get_xyzt_units()[0] == units
+
+
+def test_unusable_qform_beside_a_good_sform_does_not_stop_saving(tmp_path):
+    path = write(tmp_path / "scan.nii", random_volume(), AFFINES["anisotropic"])
+    patch(path, QUATERN_B_OFFSET, np.float32(1.5))  # beyond 1: no rotation
+    scan = load_nifti(path)
+    labels = random_volume(0, 3, np.uint8, scan.array.shape)
+    save_label(tmp_path / "label.nii", labels, scan)
+    check_label_lies_on(tmp_path / "label.nii", path, labels)
+
+
+@pytest.mark.parametrize(
+    "highest, dtype", [(0, np.uint8), (255, np.uint8), (256, np.uint16), (65535, np.uint16)]
+)
+def test_label_type_follows_the_highest_label(tmp_path, highest, dtype):
+    path = write(tmp_path / "scan.nii", random_volume(), AFFINES["anisotropic"])
+    labels = np.zeros(SHAPE_XYZ[::-1], np.int64)
+    labels[1, 2, 3] = highest
+    save_label(tmp_path / "label.nii", labels, load_nifti(path))
+    check_label_lies_on(tmp_path / "label.nii", path, labels, dtype)
+    again = load_label(tmp_path / "label.nii")
+    assert again.array.dtype == dtype and again.array[1, 2, 3] == highest
+
+
+def test_label_of_a_scan_with_scaling_has_slope_one(tmp_path):
+    image = nib.Nifti1Image(random_volume(), AFFINES["anisotropic"])
+    image.header.set_data_dtype(np.uint16)
+    image.header.set_slope_inter(1, -1024)
+    image.header["cal_max"] = 2000  # display range of the scan: a label would show black
+    nib.save(image, tmp_path / "scan.nii")
+    labels = random_volume(0, 3, bool, SHAPE_XYZ[::-1])
+    save_label(tmp_path / "label.nii", labels, load_nifti(tmp_path / "scan.nii"))
+    check_label_lies_on(tmp_path / "label.nii", tmp_path / "scan.nii", labels)
+    assert nib.load(tmp_path / "label.nii").header["cal_max"] == 0
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (np.zeros((3, 5, 5), np.uint8), r"labels \(3, 5, 5\) do not fit the scan's grid \(3, 5, 4\)"),
+        (np.full((3, 5, 4), -1), "label values -1..-1, expected whole numbers in 0..65535"),
+        (np.full((3, 5, 4), 65536), "label values 65536..65536, expected whole numbers in 0..65535"),
+        (np.full((3, 5, 4), 0.5), "label values 0.5..0.5, expected whole numbers in 0..65535"),
+        (np.full((3, 5, 4), np.nan), "label values nan..nan, expected whole numbers in 0..65535"),
+    ],
+)
+def test_labels_that_a_file_cannot_hold_are_refused(tmp_path, labels, message):
+    scan = load_nifti(write(tmp_path / "scan.nii", random_volume(), AFFINES["anisotropic"]))
+    with pytest.raises(ValueError, match=message):
+        save_label(tmp_path / "label.nii", labels, scan)
+    assert not (tmp_path / "label.nii").exists()
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_full_disk_leaves_no_partial_file_and_the_old_one_intact(tmp_path, suffix):
+    resource = pytest.importorskip("resource")
+    scan = load_nifti(write(tmp_path / "scan.nii", random_volume(shape=(40, 40, 40)), AFFINES["anisotropic"]))
+    path = tmp_path / f"label{suffix}"
+    save_label(path, np.ones_like(scan.array), scan)
+    before = path.read_bytes()
+    labels = random_volume(0, 250, np.uint8, (40, 40, 40))  # 64 kB that do not compress
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # what a full disk does, at 10 kB
+    try:
+        with pytest.raises(OSError) as error:
+            save_label(path, labels, scan)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, "scan.nii"])
+
+
+# ---- same_grid ----
+
+
+def test_same_grid_whatever_the_orientation(tmp_path):
+    scans = [
+        load_nifti(write(tmp_path / f"{o}.nii", *stored_as(random_volume(), AFFINES["oblique"], o)))
+        for o in ("RAS", "LPI", "SLA")
+    ]
+    assert same_grid(scans[0], scans[1]) and same_grid(scans[0], scans[2])
+
+
+def test_same_grid_tolerance_holds_at_every_corner(tmp_path):
+    scan = load_nifti(write(tmp_path / "scan.nii", random_volume(), AFFINES["anisotropic"]))
+    shifted, stretched, turned = (scan.affine.copy() for _ in range(3))
+    shifted[1, 3] += 0.05
+    stretched[2, 2] += 0.05  # 0.1 mm at the third slice, 0 at the first
+    turned[:3, :3] = rotation(1, 0, 1) @ turned[:3, :3]
+    for affine, error_mm in ((shifted, 0.05), (stretched, 0.1)):
+        other = replace(scan, affine=affine)
+        assert same_grid(scan, other, error_mm * 1.01) and same_grid(other, scan, error_mm * 1.01)
+        assert not same_grid(scan, other, error_mm * 0.99)
+        assert not same_grid(scan, other)
+    assert not same_grid(scan, replace(scan, affine=turned))
+    within = scan.affine.copy()
+    within[:3, 3] += 0.0099
+    assert same_grid(scan, replace(scan, affine=within))
+
+
+def test_same_grid_of_different_shapes_is_false(tmp_path):
+    a = load_nifti(write(tmp_path / "a.nii", random_volume(), AFFINES["anisotropic"]))
+    b = load_nifti(write(tmp_path / "b.nii", random_volume(shape=(4, 5, 4)), AFFINES["anisotropic"]))
+    assert not same_grid(a, b)
+
+
+# ---- values ----
+
+
+def test_ct_with_intercept_stays_int16_and_reads_as_hu(tmp_path):
+    hu = random_volume(-1024, 3071)
+    path = write(tmp_path / "ct.nii", (hu + 1024).astype(np.uint16), np.eye(4))
+    patch(path, SLOPE_OFFSET, np.array([1, -1024], np.float32))
+    scan = load_nifti(path)
+    assert scan.array.dtype == np.int16
+    np.testing.assert_array_equal(scan.array, hu.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize(
+    "stored, slope, intercept, dtype",
+    [
+        (np.array([0, 32767], np.int16), 1, 0, np.int16),
+        (np.array([0, 65535], np.uint16), 1, 0, np.uint16),
+        (np.array([0, 20000], np.int16), 2, -5000, np.int32),  # 35000 does not fit int16
+        (np.array([0, 16000], np.int16), -2, 0, np.int16),
+        (np.array([0, 2**30], np.int32), 4, 0, np.float32),  # fits no int32
+        (np.array([0, 100], np.int16), 0.5, 0, np.float32),
+        (np.array([0, 100], np.int16), 1, 0.5, np.float32),
+        (np.array([0, 1.5], np.float64), 1, 0, np.float32),
+        (np.array([0, 1.5], np.float32), 3, 1, np.float32),
+    ],
+)
+def test_scaling_is_applied_and_integers_stay_when_it_allows(tmp_path, stored, slope, intercept, dtype):
+    path = write(tmp_path / "scan.nii", np.tile(stored, (3, 2, 1)), np.eye(4))
+    patch(path, SLOPE_OFFSET, np.array([slope, intercept], np.float32))
+    scan = load_nifti(path)
+    assert scan.array.dtype == dtype
+    np.testing.assert_array_equal(scan.array[:, 0, 0], stored.astype(np.float64) * slope + intercept)
+
+
+def test_nan_and_infinity_become_the_lowest_value_with_a_count(tmp_path):
+    volume = random_volume(5, 100, np.float32)
+    lowest = volume[1:].min()
+    volume[0, 0, :3] = np.nan, np.inf, -np.inf
+    path = write(tmp_path / "scan.nii", volume, np.eye(4))
+    with pytest.warns(UserWarning, match=rf"scan.nii: 3 NaN or infinite voxels set to {lowest:g}$"):
+        scan = load_nifti(path)
+    np.testing.assert_array_equal(scan.array[:, 0, 0], lowest)
+    np.testing.assert_array_equal(scan.array[:, 1:], volume.transpose(2, 1, 0)[:, 1:])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_labels_stored_as_float_are_rounded(tmp_path, dtype):
+    volume = np.zeros(SHAPE_XYZ, dtype)
+    volume[0, 0] = 0.99999997, 2.9999999993, 104.0
+    label = load_label(write(tmp_path / "label.nii", volume, np.eye(4)))
+    assert label.array.dtype == np.uint8
+    assert label.array[:, 0, 0].tolist() == [1, 3, 104]
+    assert label.array.sum() == 108
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ([0, 1, 0.4], "label value 0.4 is no whole number"),
+        ([0, 1.002, 1], "label value 1.002 is no whole number"),
+        ([0, -1, 1], "label values -1..1, expected 0..65535"),
+        ([0, 70000, 1], "label values 0..70000, expected 0..65535"),
+    ],
+)
+def test_values_that_are_no_labels_are_refused(tmp_path, values, message):
+    dtype = np.float32 if any(v % 1 for v in values) else np.int32
+    volume = np.zeros(SHAPE_XYZ, dtype)
+    volume[0, 0] = values
+    path = write(tmp_path / "label.nii", volume, np.eye(4))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+        load_label(path)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3, 1), (4, 5, 3, 1, 1), (4, 5, 1, 1), (4, 5)])
+def test_missing_and_trailing_axes(tmp_path, shape):
+    volume = random_volume(shape=shape)
+    path = write(tmp_path / "scan.nii", volume, AFFINES["anisotropic"])
+    scan = load_nifti(path)
+    volume = volume.reshape((*shape, 1)[:3])
+    np.testing.assert_array_equal(scan.array, volume.transpose(2, 1, 0))
+    assert scan.file_shape == volume.shape
+    labels = random_volume(0, 3, np.uint8, scan.array.shape)
+    save_label(tmp_path / "label.nii", labels, scan)
+    label = nib.load(tmp_path / "label.nii")
+    assert label.shape == volume.shape
+    np.testing.assert_array_equal(label.affine, nib.load(path).affine)
+    np.testing.assert_array_equal(np.asarray(label.dataobj), labels.transpose(2, 1, 0))
+
+
+# ---- files that are refused ----
+
+
+def write_truncated(path):
+    write(path, random_volume(shape=(30, 30, 30)), np.eye(4))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def write_rgb(path):
+    rgb = np.zeros(SHAPE_XYZ, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nib.save(nib.Nifti1Image(rgb, np.eye(4)), path)
+
+
+def write_patched(path, offset, value):
+    patch(write(path, random_volume(), np.eye(4)), offset, value)
+
+
+def write_slope_without_intercept(path):
+    write_patched(path, SLOPE_OFFSET, np.array([2, np.nan], np.float32))
+
+
+def write_flat_affine(path):
+    affine = np.eye(4)
+    affine[:3, 2] = affine[:3, 1]
+    write(path, random_volume(), affine, qform=0)
+
+
+def write_plain_named_gz(path, order):
+    write(path.with_suffix(""), random_volume(), np.eye(4), order=order).rename(path)
+
+
+REFUSED = {
+    "4-D": ("a.nii", lambda p: write(p, random_volume(shape=(4, 5, 3, 2)), np.eye(4)),
+            r"4-D with shape \(4, 5, 3, 2\); one 3-D scan a file is needed"),
+    "RGB": ("a.nii", write_rgb, "an RGB picture stored as NIfTI"),
+    "complex": ("a.nii", lambda p: write(p, random_volume(dtype=np.complex64), np.eye(4)),
+                r"complex values \(complex64\); export the magnitude image"),
+    "no voxels": ("a.nii", lambda p: write(p, np.zeros((4, 0, 3), np.int16), np.eye(4)),
+                  r"has no voxels \(shape \(4, 0, 3\)\)"),
+    "0 bytes": ("a.nii", lambda p: p.write_bytes(b""), "an empty file"),
+    "0 bytes .gz": ("a.nii.gz", lambda p: p.write_bytes(b""), "an empty file"),
+    "truncated gzip": ("a.nii.gz", write_truncated, "truncated or damaged .*; fetch it again"),
+    "truncated plain": ("a.nii", write_truncated, "truncated or damaged .*; fetch it again"),
+    "Git-LFS pointer": ("a.nii.gz", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"),
+                        "a Git-LFS pointer, not the scan itself; run 'git lfs pull'"),
+    "plain named .gz": ("a.nii.gz", lambda p: write_plain_named_gz(p, "<"),
+                        "named .gz but not compressed; rename it to .nii"),
+    "big-endian plain named .GZ": ("a.NII.GZ", lambda p: write_plain_named_gz(p, ">"),
+                                   "named .gz but not compressed; rename it to .nii"),
+    "gzip named .nii": ("a.nii", lambda p: p.write_bytes(gzip.compress(bytes(400))),
+                        "compressed but not named .gz; rename it to .nii.gz"),
+    "text named .nii": ("a.nii", lambda p: p.write_text("404: Not Found"), "not a readable NIfTI file"),
+    "text named .nii.gz": ("a.nii.gz", lambda p: p.write_text("404: Not Found"), "not a readable NIfTI file"),
+    "gzipped text": ("a.nii.gz", lambda p: p.write_bytes(gzip.compress(b"x" * 999)),
+                     "not a readable NIfTI file"),
+    "other format": ("a.mgz", lambda p: nib.save(nib.MGHImage(random_volume(), np.eye(4)), p),
+                     r"MGHImage, not a NIfTI file; convert it to \.nii\.gz"),
+    "unknown data type": ("a.nii", lambda p: write_patched(p, DATATYPE_OFFSET, np.int16(1234)),
+                          "not a readable NIfTI file .*1234"),
+    "slope without intercept": ("a.nii", write_slope_without_intercept, "not a readable NIfTI file"),
+    "only NaN": ("a.nii", lambda p: write(p, np.full(SHAPE_XYZ, np.nan, np.float32), np.eye(4)),
+                 "holds no finite value"),
+    "flat affine": ("a.nii", write_flat_affine, "its affine is not usable"),
+    "NaN affine": ("a.nii", lambda p: write_patched(p, SROW_OFFSET, np.float32(np.nan)),
+                   "its affine is not usable"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_file_that_is_no_scan_is_refused_by_name_and_reason(tmp_path, case):
+    name, make, message = REFUSED[case]
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {message}") as error:
+        load_nifti(path)
+    assert "\n" not in str(error.value) or "affine" in case  # one line, but for the matrix
+
+
+@pytest.mark.parametrize("load", [load_nifti, load_label])
+def test_missing_file(tmp_path, load):
+    with pytest.raises(FileNotFoundError, match="nowhere.nii.gz: no such file"):
+        load(tmp_path / "nowhere.nii.gz")
+
+
+@pytest.mark.parametrize(
+    "path, is_one, name",
+    [
+        ("a/scan_001.nii.gz", True, "scan_001"),
+        ("scan.v2.NII", True, "scan.v2"),
+        ("._scan_001.nii.gz", False, "._scan_001"),
+        ("scan.nii.png", False, "scan.nii"),
+        ("scan.gz", False, "scan"),
+    ],
+)
+def test_names(path, is_one, name):
+    assert is_nifti(path) is is_one
+    assert case_name(path) == name
+
+
+# ---- real files ----
+
+UNREADABLE = {
+    "4d_int16_scl_slope.nii": r"4-D with shape \(17, 21, 3, 20\)",
+    "4d_oblique_int16.nii.gz": r"4-D with shape \(128, 96, 24, 2\)",
+    "nifti2_4d_int16.nii.gz": r"4-D with shape \(32, 20, 12, 2\)",
+    "complex64.nii.gz": "complex values",
+    "rgb24_single_slice.nii.gz": "an RGB picture",
+    "git_lfs_pointer.nii.gz": "a Git-LFS pointer",
+    "plain_nifti_named_gz.nii.gz": "named .gz but not compressed",
+    "truncated_gzip.nii.gz": "truncated or damaged",
+}
+# name: (shape x y z, spacing x y z, orientation, dtype after loading), from ../shared/data/README.md
+READABLE = {
+    "oblique_ct_head.nii.gz": ((175, 248, 58), (0.81, 0.81, 2.4), "RAS", "uint8"),
+    "oblique_flair_stroke.nii.gz": ((124, 160, 140), (1, 1, 1), "RAS", "uint8"),
+    "oblique_flair_stroke_drawing.nii.gz": ((124, 160, 140), (1, 1, 1), "RAS", "uint8"),
+    "sheared_affine_ct_uint8_slope.nii.gz": ((306, 422, 54), (0.48, 0.48, 2.37), "RAS", "float32"),
+    "big_endian_int16.nii": ((33, 41, 25), (2, 2, 2), "LAS", "int16"),
+    "big_endian_float32_nan_3slices.nii": ((17, 21, 3), (4, 4, 8), "LAS", "float32"),
+    "big_endian_uint8_sform_only.nii.gz": ((91, 109, 91), (2, 2, 2), "RAS", "uint8"),
+    "mask_int32_slope_just_below_one.nii.gz": ((240, 240, 155), (1, 1, 1), "LPS", "float32"),
+    "label_float64_for_amos_0001.nii.gz": ((122, 101, 112), (3, 3, 3), "RAS", "float32"),
+    "label_flipped_grid_for_amos_0004.nii.gz": ((512, 512, 20), (0.98, 0.98, 2), "LAS", "uint8"),
+    "single_slice_uint16_pir.nii.gz": ((192, 192, 1), (1.15, 1.15, 1), "PIR", "uint16"),
+    "same_brain_RAS.nii.gz": ((64, 79, 67), (2.39, 2.39, 2.37), "RAS", "float32"),
+    "same_brain_LPI.nii.gz": ((64, 79, 67), (2.39, 2.39, 2.37), "LPI", "float32"),
+    "same_brain_AIL.nii.gz": ((79, 67, 64), (2.39, 2.37, 2.39), "AIL", "float32"),
+    "same_brain_PSR.nii.gz": ((79, 67, 64), (2.39, 2.37, 2.39), "PSR", "float32"),
+    "same_brain_SPL.nii.gz": ((67, 79, 64), (2.37, 2.39, 2.39), "SPL", "float32"),
+}
+
+
+@needs_data
+def test_every_real_file_is_listed_here():
+    assert {p.name for p in (DATA / "odd_headers").iterdir()} == UNREADABLE.keys() | READABLE.keys()
+
+
+@needs_data
+@pytest.mark.parametrize("name", READABLE)
+def test_real_file_loads_and_takes_a_label(tmp_path, name):
+    path = DATA / "odd_headers" / name
+    shape, spacing_xyz, orientation, dtype = READABLE[name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scan = load_nifti(path)
+    counts = [str(w.message).split(": ")[1] for w in caught]
+    assert counts == (["153 NaN or infinite voxels set to 409.3"] if "nan" in name else [])
+    assert scan.file_shape == shape and scan.orientation == orientation and scan.array.dtype == dtype
+    stored_spacing = np.linalg.norm(scan.file_affine[:3, :3], axis=0)
+    np.testing.assert_allclose(stored_spacing, spacing_xyz, atol=0.0051)
+    values = np.asarray(nib.load(path).dataobj)
+    values = np.where(np.isfinite(values), values, np.nanmin(values)).astype(np.float32)
+    expected = np.asarray(scan.array, np.float32)
+    got, _ = stored_as(expected.transpose(2, 1, 0), np.eye(4), orientation)
+    np.testing.assert_allclose(got, values, rtol=1e-6, atol=1e-4)
+
+    z, y, x = np.indices(scan.array.shape, dtype=np.uint16, sparse=True)
+    labels = ((7 * z + 3 * y + x) % 5).astype(np.uint8)  # no symmetry
+    save_label(tmp_path / "label.nii", labels, scan)
+    check_label_lies_on(tmp_path / "label.nii", path, labels)
+    assert same_grid(load_label(tmp_path / "label.nii"), scan, 0.0)
+
+
+@needs_data
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_real_file_that_is_no_scan_says_why(name):
+    with pytest.raises(ValueError, match=f"{re.escape(name)}: {UNREADABLE[name]}"):
+        load_nifti(DATA / "odd_headers" / name)
+
+
+@needs_data
+@pytest.mark.parametrize("orientation", ["LPI", "AIL", "PSR", "SPL"])
+def test_one_brain_in_five_orientations_is_one_array(orientation):
+    reference = load_nifti(DATA / "odd_headers" / "same_brain_RAS.nii.gz")
+    scan = load_nifti(DATA / "odd_headers" / f"same_brain_{orientation}.nii.gz")
+    np.testing.assert_array_equal(scan.array, reference.array)
+    np.testing.assert_allclose(scan.affine, reference.affine, atol=1e-4)
+    assert same_grid(scan, reference)
+
+
+@needs_data
+def test_label_stored_in_other_axes_than_its_image_lies_right_after_loading():
+    """LAS label, LPS image, one grid in space: overlaying the files is wrong, overlaying the arrays right."""
+    image = load_nifti(DATA / "abdomen_ct/imagesTr/amos_0004.nii.gz")
+    flipped = load_label(DATA / "odd_headers/label_flipped_grid_for_amos_0004.nii.gz")
+    turned = load_label(DATA / "abdomen_ct/all_structures/amos_0004_totalsegmentator_v2_117.nii.gz")
+    assert (flipped.orientation, image.orientation, turned.orientation) == ("LAS", "LPS", "LPS")
+    assert same_grid(flipped, image)  # compares the arrays in memory, where both are RAS+
+    np.testing.assert_array_equal(flipped.array, turned.array)
+    raw = [np.asarray(nib.load(scan.path).dataobj) for scan in (flipped, turned)]
+    assert (raw[0] != raw[1]).mean() > 0.1
+
+
+@needs_data
+def test_real_labels_that_are_not_stored_as_whole_numbers():
+    brain = load_label(DATA / "odd_headers/mask_int32_slope_just_below_one.nii.gz")
+    assert brain.array.dtype == np.uint8 and set(np.unique(brain.array)) == {0, 1}
+    values = np.asarray(nib.load(brain.path).dataobj)
+    assert not values.astype(int).any() and brain.array.sum() == (values > 0.5).sum() == 1487565
+    tumour = load_label(DATA / "brain_tumor_mr/labelsTr/BRATS_001.nii.gz")
+    assert same_grid(brain, tumour) and brain.array[tumour.array > 0].mean() > 0.99
+    organs = load_label(DATA / "odd_headers/label_float64_for_amos_0001.nii.gz")
+    assert organs.array.dtype == np.uint8 and organs.array.max() == 104 and len(np.unique(organs.array)) == 60
+    assert same_grid(organs, load_nifti(DATA / "abdomen_ct/imagesTr/amos_0001.nii.gz"))
+
+
+@needs_data
+def test_real_label_with_qform_only_keeps_it(tmp_path):
+    path = DATA / "abdomen_ct/label_only/amos_0013_label.nii.gz"
+    label = load_label(path)
+    assert label.header["sform_code"] == 0 and label.orientation == "LAS"
+    assert np.bincount(label.array.ravel(), minlength=16)[[1, 6, 15]].tolist() == [94546, 373508, 26730]
+    save_label(tmp_path / "label.nii", label.array, label)
+    check_label_lies_on(tmp_path / "label.nii", path, label.array)

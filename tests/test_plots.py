@@ -1,0 +1,222 @@
+"""common/plots.py: files that are real PNG of the right size, and colours exact to the pixel."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from common import plots
+from common.plots import (
+    PRED_COLOR,
+    TRUTH_COLOR,
+    new_figure,
+    outline,
+    overlay,
+    save_curves,
+    save_figure,
+    save_panels,
+)
+
+NAN = float("nan")
+PANELS = {"loss": ["train_loss", "val_loss"], "Dice": ["dice"]}
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's first two line colours
+
+
+def read_png(path):
+    """(h, w, 3) uint8 of a file that must be a PNG."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def pixels(picture, color):
+    """(y, x) of the pixels of exactly this colour."""
+    return np.argwhere((picture == color).all(axis=-1))
+
+
+def curve_rows(epochs):
+    return [
+        {"epoch": e, "train_loss": 1 / (e + 1), "val_loss": 1.2 / (e + 1), "dice": 1 - 0.8**e}
+        for e in range(epochs)
+    ]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that would have been written."""
+    kept = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: kept.append(figure))
+    return kept
+
+
+# ---- curves ----
+
+
+def test_curves_are_a_png_of_the_expected_size(tmp_path):
+    save_curves(tmp_path / "curves.png", curve_rows(5), PANELS)
+    picture = read_png(tmp_path / "curves.png")
+    assert picture.shape == (320, 840, 3)
+    left, right = picture[:, :420], picture[:, 420:]
+    assert len(pixels(left, BLUE)) > 50 and len(pixels(left, ORANGE)) > 50
+    assert len(pixels(right, BLUE)) > 50 and len(pixels(right, ORANGE)) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_curves_draw_the_named_columns_over_epochs(figures, tmp_path):
+    rows = curve_rows(4)
+    save_curves(tmp_path / "curves.png", rows, PANELS)
+    loss, dice = figures[0].axes
+    assert [axis.get_title() for axis in (loss, dice)] == ["loss", "Dice"]
+    assert [line.get_label() for line in loss.lines] == ["train_loss", "val_loss"]
+    assert [t.get_text() for t in loss.get_legend().get_texts()] == ["train_loss", "val_loss"]
+    assert dice.get_legend() is None
+    for axis, column in ((loss, "train_loss"), (dice, "dice")):
+        assert list(axis.lines[0].get_xdata()) == [0, 1, 2, 3]
+        assert list(axis.lines[0].get_ydata()) == [r[column] for r in rows]
+
+
+def test_a_single_epoch_is_visible(tmp_path):
+    save_curves(tmp_path / "curves.png", curve_rows(1), PANELS)
+    picture = read_png(tmp_path / "curves.png")
+    assert len(pixels(picture[:, 420:], BLUE)) > 3
+
+
+def test_nan_leaves_a_gap(figures, tmp_path):
+    rows = curve_rows(5)
+    rows[2]["dice"] = NAN
+    for row in rows:
+        row["val_loss"] = NAN  # never measured
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_curves(tmp_path / "curves.png", rows, PANELS)
+        save_figure(figures[0], tmp_path / "curves.png")
+    loss, dice = figures[0].axes
+    assert [math.isnan(y) for y in dice.lines[0].get_ydata()] == [False, False, True, False, False]
+    assert np.isnan(loss.lines[1].get_ydata()).all() and not np.isnan(loss.lines[0].get_ydata()).any()
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_curves_of_nothing_but_nan_are_written(tmp_path, epochs):
+    rows = [{"epoch": 0, "train_loss": NAN, "val_loss": NAN, "dice": NAN}] * epochs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_curves(tmp_path / "curves.png", rows, PANELS)
+    assert read_png(tmp_path / "curves.png").shape == (320, 840, 3)
+
+
+# ---- overlays ----
+
+
+def test_overlay_mixes_the_colour_exactly():
+    image = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
+    mask = np.zeros((4, 6), np.uint8)
+    mask[1, 2] = mask[3, 5] = 1
+    rgb = overlay(image, mask, (230, 30, 31), 0.4)
+    assert rgb.shape == (4, 6, 3) and rgb.dtype == np.uint8
+    assert rgb[1, 2].tolist() == [140, 60, 60]  # 0.6 * 80 + 0.4 * (230, 30, 31) = 140, 60, 60.4
+    assert rgb[3, 5].tolist() == [230, 150, 150]
+    for channel in range(3):
+        np.testing.assert_array_equal(rgb[..., channel][mask == 0], image[mask == 0])
+    assert image[1, 2] == 80  # the input stays
+
+
+@pytest.mark.parametrize("alpha, expected", [(0.0, (7, 7, 7)), (1.0, TRUTH_COLOR)])
+def test_overlay_of_nothing_and_of_everything(alpha, expected):
+    rgb = overlay(np.full((2, 2), 7, np.uint8), np.ones((2, 2), bool), TRUTH_COLOR, alpha)
+    assert (rgb == expected).all()
+
+
+def test_default_overlay_is_in_the_colour_of_predictions():
+    rgb = overlay(np.zeros((1, 1), np.uint8), np.ones((1, 1), bool))
+    assert rgb[0, 0].tolist() == [round(0.4 * c) for c in PRED_COLOR]
+
+
+def test_outline_is_the_border_only():
+    mask = np.zeros((7, 8), np.uint8)
+    mask[1:6, 2:7] = 1
+    rgb = np.full((7, 8, 3), 9, np.uint8)
+    drawn = outline(rgb, mask, TRUTH_COLOR)
+    border = mask.astype(bool)
+    border[2:5, 3:6] = False
+    np.testing.assert_array_equal((drawn == TRUTH_COLOR).all(-1), border)
+    np.testing.assert_array_equal(drawn[~border], rgb[~border])
+    assert (rgb == 9).all()  # a copy
+
+
+def test_outline_at_the_edge_of_the_image_is_closed():
+    drawn = outline(np.zeros((4, 5, 3), np.uint8), np.ones((4, 5), bool), PRED_COLOR)
+    border = np.ones((4, 5), bool)
+    border[1:3, 1:4] = False
+    np.testing.assert_array_equal((drawn == PRED_COLOR).all(-1), border)
+
+
+def test_outline_of_a_point_and_of_nothing():
+    point = np.zeros((3, 3), bool)
+    point[1, 1] = True
+    assert (outline(np.zeros((3, 3, 3), np.uint8), point, PRED_COLOR)[1, 1] == PRED_COLOR).all()
+    assert not outline(np.zeros((3, 3, 3), np.uint8), np.zeros((3, 3), bool), PRED_COLOR).any()
+
+
+# ---- panels ----
+
+
+def test_panels_are_a_png_of_the_expected_size(tmp_path):
+    grey = np.full((20, 20), 77, np.uint8)
+    rgb = overlay(grey, np.ones((20, 20), bool), PRED_COLOR, 1.0)
+    save_panels(tmp_path / "panels.png", [[grey, rgb], [rgb]], [["grey", "red"], ["red"]], height=2.0)
+    picture = read_png(tmp_path / "panels.png")
+    assert picture.shape == (450, 400, 3)  # 2 columns of 2 inches, 2 rows of 2.25, 100 dots an inch
+    quarters = [picture[:225, :200], picture[:225, 200:], picture[225:, :200], picture[225:, 200:]]
+    assert [len(pixels(q, (77, 77, 77))) > 10_000 for q in quarters] == [True, False, False, False]
+    assert [len(pixels(q, PRED_COLOR)) > 10_000 for q in quarters] == [False, True, True, False]
+    assert (quarters[3] == 255).all()  # the missing panel is blank, without axes
+
+
+def test_panels_show_grey_values_as_they_are(tmp_path):
+    """A dim slice stays dim: no stretching by its own minimum and maximum."""
+    dim = np.full((20, 20), 40, np.uint8)
+    dim[:10] = 50
+    save_panels(tmp_path / "panels.png", [[dim]], [["dim"]])
+    picture = read_png(tmp_path / "panels.png")
+    assert len(pixels(picture, (40, 40, 40))) > 5000 and len(pixels(picture, (50, 50, 50))) > 5000
+
+
+def test_panels_keep_the_first_row_on_top(tmp_path):
+    image = np.zeros((20, 20), np.uint8)
+    image[:5] = 200
+    save_panels(tmp_path / "panels.png", [[image]], [["bright on top"]])
+    picture = read_png(tmp_path / "panels.png")
+    assert pixels(picture, (200, 200, 200))[:, 0].max() < pixels(picture, (0, 0, 0))[-1, 0]
+
+
+# ---- files ----
+
+
+def test_a_failed_write_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "curves.png"
+    save_curves(path, curve_rows(3), PANELS)
+    before = path.read_bytes()
+
+    def full_disk(self, target, **_):
+        target.write_bytes(b"half a pict")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_curves(path, curve_rows(4), PANELS)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_pictures_are_png_whatever_their_name(tmp_path):
+    figure, axes = new_figure(2, 3, (3.0, 1.5))
+    assert axes.shape == (2, 3)
+    save_figure(figure, str(tmp_path / "picture"))
+    assert read_png(tmp_path / "picture").shape == (150, 300, 3)
+
+
+def test_one_panel_still_gives_a_grid_of_axes():
+    assert new_figure(1, 1, (1.0, 1.0))[1].shape == (1, 1)

@@ -1,0 +1,580 @@
+"""common/runs.py: run folders, log, checkpoints that survive accidents and carry no code, stopping."""
+
+import csv
+import errno
+import io
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from collections import Counter, OrderedDict, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from common import distributed, runs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ---- folder, configuration, log ----
+
+
+def test_new_run_dir_counts_up(tmp_path):
+    root = tmp_path / "deep" / "runs"
+    names = [runs.new_run_dir(root, "lung").name for _ in range(3)]
+    assert names == ["lung", "lung_2", "lung_3"]
+    assert all((root / name).is_dir() for name in names)
+    assert [runs.new_run_dir(root, "lung_fold1").name for _ in range(2)] == ["lung_fold1", "lung_fold1_2"]
+
+
+def test_new_run_dir_overwrites_nothing(tmp_path):
+    (tmp_path / "lung").write_text("a file")
+    assert runs.new_run_dir(tmp_path, "lung").name == "lung_2"
+    assert (tmp_path / "lung").read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "a/b", "../a", "/a", "a b", "a\n", "a*", "a\\b", "a:b"]
+)
+def test_new_run_dir_refuses_names_that_are_no_folder(tmp_path, name):
+    with pytest.raises(ValueError, match="is no name for a run; use letters, digits") as info:
+        runs.new_run_dir(tmp_path, name)
+    assert repr(name) in str(info.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a", "lung_tumor-ds512+x.1", "größe"])
+def test_new_run_dir_accepts_names(tmp_path, name):
+    assert runs.new_run_dir(tmp_path, name) == tmp_path / name
+
+
+def test_new_run_dir_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "unmounted").symlink_to(tmp_path / "away")  # was an endless loop
+    for root in (tmp_path / "file", tmp_path / "file" / "runs", tmp_path / "unmounted", "/proc/runs"):
+        with pytest.raises(
+            OSError, match=r"cannot be created \(.+\); choose a folder you may write to"
+        ) as info:
+            runs.new_run_dir(root, "lung")
+        assert f"{root}/lung" in str(info.value)
+
+
+def make_run(root, name, modified):
+    path = root / name / "weights" / "last.pt"
+    path.parent.mkdir(parents=True)
+    path.write_text(name)
+    os.utime(path, (modified, modified))
+    return path
+
+
+def test_find_checkpoint_takes_a_file_or_a_run_folder(tmp_path):
+    path = make_run(tmp_path, "lung", 100)
+    assert runs.find_checkpoint(str(path), "elsewhere", "other") == path
+    assert runs.find_checkpoint(str(tmp_path / "lung"), "elsewhere", "other") == path
+    for resume in (tmp_path / "none.pt", tmp_path, tmp_path / "lung" / "weights"):
+        with pytest.raises(FileNotFoundError, match=f"--resume {resume}: no such checkpoint"):
+            runs.find_checkpoint(str(resume), tmp_path, "lung")
+
+
+def test_find_checkpoint_last_is_the_newest_of_that_name(tmp_path):
+    first, second = make_run(tmp_path, "lung", 200), make_run(tmp_path, "lung_2", 100)
+    for other in ("lung2", "lung_fold1", "lung_fold1_2", "lung_", "lung_2_2", "alung"):
+        make_run(tmp_path, other, 900)
+    (tmp_path / "lung_3").mkdir()  # stopped before its first checkpoint
+    assert runs.find_checkpoint("last", tmp_path, "lung") == first
+    os.utime(second, (300, 300))
+    assert runs.find_checkpoint("last", tmp_path, "lung") == second
+    tenth = make_run(tmp_path, "lung_10", 400)
+    assert runs.find_checkpoint("last", tmp_path, "lung") == tenth
+
+
+@pytest.mark.parametrize("name", ["lung", "l.ng", "lung*", "/lung", ""])
+def test_find_checkpoint_without_a_run(tmp_path, name):
+    make_run(tmp_path, "lung_fold2", 100)
+    for root in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match="--resume: no run called .* under") as info:
+            runs.find_checkpoint("last", root, name)
+        assert name in str(info.value) and str(root) in str(info.value)
+
+
+def test_find_checkpoint_finds_what_new_run_dir_made(tmp_path):
+    for number in range(3):
+        run_dir = runs.new_run_dir(tmp_path, "lung_fold1")
+        (run_dir / "weights").mkdir()
+        (run_dir / "weights" / "last.pt").write_text("")
+        os.utime(run_dir / "weights" / "last.pt", (number, number))
+        assert runs.find_checkpoint("last", tmp_path, "lung_fold1").parents[1] == run_dir
+
+
+def git(folder, *words):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "commit.gpgsign=false"]
+    run = subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True)
+    return run.stdout.strip()
+
+
+def test_git_state_clean_and_dirty(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    (tmp_path / "runs.py").write_text("1")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert runs.git_state() == f"{commit} (clean)"
+    (tmp_path / "runs.py").write_text("2")
+    assert runs.git_state() == f"{commit} (dirty: files differ from it)"
+    git(tmp_path, "checkout", "-q", "runs.py")
+    (tmp_path / "new.py").write_text("")
+    assert runs.git_state() == f"{commit} (dirty: files differ from it)"
+
+
+def test_git_state_without_repository_commit_or_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert runs.git_state() == "unknown (not a git checkout)"
+    git(tmp_path, "init", "-q")
+    assert runs.git_state() == "unknown (not a git checkout)"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runs.git_state() == "unknown (not a git checkout)"
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf8") as file:
+        return list(csv.reader(file))
+
+
+def test_append_row_writes_its_header_once(tmp_path):
+    path = tmp_path / "metrics.csv"
+    runs.append_row(path, {"epoch": 0, "loss": 1 / 3, "note": "a, b"})
+    runs.append_row(path, {"epoch": 1, "loss": float("nan"), "note": "ä"})
+    runs.append_row(path, {"epoch": 2, "loss": 5e-5, "note": None})
+    assert read_csv(path) == [
+        ["epoch", "loss", "note"],
+        ["0", "0.333333", "a, b"],
+        ["1", "nan", "ä"],
+        ["2", "5e-05", ""],
+    ]
+
+
+def test_append_row_keeps_to_the_columns_of_the_first_row(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.touch()  # empty: still gets its header
+    runs.append_row(path, {"epoch": 0, "loss": 0.5})
+    runs.append_row(path, {"loss": 0.25, "added_later": 7, "epoch": 1})
+    runs.append_row(path, {"loss": 0.125})
+    assert read_csv(path) == [["epoch", "loss"], ["0", "0.5"], ["1", "0.25"], ["", "0.125"]]
+
+
+def test_start_log_writes_command_commit_and_versions_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lung_tumor/train.py", "--epochs", "3"])
+    monkeypatch.setattr(runs, "git_state", lambda: "abc123 (clean)")
+    log = runs.start_log(tmp_path / "run", {"lr": 1e-3, "fold": None}, [])
+    log("epoch 0 ß")
+    lines = (tmp_path / "run" / "log.txt").read_text(encoding="utf8").splitlines()
+    assert [line[20:] for line in lines[:2]] == [
+        f"command: {Path(sys.executable).name} lung_tumor/train.py --epochs 3",
+        "commit: abc123 (clean)",
+    ]
+    assert all(v in lines[2] for v in (f"torch {torch.__version__}", f"numpy {np.__version__}", "python 3."))
+    assert lines[3].endswith(" epoch 0 ß") and len(lines) == 4
+    assert capsys.readouterr().out.splitlines()[-1] == "epoch 0 ß"
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == {"lr": 1e-3, "fold": None}
+    assert (tmp_path / "run" / "weights").is_dir()
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_start_log_rewrites_metrics_from_the_history_of_a_resumed_run(tmp_path):
+    history = [{"epoch": 0, "loss": 0.5}, {"epoch": 1, "loss": 0.25}]
+    runs.start_log(tmp_path, {"lr": 1.0}, [])("first run")
+    for row in [*history, {"epoch": 2, "loss": 9.0}]:  # epoch 2 ended after the last checkpoint
+        runs.append_row(tmp_path / "metrics.csv", row)
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("3,0.")  # killed while it wrote
+    runs.start_log(tmp_path, {"lr": 2.0}, history)("second run")
+    runs.append_row(tmp_path / "metrics.csv", {"epoch": 2, "loss": 0.125})
+    assert read_csv(tmp_path / "metrics.csv") == [
+        ["epoch", "loss"],
+        ["0", "0.5"],
+        ["1", "0.25"],
+        ["2", "0.125"],
+    ]
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("commit: ") == 2 and log.index("first run") < log.index("second run")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"lr": 2.0}
+
+
+def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    runs.start_log(tmp_path, {}, [{"epoch": 0}])("hello")
+    runs.save_checkpoint(tmp_path / "last.pt", {"model": {}})
+    assert runs.open_wandb("project", "name", {}) is None
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+def test_open_wandb_without_wandb_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import then raises ImportError
+    with pytest.raises(SystemExit, match="--use_wandb needs the wandb package: pip install wandb"):
+        runs.open_wandb("project", "name", {})
+
+
+# ---- seeds and random states ----
+
+
+def draws():
+    """Numbers from every generator, normals included: these keep a spare value beside the state."""
+    return (
+        [random.random(), random.gauss(0, 1)],
+        np.random.rand(3).tolist() + np.random.standard_normal(3).tolist(),  # noqa: NPY002
+        torch.rand(3).tolist() + torch.randn(3).tolist(),
+    )
+
+
+def test_seed_everything_repeats_all_generators():
+    runs.seed_everything(5)
+    first = draws()
+    assert draws() != first
+    runs.seed_everything(5)
+    assert draws() == first
+    runs.seed_everything(6)
+    assert all(a != b for a, b in zip(draws(), first, strict=True))
+    runs.seed_everything(2**32 + 5)  # NumPy takes 32 bits
+    runs.seed_everything(-1)
+
+
+def test_rng_state_continues_exactly_also_through_a_checkpoint(tmp_path):
+    runs.seed_everything(1)
+    draws()
+    state = runs.rng_state()
+    expected = draws(), draws()
+    runs.set_rng_state(state)
+    assert (draws(), draws()) == expected
+    runs.save_checkpoint(tmp_path / "last.pt", {"model": {}, "config": {}, "rng": state})
+    runs.seed_everything(2)
+    runs.set_rng_state(runs.load_checkpoint(tmp_path / "last.pt")["rng"])
+    assert (draws(), draws()) == expected
+
+
+# ---- checkpoints ----
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(2, 1, 4, 4)).square().sum().backward()
+    optimizer.step()
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "config": {"lr": 5e-5, "patch": [96, 64, 64], "fold": None, "ema": False, "name": "ä"},
+        "label_map": {0: "background", 26: "T13", "spacing_mm": (1.0, 2.5)},
+        "history": [{"epoch": 0, "dice": float("inf")}, {"epoch": 2**70, "dice": -0.0}],
+        "tensors": [
+            torch.arange(3),
+            torch.tensor(True),
+            torch.zeros(0, 3),
+            torch.ones(2, dtype=torch.float16),
+        ],
+        "shape": torch.zeros(2, 3).shape,
+        "parameter": nn.Parameter(torch.ones(2)),
+        "ema": None,
+    }
+    runs.save_checkpoint(tmp_path / "last.pt", state)
+    loaded = runs.load_checkpoint(str(tmp_path / "last.pt"))
+    assert_same(loaded, state)
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize(
+    "value, where",
+    [
+        ({"at": {"best": np.float64(0.5)}}, r"checkpoint\['model'\]\['at'\]\['best'\] is a float64"),
+        ([{"dice": 1.0}, {"dice": np.float32(1)}], r"checkpoint\['model'\]\[1\]\['dice'\] is a float32"),
+        ((1, np.int64(3)), r"checkpoint\['model'\]\[1\] is a int64"),
+        (
+            {np.int64(3): "L3"},  # as from np.unique
+            r"the key .*3.* of checkpoint\['model'\] is a int64",
+        ),
+        (np.zeros(2), r"checkpoint\['model'\] is a ndarray"),
+        (Path("a"), r"checkpoint\['model'\] is a .*Path"),
+        ({1, 2}, r"checkpoint\['model'\] is a set"),
+        (defaultdict(int, a=1), r"checkpoint\['model'\] is a defaultdict"),
+        (nn.Linear(1, 1), r"checkpoint\['model'\] is a Linear"),
+        (np.str_("a"), r"checkpoint\['model'\] is a str_"),
+    ],
+)
+def test_save_checkpoint_refuses_what_could_not_be_read_back(tmp_path, value, where):
+    with pytest.raises(TypeError, match=where + "; checkpoints hold tensors and plain values only"):
+        runs.save_checkpoint(tmp_path / "last.pt", {"model": value, "config": {}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_ordered_dict_and_counter(tmp_path):
+    runs.save_checkpoint(tmp_path / "a.pt", {"model": OrderedDict(b=1, a=2), "config": {}})
+    assert_same(runs.load_checkpoint(tmp_path / "a.pt")["model"], OrderedDict(b=1, a=2))
+    with pytest.raises(TypeError, match="Counter"):
+        runs.save_checkpoint(tmp_path / "a.pt", {"model": Counter("ab"), "config": {}})
+
+
+class Evil:
+    """Unpickling it writes a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.write_text, (self.target, "ran")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_load_checkpoint_never_runs_code_from_the_file(tmp_path):
+    trace, path = tmp_path / "trace", tmp_path / "best.pt"
+    content = {"model": Evil(trace), "config": {}}
+    for protocol in (0, 2, 5):
+        path.write_bytes(pickle.dumps(content, protocol))
+        with pytest.raises(ValueError, match=f"{path}: refused"):
+            runs.load_checkpoint(path)
+    for new_format in (True, False):
+        torch.save(content, path, _use_new_zipfile_serialization=new_format)
+        with pytest.raises(ValueError, match=f"{path}: refused"):
+            runs.load_checkpoint(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.read_text() == "ran"  # so the file was a danger
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+def test_load_checkpoint_refuses_objects_and_programs(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    torch.save({"model": defaultdict(int), "config": {}}, tmp_path / "foreign.pt")
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
+    for name in ("module.pt", "foreign.pt", "script.pt"):
+        with pytest.raises(
+            ValueError, match=f"{name}: refused, because it holds more than tensors and plain"
+        ):
+            runs.load_checkpoint(tmp_path / name)
+
+
+def test_load_checkpoint_of_a_damaged_file(tmp_path):
+    path = tmp_path / "last.pt"
+    runs.save_checkpoint(path, {"model": {"w": torch.full((1000,), 7.0)}, "config": {}})
+    whole = path.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            ValueError, match=f"{path}: refused, because it is truncated, damaged or no check"
+        ):
+            runs.load_checkpoint(path)
+    weights = whole.find(torch.full((4,), 7.0).numpy().tobytes())
+    path.write_bytes(whole[: weights + 4] + b"\x01" + whole[weights + 5 :])  # torch would not notice
+    with pytest.raises(ValueError, match=f"{path}: not a readable checkpoint .*data/0 in it is damaged"):
+        runs.load_checkpoint(path)
+
+
+def test_load_checkpoint_of_other_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.pt: no such checkpoint"):
+        runs.load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        runs.load_checkpoint(tmp_path)
+    (tmp_path / "text.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(
+        ValueError, match="text.pt: refused, because it is truncated, damaged or no checkpoint"
+    ):
+        runs.load_checkpoint(tmp_path / "text.pt")
+    with zipfile.ZipFile(tmp_path / "report.zip", "w") as archive:
+        archive.writestr("a/report.txt", "no tensors")
+    with pytest.raises(ValueError, match="report.zip: not a readable checkpoint"):
+        runs.load_checkpoint(tmp_path / "report.zip")
+    for content in ({"model": {}}, {"config": {}}, [1, 2], torch.zeros(2)):
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match="other.pt: holds no 'model' and 'config'"):
+            runs.load_checkpoint(tmp_path / "other.pt")
+
+
+# ---- accidents while saving ----
+
+
+def state_of(num_values):
+    return {"model": {"w": torch.full((num_values,), 3.0)}, "config": {}}
+
+
+def assert_refused_and_old_kept(path, reason):
+    """Saving raises `reason`; the checkpoint before stays as it is and nothing else is left behind."""
+    old = path.read_bytes()
+    for num_values in (10, 100_000):  # torch writes small files at once, large ones in parts
+        with pytest.raises(OSError, match=reason) as info:
+            runs.save_checkpoint(path, state_of(num_values))
+        for part in (f"{path}: checkpoint could not be written", "earlier last.pt is untouched", "--resume"):
+            assert part in str(info.value)
+        assert path.read_bytes() == old
+        assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+@pytest.fixture
+def last(tmp_path):
+    runs.save_checkpoint(tmp_path / "last.pt", state_of(5))
+    return tmp_path / "last.pt"
+
+
+def test_disk_full_at_the_end(last, monkeypatch):
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    assert_refused_and_old_kept(last, "No space left on device")
+
+
+def test_rename_fails(last, monkeypatch):
+    def no_rename(source, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", no_rename)
+    assert_refused_and_old_kept(last, "Permission denied")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("num_values", [10, 100_000])
+def test_disk_full_of_a_real_device(last, num_values):
+    old, partial = last.read_bytes(), last.with_name("last.pt.partial")
+    partial.symlink_to("/dev/full")
+    with pytest.raises(
+        OSError, match=r"could not be written \(No space left on device\); the earlier last.pt"
+    ):
+        runs.save_checkpoint(last, state_of(num_values))
+    assert last.read_bytes() == old and not partial.is_symlink()
+
+
+def test_file_size_limit_of_the_system(last):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        assert_refused_and_old_kept(last, "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old_handler)
+    runs.save_checkpoint(last, state_of(7))
+    assert len(runs.load_checkpoint(last)["model"]["w"]) == 7
+
+
+def test_no_permission(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "none", Path("/proc"), Path("/proc/self")):
+        with pytest.raises(OSError, match="checkpoint could not be written") as info:
+            runs.save_checkpoint(folder / "last.pt", state_of(5))
+        assert f"{folder}/last.pt" in str(info.value) and "nothing was written" in str(info.value)
+
+
+def test_what_a_killed_save_left_is_overwritten(last):
+    last.with_name("last.pt.partial").write_bytes(b"half")
+    runs.save_checkpoint(last, state_of(9))
+    assert len(runs.load_checkpoint(last)["model"]["w"]) == 9
+    assert [p.name for p in last.parent.iterdir()] == ["last.pt"]
+
+
+# ---- stopping ----
+
+
+def test_signals_set_the_flag_and_a_second_interrupt_stops(capfd):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with runs.StopRequest() as stop:
+            assert not stop.requested
+            signal.raise_signal(number)
+            assert stop.requested
+            signal.raise_signal(signal.SIGTERM)  # a scheduler may repeat itself
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        assert f"{number.name}: finishing this step, then saving" in capfd.readouterr().out
+
+
+def test_handlers_are_restored_after_an_exception():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), runs.StopRequest():
+        raise ZeroDivisionError
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_signal_in_the_middle_of_a_print(monkeypatch):
+    class Interrupted(io.RawIOBase):
+        signals = [signal.SIGTERM]  # for the first write only
+
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if self.signals:
+                signal.raise_signal(self.signals.pop())
+            return len(data)
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Interrupted())))
+    with runs.StopRequest() as stop:
+        print("epoch 3", flush=True)  # was RuntimeError: reentrant call
+        assert stop.requested
+
+
+def test_stop_request_outside_the_main_thread_leaves_signals_alone():
+    before, flags = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with runs.StopRequest() as stop:
+            flags.append(stop.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert flags == [False] and signal.getsignal(signal.SIGINT) is before
+
+
+DYING_SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from torch.utils.data import DataLoader
+from common import runs
+
+if __name__ == "__main__":
+    loader = DataLoader(
+        list(range(8)), 2, num_workers=2, persistent_workers=True, worker_init_fn=runs.ignore_signals
+    )
+    with runs.StopRequest():
+        for batch in loader:
+            raise ZeroDivisionError("the loss became nan")
+"""
+
+
+def test_workers_that_ignore_signals_end_when_the_main_process_dies(tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING_SCRIPT)
+    # Returns when the workers, too, have closed the pipes; without _end_children it would hang for ever.
+    done = subprocess.run(
+        [sys.executable, script, ROOT], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("ZeroDivisionError: the loss became nan")

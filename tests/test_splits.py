@@ -1,0 +1,285 @@
+"""common/splits.py: no patient on both sides, the same split everywhere, clear refusals."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.splits import (
+    check_split,
+    fold_split,
+    natural_key,
+    patients_of,
+    read_splits,
+    save_splits,
+    split_by_patient,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+LUNG = patients_of([f"lung_{number:03d}" for number in range(1, 64)])  # 63 cases, as Task06_Lung has
+SCANS = patients_of([f"p{p}_scan{s}" for p in range(12) for s in range(1 + p % 4)], r"(p\d+)_scan\d+")
+
+
+def cases_of(split):
+    return [case for part in split.values() for case in part]
+
+
+def assert_patients_apart(split, patients):
+    parts = [{patients[case] for case in split[part]} for part in ("train", "val", "test")]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    assert sorted(cases_of(split)) == sorted(patients)
+
+
+# ---- names ----
+
+
+def test_natural_order():
+    names = ["lung_10", "lung_2", "lung_1", "a2b10", "a2b9", "a10b1", "lung", "10", "9", "lung_2a", ""]
+    assert sorted(names, key=natural_key) == [
+        "",
+        "a2b9",
+        "a2b10",
+        "a10b1",
+        "lung",
+        "lung_1",
+        "lung_2",
+        "lung_2a",
+        "lung_10",
+        "9",
+        "10",
+    ]
+
+
+def test_natural_order_of_names_with_equal_numbers_does_not_depend_on_the_input():
+    names = ["p1", "p01", "p001", "p2"]
+    orders = {tuple(sorted(random.Random(s).sample(names, 4), key=natural_key)) for s in range(20)}
+    assert orders == {("p001", "p01", "p1", "p2")}
+
+
+def test_patients_of():
+    assert patients_of(["b", "a"]) == {"b": "b", "a": "a"}
+    assert patients_of([]) == {}
+    assert patients_of(["p1_scan1", "p1_scan2", "p2_scan1"], r"(.+)_scan\d+") == {
+        "p1_scan1": "p1",
+        "p1_scan2": "p1",
+        "p2_scan1": "p2",
+    }
+
+
+@pytest.mark.parametrize("pattern", [r"(.+)_scan\d+", r"p\d+", r"(x)?p", r"(x*)p"])
+def test_pattern_that_finds_no_patient_names_the_case(pattern):
+    with pytest.raises(ValueError, match="case p17: the patient pattern .* finds no group in its name"):
+        patients_of(["xp1_scan1", "p17"] if "scan" in pattern else ["p17"], pattern)
+
+
+# ---- split ----
+
+
+def test_63_cases_give_51_training_and_12_validation():
+    split = split_by_patient(LUNG, val_ratio=0.2)
+    assert [len(split[part]) for part in ("train", "val", "test")] == [51, 12, 0]
+    assert_patients_apart(split, LUNG)
+    assert split["val"] == sorted(split["val"])
+
+
+@pytest.mark.parametrize(
+    "num_patients, val_ratio, test_ratio, expected",
+    [
+        (10, 0.2, 0.1, [7, 2, 1]),
+        (10, 0.0, 0.0, [10, 0, 0]),
+        (3, 0.01, 0.01, [1, 1, 1]),
+        (2, 0.5, 0.0, [1, 1, 0]),
+    ],
+)
+def test_ratios(num_patients, val_ratio, test_ratio, expected):
+    patients = patients_of([f"c{n}" for n in range(num_patients)])
+    split = split_by_patient(patients, val_ratio=val_ratio, test_ratio=test_ratio)
+    assert [len(split[part]) for part in ("train", "val", "test")] == expected
+    assert_patients_apart(split, patients)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_patients_with_several_scans_stay_in_one_part(seed):
+    split = split_by_patient(SCANS, val_ratio=0.25, test_ratio=0.25, seed=seed)
+    assert_patients_apart(split, SCANS)
+    counts = [len({SCANS[c] for c in split[part]}) for part in ("train", "val", "test")]
+    assert counts == [6, 3, 3]  # of 12 patients, whatever the number of their scans
+
+
+def test_split_depends_on_the_seed_but_not_on_the_order_of_the_input():
+    split = split_by_patient(SCANS, seed=1)
+    items = list(SCANS.items())
+    for shuffle in range(5):
+        random.Random(shuffle).shuffle(items)
+        assert split_by_patient(dict(items), seed=1) == split
+        assert fold_split(dict(items), folds=4, fold=1) == fold_split(SCANS, folds=4, fold=1)
+    assert split_by_patient(SCANS, seed=2) != split
+
+
+def test_split_leaves_the_global_generator_alone():
+    random.seed(0)
+    expected = random.random()
+    random.seed(0)
+    split_by_patient(LUNG)
+    assert random.random() == expected
+
+
+def test_split_is_the_same_in_every_process():
+    """Patients called 1, 01, 001 were shuffled by the hash of their names, another one in each process."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from common.splits import patients_of, split_by_patient\n"
+        "print(split_by_patient(patients_of(['0' * n + '1' for n in range(12)])))"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2, 3)
+    }
+    assert len(outputs) == 1
+
+
+@pytest.mark.parametrize(
+    "num_patients, ratios", [(0, (0.2, 0)), (1, (0.2, 0)), (2, (0.2, 0.2)), (4, (0.5, 0.5))]
+)
+def test_split_without_training_patients_is_refused(num_patients, ratios):
+    patients = patients_of([f"c{n}" for n in range(num_patients)])
+    with pytest.raises(
+        ValueError, match=rf"^{num_patients} patient\(s\) cannot be split .* add scans or lower"
+    ):
+        split_by_patient(patients, val_ratio=ratios[0], test_ratio=ratios[1])
+
+
+# ---- folds ----
+
+
+@pytest.mark.parametrize("patients, folds", [(LUNG, 5), (SCANS, 3), (SCANS, 12)])
+def test_folds_test_every_patient_exactly_once(patients, folds):
+    splits = [fold_split(patients, folds=folds, fold=fold) for fold in range(folds)]
+    for fold, split in enumerate(splits):
+        assert_patients_apart(split, patients)
+        assert all(split.values())  # no part is empty
+        assert split["val"] == splits[(fold + 1) % folds]["test"]  # never the part that is reported
+    for part in ("test", "val"):
+        assert sorted(case for split in splits for case in split[part]) == sorted(patients)
+    counts = [len({patients[case] for case in split["test"]}) for split in splits]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_folds_depend_on_the_seed():
+    assert fold_split(LUNG, folds=5, fold=0, seed=1) != fold_split(LUNG, folds=5, fold=0, seed=2)
+
+
+@pytest.mark.parametrize("folds", [-1, 0, 1, 2, 13])
+def test_wrong_number_of_folds(folds):
+    with pytest.raises(ValueError, match=f"--folds {folds}: choose 3 to 12 for 12 patients"):
+        fold_split(SCANS, folds=folds, fold=0)
+
+
+@pytest.mark.parametrize("fold", [-1, 5])
+def test_wrong_fold(fold):
+    with pytest.raises(ValueError, match=f"--fold {fold}: with 5 folds choose 0 to 4"):
+        fold_split(LUNG, folds=5, fold=fold)
+
+
+# ---- check ----
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_patient_in_two_parts_is_refused_naming_both_cases(part):
+    split = {"train": ["p1_scan0", "p2_scan0"], part: ["p2_scan1"]}
+    with pytest.raises(ValueError) as info:
+        check_split(split, SCANS, "my/splits.json")
+    for words in ("my/splits.json: patient p2", "in train (case p2_scan0)", f"in {part} (case p2_scan1)"):
+        assert words in str(info.value)
+
+
+def test_case_in_two_parts_is_refused():
+    with pytest.raises(
+        ValueError, match=r"patient p1 .* in val \(case p1_scan0\) and in test \(case p1_scan0\)"
+    ):
+        check_split({"train": ["p2_scan0"], "val": ["p1_scan0"], "test": ["p1_scan0"]}, SCANS)
+
+
+def test_unknown_case_is_refused():
+    with pytest.raises(ValueError, match="split: val names case p99_scan0, which is not in the data set"):
+        check_split({"train": ["p1_scan0"], "val": ["p99_scan0"]}, SCANS)
+
+
+@pytest.mark.parametrize("split", [{}, {"train": []}, {"train": [], "val": ["p1_scan0"]}])
+def test_empty_training_is_refused(split):
+    with pytest.raises(ValueError, match="x.json: no training case"):
+        check_split(split, SCANS, "x.json")
+
+
+def test_several_scans_in_one_part_and_unused_cases_are_fine():
+    check_split({"train": ["p3_scan0", "p3_scan1", "p3_scan2"], "val": ["p1_scan0"]}, SCANS)
+
+
+# ---- file ----
+
+
+def test_save_and_read_round_trip(tmp_path):
+    path = tmp_path / "splits.json"
+    split = split_by_patient(SCANS, test_ratio=0.2, seed=3)
+    save_splits(path, split, SCANS, 3)
+    assert read_splits(path) == (split, SCANS)
+    assert json.loads(path.read_text())["seed"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["splits.json"]
+
+
+def test_save_refuses_an_overlap_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="patient p2 stands in train"):
+        save_splits(path, {"train": ["p2_scan0"], "val": ["p2_scan1"]}, SCANS, 0)
+    assert path.read_text() == "old"
+
+
+def test_hand_written_file_without_patients(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text('{"train": ["b", "a"], "val": ["c"]}')
+    assert read_splits(path) == (
+        {"train": ["b", "a"], "val": ["c"], "test": []},
+        {"b": "b", "a": "a", "c": "c"},
+    )
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"train": ["a"', "not a valid splits file"),
+        (b"", "not a valid splits file"),
+        (b"\xff\xfe{}", "not a valid splits file"),
+        (b'["a", "b"]', "not a valid splits file"),
+        (b'{"train": null}', "expected lists of cases under train, val, test"),
+        (b'{"train": ["a"], "val": "abc"}', "expected lists of cases under train, val, test"),
+        (b"{}", "no training case"),
+        (b'{"train": ["a"], "val": ["a"]}', r"patient a stands in train \(case a\) and in val"),
+        (b'{"train": ["a"], "val": ["b"], "patients": {"a": "x", "b": "x"}}', "patient x stands in train"),
+        (
+            b'{"train": ["a", "b"], "patients": {"a": "x"}}',
+            "train names case b, which is not in the data set",
+        ),
+    ],
+)
+def test_read_splits_of_a_bad_file_names_it(tmp_path, content, message):
+    path = tmp_path / "splits.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as info:
+        read_splits(path)
+    assert str(path) in str(info.value)
+
+
+def test_read_splits_of_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="splits.json"):
+        read_splits(tmp_path / "splits.json")
