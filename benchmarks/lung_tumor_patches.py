@@ -1,13 +1,12 @@
 """Attention U-Nets of this project and of MONAI on real lung CT patches: same training, held-out score, time.
 
-    pip install -r benchmarks/requirements.txt
     python benchmarks/lung_tumor_patches.py --data_path ../shared/data/lung_ct/msd_lung_2mm_patches
 
 --data_path holds val.npz and test.npz: images float32 (n, h, w) in 0..1, labels uint8 (n, h, w), 1 = tumour;
-2 mm patches of Medical Segmentation Decathlon Task06 (github.com/shizoda/data, CC BY-SA 4.0). Each file trains
-and is scored in turn, --seeds times; the networks take their steps alternately, on the same batches. Then the
-slower one is trained again with only the steps that fit into the time of the other. float32. The last weights
-are scored; nothing is chosen by the scored file. Writes lung_tumor_patches.json and .md to --out.
+here 2 mm patches of Medical Segmentation Decathlon Task06 (github.com/shizoda/data, CC BY-SA 4.0). Each file
+trains and is scored in turn, --seeds times. The networks take their steps in turns on the same batches, in
+float32; then the slower one trains again, with only the steps that fit into the time of the other. The last
+weights are scored, nothing is chosen by the scored file. Writes lung_tumor_patches.json and .md to --out.
 """
 
 import itertools
@@ -17,7 +16,6 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,15 +36,10 @@ from lung_tumor.model import NUM_CLASSES, get_loss
 from lung_tumor.slices import normalise
 
 MODELS = ("ours", "monai")
+PACKAGES = ("torch", "numpy", "cv2", "albumentations", "monai")
 MONAI_CHANNELS = (16, 32, 64, 128, 256)  # as ours at base_features 16, but for our bottleneck of 128
 DIRECTIONS = (("val", "test"), ("test", "val"))  # trained on, scored on
-COLUMNS = {  # of the table: title, digits
-    "pooled_dice": ("pooled Dice", 3),
-    "tumour_patch_dice": ("Dice of tumour patches", 3),
-    "empty_patches_with_fp": ("empty patches with a false positive", 2),
-    "ms_per_step": ("ms a step", 0),
-    "train_s": ("s of training", 1),
-}
+COLUMNS = {"pooled_dice": 3, "tumour_patch_dice": 3, "empty_patch_fp": 2, "ms_per_step": 0, "train_s": 1}
 
 
 def build_parser() -> ArgumentParser:
@@ -56,7 +49,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--seeds", type=positive_int, default=3, help="runs in each direction")
     parser.add_argument("--steps", type=positive_int, default=300, help="optimiser steps of a run")
     parser.add_argument("--batch_size", type=positive_int, default=16, help="patches a step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW, falls as a cosine")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of ours, falls as a cosine")
+    parser.add_argument("--monai_lr", type=float, default=1e-2, help="learning rate of MONAI's, likewise")
     parser.add_argument("--base_features", type=positive_int, default=16, help="channels of our first level")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, mps or auto")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = all cores, 1 on a busy machine")
@@ -65,7 +59,7 @@ def build_parser() -> ArgumentParser:
 
 
 def load_patches(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 0..255 and labels uint8 0/1, (n, h, w) each; ValueError if not of both kinds and in 0..1."""
+    """Images uint8 0..255, labels uint8 0/1, (n, h, w) each; ValueError: not of both kinds, not in 0..1."""
     with np.load(path, allow_pickle=False) as file:
         images, labels = file["images"], (file["labels"] > 0).astype(np.uint8)
     if images.min() < 0 or images.max() > 1 or len(set(labels.any(axis=(1, 2)))) != 2:
@@ -73,40 +67,36 @@ def load_patches(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(255 * images).astype(np.uint8), labels
 
 
-def build_network(name: str, base_features: int, seed: int) -> nn.Module:
+def build_network(name: str, base_features: int, seed: int, device: torch.device) -> nn.Module:
     torch.manual_seed(seed)
     if name == "ours":
-        return AttentionUNet(1, NUM_CLASSES, base_features=base_features)
-    from monai.networks.nets import AttentionUnet
+        network = AttentionUNet(1, NUM_CLASSES, base_features=base_features)
+    else:
+        from monai.networks.nets import AttentionUnet
 
-    return AttentionUnet(2, 1, NUM_CLASSES, channels=MONAI_CHANNELS, strides=(2, 2, 2, 2))
+        network = AttentionUnet(2, 1, NUM_CLASSES, channels=MONAI_CHANNELS, strides=(2, 2, 2, 2))
+    return network.to(device, memory_format=torch.channels_last)
 
 
 def batches(images: np.ndarray, labels: np.ndarray, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented (size, 1, h, w) in [-1, 1] and (size, h, w) int64 without end; equal seeds, equal batches."""
-    rng, augment, waiting = np.random.default_rng(seed), Augmentation(), np.empty(0, int)
+    rng, augment = np.random.default_rng(seed), Augmentation()
     while True:
-        while len(waiting) < size:
-            waiting = np.concatenate([waiting, rng.permutation(len(images))])
-        chosen, waiting = waiting[:size], waiting[size:]
+        chosen = rng.choice(len(images), size, replace=False)
         changed = [augment(images[i], labels[i], int(rng.integers(2**31))) for i in chosen]
         image, target = (np.stack(part) for part in zip(*changed, strict=True))
         yield normalise(image).unsqueeze(1), torch.from_numpy(target.astype(np.int64))
 
 
-def train(
-    networks: dict[str, nn.Module], data: Iterator[tuple], steps: int, lr: float, device: torch.device
-) -> dict[str, list[float]]:
-    """Train all networks on the same batches, one step each in turns; ms of every step by network."""
+def train(networks: dict, data: Iterator, steps: int, lr: dict, device: torch.device) -> dict[str, list]:
+    """Train all networks (by name) on the same batches, one step each in turns; ms of every step by name."""
     loss_function, taken_ms = get_loss("dice_bce"), {name: [] for name in networks}
-    optimizers = {k: torch.optim.AdamW(n.parameters(), lr, weight_decay=1e-4) for k, n in networks.items()}
-    for network in networks.values():
-        network.to(device, memory_format=torch.channels_last).train()
+    optimizers = {k: torch.optim.AdamW(n.parameters(), weight_decay=1e-4) for k, n in networks.items()}
     for step in range(steps):
         image, target = (part.to(device) for part in next(data))  # (N, 1, h, w), (N, h, w)
         for name, network in networks.items():
             start, optimizer = time.perf_counter(), optimizers[name]
-            optimizer.param_groups[0]["lr"] = learning_rate("cosine_annealing", step / steps, lr, 1e-6)
+            optimizer.param_groups[0]["lr"] = learning_rate("cosine_annealing", step / steps, lr[name], 1e-6)
             optimizer.zero_grad(set_to_none=True)
             loss_function(network(image), target).backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -118,29 +108,22 @@ def train(
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """uint8 (n, h, w) -> bool (n, h, w), where tumour is the likelier class."""
-    network.eval()
-    parts = normalise(images).unsqueeze(1).split(64)
-    return torch.cat([network(part.to(device)).argmax(dim=1).cpu() for part in parts]).numpy() > 0
-
-
-def score(pred: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Dice of one confusion matrix over all patches, mean Dice of the patches with tumour, share of the others
-    in which some is predicted; masks (n, h, w)."""
-    counts = [binary_counts(p, t) for p, t in zip(pred, target, strict=True)]  # (tp, fp, fn, tn) each
-    with_tumour = target.any(axis=(1, 2))
-    dices = [dice_from_counts(*c[:3]) for c, filled in zip(counts, with_tumour, strict=True) if filled]
+def score(network: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> dict:
+    """Dice of one confusion matrix over all patches, mean Dice of those with tumour, share of those
+    without in which some is predicted."""
+    parts = normalise(images).unsqueeze(1).to(device).split(64)
+    pred = torch.cat([network.eval()(part).argmax(dim=1) for part in parts]).cpu().numpy() > 0
+    counts = [binary_counts(p, t) for p, t in zip(pred, labels > 0, strict=True)]  # (tp, fp, fn, tn) each
+    filled = labels.any(axis=(1, 2))
+    dices = [dice_from_counts(*c[:3]) for c, has_tumour in zip(counts, filled, strict=True) if has_tumour]
     return {
         "pooled_dice": dice_from_counts(*np.sum(counts, axis=0).tolist()[:3]),
         "tumour_patch_dice": statistics.mean(dices),
-        "empty_patches_with_fp": float(pred.any(axis=(1, 2))[~with_tumour].mean()),
+        "empty_patch_fp": float(pred.any(axis=(1, 2))[~filled].mean()),
     }
 
 
-def write_results(
-    out: str, name: str, argv: list[str] | None, content: dict, rows: list[dict], notes: str, packages: str
-) -> None:
+def write_results(out: str, name: str, argv: list | None, content: dict, rows: list, notes: str) -> None:
     """out/<name>.json (`content`) and .md (`rows` by column title, `notes`), each with its origin."""
     words = map(str, sys.argv[1:] if argv is None else argv)
     words = [Path(w).name if Path(w).is_absolute() else w for w in words]  # names no folder of this machine
@@ -149,11 +132,11 @@ def write_results(
         "date": time.strftime("%Y-%m-%d"),
         "commit": git_state(),
         "machine": describe_device(torch.device("cpu")),
-        "versions": ", ".join(f"{package} {version(package)}" for package in packages.split()),
+        "versions": ", ".join(f"{m} {sys.modules[m].__version__}" for m in PACKAGES if m in sys.modules),
     }
+    head = "".join(f"- {key}: {value}\n" for key, value in origin.items())
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     table = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + f"\n{notes}\n"
-    head = "".join(f"- {key}: {value}\n" for key, value in origin.items())
     Path(out).mkdir(parents=True, exist_ok=True)
     Path(out, f"{name}.json").write_text(json.dumps(origin | content, indent=2) + "\n", encoding="utf8")
     Path(out, f"{name}.md").write_text(f"# {name}\n\n{head}\n{table}", encoding="utf8")
@@ -169,17 +152,17 @@ def main(argv: list[str] | None = None) -> dict:
         print("monai: not measured: pip install -r benchmarks/requirements.txt")
     patches = {part: load_patches(Path(args.data_path, f"{part}.npz")) for part in DIRECTIONS[0]}
     runs: dict[str, list[dict]] = {}
+    lr = {"ours": args.lr, "monai": args.monai_lr}
 
     def run(names: list[str], steps: int, suffix: str = "") -> None:
         for seed, (trained, scored) in itertools.product(range(args.seeds), DIRECTIONS):
-            networks = {name: build_network(name, args.base_features, seed) for name in names}
+            networks = {name: build_network(name, args.base_features, seed, device) for name in names}
             data = batches(*patches[trained], args.batch_size, seed)
-            taken_ms = train(networks, data, steps, args.lr, device)
-            images, labels = patches[scored]
+            taken_ms = train(networks, data, steps, lr, device)
             for name, network in networks.items():
                 row = dict(trained_on=trained, scored_on=scored, seed=seed, steps=steps)
                 row["parameters"] = sum(p.numel() for p in network.parameters())
-                row |= score(predict(network, images, device), labels > 0)
+                row |= score(network, *patches[scored], device)
                 row |= dict(ms_per_step=statistics.median(taken_ms[name]), train_s=sum(taken_ms[name]) / 1000)
                 runs.setdefault(name + suffix, []).append(row)
                 print(name + suffix, *row.values())
@@ -197,16 +180,12 @@ def main(argv: list[str] | None = None) -> dict:
     for name, of_run in runs.items():
         means[name] = {k: statistics.mean(r[k] for r in of_run) for k in COLUMNS}
         rows.append({"network": name} | {k: of_run[0].get(k, "") for k in ("parameters", "steps")})
-        for key, (title, digits) in COLUMNS.items():
+        for key, digits in COLUMNS.items():
             sd = f" ± {statistics.stdev(r[key] for r in of_run):.{digits}f}" if len(of_run) > 1 else ""
-            rows[-1][title] = f"{means[name][key]:.{digits}f}{sd}"
-    notes = (
-        f"Mean ± SD of {args.seeds} seeds in both directions; differences run by run. {threads} threads.\n"
-    )
-    settings = resolved_config(args, ("config", "data_path", "out"))
-    content = {"settings": settings, "means": means, "runs": runs}
-    packages = "torch numpy albumentations" + (" monai" if "monai" in models else "")
-    write_results(args.out, "lung_tumor_patches", argv, content, rows, notes, packages)
+            rows[-1][key.replace("_", " ")] = f"{means[name][key]:.{digits}f}{sd}"
+    notes = f"Mean ± SD of {args.seeds} seeds in 2 directions; differences run by run. Threads: {threads}."
+    content = {"settings": resolved_config(args, ("data_path", "out")), "means": means, "runs": runs}
+    write_results(args.out, "lung_tumor_patches", argv, content, rows, notes)
     return content
 
 

@@ -27,7 +27,6 @@ from lung_tumor.slices import volume_to_slices
 
 FIELD_MM = (165.0, 350.0, 350.0)  # z y x, of a phantom scan
 WINDOW_HU = (-1024.0, 325.0)  # default of lung_tumor/preprocess.py
-LABELS = {"png": "PNG files, OpenCV", "packed": "packed array, memory-mapped"}
 
 
 def build_parser() -> ArgumentParser:
@@ -36,24 +35,23 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--slices", type=positive_int, default=60, help="slices of each scan")
     parser.add_argument("--image_size", type=positive_int, default=512, help="side of the slices, pixels")
     parser.add_argument("--repeats", type=positive_int, default=15, help="passes over all slices, each way")
-    parser.add_argument("--seed", type=int, default=42, help="of the phantoms and of the reading order")
     parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
     return parser
 
 
-def write_slices(folder: Path, cases: int, slices: int, size: int, seed: int) -> None:
+def write_slices(folder: Path, cases: int, slices: int, size: int) -> None:
     """Phantom scans as images/*.png and labels/*.png (0 / 255), `size` x `size` pixels."""
     shape = (slices, size, size)
     spacing_mm = tuple(mm / n for mm, n in zip(FIELD_MM, shape, strict=True))
     for case in range(cases):
-        volume, label = chest_phantom(seed + case, shape, spacing_mm)
+        volume, label = chest_phantom(case, shape, spacing_mm)
         for part, data, window in (("images", volume, WINDOW_HU), ("labels", label, (0.0, 1.0))):
             (folder / part).mkdir(parents=True, exist_ok=True)
             for number, plane in enumerate(volume_to_slices(data, window)):
                 cv2.imwrite(str(folder / part / f"{case}_slice_{number:04d}.png"), plane)
 
 
-def measure(folder: Path, size: int, repeats: int, seed: int) -> tuple[dict[str, list[float]], list[float]]:
+def measure(folder: Path, size: int, repeats: int) -> tuple[dict[str, list[float]], list[float]]:
     """Slices a second (image and label as uint8 arrays) of each way, one number a pass; ms a slice to pack.
 
     Raises:
@@ -77,7 +75,7 @@ def measure(folder: Path, size: int, repeats: int, seed: int) -> tuple[dict[str,
         (image, mask), (packed_image, packed_mask) = decode(i), copy(i)
         if not (np.array_equal(image, packed_image) and np.array_equal(mask > 127, packed_mask > 0)):
             raise ValueError(f"{slices[i].image}: the packed slice differs from the file")
-    rates, rng = {"png": [], "packed": []}, np.random.default_rng(seed)
+    rates, rng = {"png": [], "packed": []}, np.random.default_rng(0)
     ways = [("png", decode), ("packed", copy)]
     for _ in range(repeats):
         order = rng.permutation(len(slices))
@@ -90,34 +88,30 @@ def measure(folder: Path, size: int, repeats: int, seed: int) -> tuple[dict[str,
     return rates, packing_ms
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def shown(values: list[float], digits: int) -> str:
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(build_parser(), argv)
     with tempfile.TemporaryDirectory(prefix="slice_loading_", ignore_cleanup_errors=True) as temporary:
         folder, count = Path(temporary), args.cases * args.slices
-        write_slices(folder, args.cases, args.slices, args.image_size, args.seed)
-        rates, packing_ms = measure(folder, args.image_size, args.repeats, args.seed)
+        write_slices(folder, args.cases, args.slices, args.image_size)
+        rates, packing_ms = measure(folder, args.image_size, args.repeats)
         files = {"png": folder.glob("*s/*.png"), "packed": folder.glob("cache/*/*.npy")}
         kib = {name: sum(p.stat().st_size for p in found) / count / 1024 for name, found in files.items()}
-    content = {
-        "image_size": args.image_size,
-        "slices": count,
-        "slices_per_s": {name: spread(passes) for name, passes in rates.items()},
-        "kib_per_slice": kib,
-        "speedup": spread([b / a for a, b in zip(rates["png"], rates["packed"], strict=True)]),
-        "packing_ms_per_slice": spread(packing_ms),
-    }
-    table = f"{count} slices of {args.image_size} x {args.image_size}, image and label, {args.repeats} passes each "
-    table += "way. Median (min to max).\n\n| way | slices a second | KiB a slice on disk |\n|---|---|---|\n"
-    for name, r in content["slices_per_s"].items():
-        table += f"| {LABELS[name]} | {r['median']:,.0f} ({r['min']:,.0f} to {r['max']:,.0f}) | {kib[name]:,.0f} |\n"
-    table += "\nPacked over PNG, pass by pass: {median:.0f} ({min:.0f} to {max:.0f}) times as many slices a second. "
-    table = table.format(**content["speedup"])
-    table += "Packing, once a data set: {median:.1f} ({min:.1f} to {max:.1f}) ms a slice.\n"
-    write_results(args.out, "slice_loading", argv, content, table.format(**content["packing_ms_per_slice"]))
+    speedup = [b / a for a, b in zip(rates["png"], rates["packed"], strict=True)]
+    content = {"image_size": args.image_size, "slices": count, "slices_per_s": rates, "kib_per_slice": kib}
+    content |= {"speedup": speedup, "packing_ms_per_slice": packing_ms}
+    rows = [
+        {"way": name, "slices a second": shown(passes, 0), "KiB a slice on disk": f"{kib[name]:,.0f}"}
+        for name, passes in rates.items()
+    ]
+    notes = f"""{count} slices of {args.image_size} x {args.image_size} pixels, image and label.
+Median (lowest to highest) of {args.repeats} passes each way, in turns.
+Packed over PNG, pass by pass: {shown(speedup, 1)} times as many slices a second.
+Packing, once a data set: {shown(packing_ms, 1)} ms a slice."""
+    write_results(args.out, "slice_loading", argv, content, rows, notes)
     return content
 
 

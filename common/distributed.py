@@ -6,6 +6,7 @@ Everything here is a no-op in a process that runs alone.
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 T = TypeVar("T")
 
@@ -112,6 +113,30 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return model
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def make_loader(
+    dataset: Dataset, batch_size: int, *, seed: int, workers: int, device: torch.device
+) -> tuple[DataLoader, "EpochSampler"]:
+    """Training batches in the order of an `EpochSampler`; call its `start` before each epoch."""
+    sampler = EpochSampler(len(dataset), batch_size, seed)  # type: ignore[arg-type]
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # its own: else every new iterator moves the global random state
+    )
+    return loader, sampler
+
+
+def _ignore_signals(worker_id: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach data workers too, but only the main process should act."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

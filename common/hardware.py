@@ -43,7 +43,7 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     kind = form[1] if form[1] != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
     if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
-        raise ValueError(f"--device {name}: torch sees none; ask python common/doctor.py or use --device cpu")
+        raise ValueError(f"--device {name}: torch sees none; `python common/doctor.py` says why, --device cpu runs without")
     if kind != "cuda":
         return torch.device(kind)
     if form[2] and local_rank > 0:
@@ -52,6 +52,23 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if index >= (count := torch.cuda.device_count()):
         raise ValueError(f"no GPU {index} among the {count} here; lower --nproc_per_node or the N of cuda:N")
     return torch.device("cuda", index)
+
+
+def start_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """`pick_device` for a script: refuses a card that the installed torch cannot drive.
+
+    Raises:
+        ValueError: as `pick_device`, or with what to install, before a kernel fails with "no kernel image".
+    """
+    device = pick_device(name, local_rank)
+    if device.type == "cuda" and (problem := _wheel_problem(device)):
+        raise ValueError(f"{problem}; or run without the card: --device cpu")
+    return device
+
+
+def _wheel_problem(device: torch.device) -> str | None:
+    capability, arch_list = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    return wheel_advice(capability, arch_list, torch.__version__, torch.version.cuda)
 
 
 def wheel_advice(
@@ -99,13 +116,17 @@ def known_bad_torch(version: str) -> str | None:
     return f'torch {version}: {what}; install a newer one: pip install "torch>=2.10,<2.14"{index}'
 
 
-def startup_warnings(device: torch.device) -> list[str]:
-    """What a script should say about this machine before it starts on `device`; a line each, often none."""
+def startup_warnings(device: torch.device, peak_mib: float = 0.0) -> list[str]:
+    """What a script should say about this machine before it starts on `device`; a line each, often none.
+
+    Args:
+        peak_mib: memory that the run is going to need.
+    """
     lines: list[str | None] = []
     if device.type == "cuda":
-        version, capability = torch.__version__, torch.cuda.get_device_capability(device)
-        advice = wheel_advice(capability, torch.cuda.get_arch_list(), version, torch.version.cuda)
-        lines.append(advice or known_bad_torch(version))  # one torch to install, not two
+        lines.append(_wheel_problem(device) or known_bad_torch(torch.__version__))  # one torch, not two
+        if peak_mib and peak_mib > (free_mib := torch.cuda.mem_get_info(device)[0] / 2**20):
+            lines.append(f"{free_mib:.0f} MiB of GPU memory free, {peak_mib:.0f} needed: lower --batch_size")
     elif os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             lines.append("NVIDIA driver found, but torch sees no GPU; `python common/doctor.py` says why")
@@ -123,6 +144,11 @@ class Precision:
     dtype: torch.dtype | None
     scaler: bool  # whether the gradients need torch.amp.GradScaler
     reason: str
+
+    @property
+    def amp(self) -> str:
+        """The value of --amp that asks for exactly this."""
+        return "off" if self.name == "fp32" else self.name
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -50,8 +50,8 @@ def training_peak_mib(
     """Peak memory in MiB of the second training step: weights, gradients, optimiser state, kept and passing
     activations.
 
-    The step runs on fake tensors, which have shapes but no data. Not included: the CUDA context (300 to 500 MiB),
-    workspaces of the convolution library and fragmentation; leave a margin of about 0.5 GiB.
+    The step runs on fake tensors, which have shapes but no data. Not included: the CUDA context (300 to
+    500 MiB), workspaces of the convolution library and fragmentation; leave a margin of about 0.5 GiB.
 
     Args:
         make_network: builds the network; called once.

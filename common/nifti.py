@@ -193,7 +193,7 @@ def save_label(path: str | Path, labels: np.ndarray, like: Scan) -> None:
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    # No affine: nibabel would set both forms and their codes anew; the header has them as they were.
+    # No affine: the header holds both forms and their codes, and stays bit for bit as it was.
     _write(image_class(array, None, header), Path(path))
 
 

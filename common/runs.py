@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
+    """Put all random generators back to where `rng_state` found them."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
@@ -266,6 +268,41 @@ def _require_plain(value: Any, where: str) -> None:
         )
 
 
+def training_state(at: Namespace, **parts: Any) -> dict:
+    """What a run needs to go on as if it had never stopped: its position, random states and the states of
+    `parts`.
+
+    Args:
+        at: where the run stands (epoch, batch, best score, history ...), plain values.
+        parts: network, optimiser, scaler, weight average: whatever has a state_dict(), or None.
+    """
+    states = {name: part.state_dict() if part is not None else None for name, part in parts.items()}
+    return {"at": vars(at), "rng": rng_state(), **states}
+
+
+def restore_training_state(state: dict, **parts: Any) -> Namespace:
+    """Undo `training_state`: load the states into `parts`, set the random states, return `at`."""
+    for name, part in parts.items():
+        if part is not None:
+            part.load_state_dict(state[name])
+    set_rng_state(state["rng"])
+    return Namespace(**state["at"])
+
+
+def require_same(kept: dict, asked: Namespace, keys: Sequence[str], path: str | Path) -> None:
+    """Refuse to resume a checkpoint into another network.
+
+    Raises:
+        ValueError: a flag of `keys` differs; names it with both values.
+    """
+    for key in keys:
+        if getattr(asked, key) != kept[key]:
+            raise ValueError(
+                f"--resume {path}: its {key} is {kept[key]}, not {getattr(asked, key)}; a run goes on with "
+                "the network that it began with"
+            )
+
+
 # ---- stopping ----
 
 
@@ -299,12 +336,6 @@ class StopRequest:
             # Not print: the signal may have come in the middle of a print, which cannot be entered twice.
             with contextlib.suppress(OSError):
                 os.write(1, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode())
-
-
-def ignore_signals(worker_id: int) -> None:
-    """`worker_init_fn` of data loaders: Ctrl-C and a scheduler's SIGTERM are for the main process alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end_children() -> None:

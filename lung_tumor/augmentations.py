@@ -1,6 +1,7 @@
 """Random changes of a training slice and its mask, with albumentations 2.0.8 (imported on use)."""
 
 import os
+import random
 
 import numpy as np
 
@@ -19,7 +20,6 @@ class Augmentation:
 
     def __init__(
         self,
-        *,
         horizontal_flip: float = 0.5,
         rotation_limit: float = 15.0,
         elastic: float = 0.3,
@@ -82,6 +82,10 @@ class Augmentation:
         )
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        self.transform.set_random_seed(seed)
+        # Not Compose.set_random_seed: it gives every transform the same seed, so that all of them draw the
+        # same numbers and either all or none is applied.
+        generator, py_random = np.random.default_rng(seed), random.Random(seed)
+        for transform in self.transform.transforms:
+            transform.set_random_state(generator, py_random)
         changed = self.transform(image=image, mask=mask)
         return changed["image"], changed["mask"]

@@ -2,10 +2,10 @@
 
     <data_path>/images/<volume>_slice_NNNN.png    8-bit grey
     <data_path>/labels/<same name>                0 / 255 (0 / 1 is understood)
-    <data_path>/dataset.json                      window_hu and how the slices were made (preprocess.py)
-    <data_path>/volumes.json                      geometry of each volume, to go back to its NIfTI (preprocess.py)
+    <data_path>/dataset.json                      window_hu and how the slices were made
+    <data_path>/volumes.json                      geometry of each volume, to go back to its scan
     <data_path>/splits.json                       train, val, test volumes and the patient of each
-    <data_path>/cache/                            all slices at the training size as one uint8 array (made here)
+    <data_path>/cache/                            slices at the training size as one uint8 array, made here
 
 A plain folder with images/ and labels/ works as well; splits.json is then drawn once and written.
 """
@@ -120,7 +120,8 @@ def open_data(
     """(packed training-style slices, split, what a checkpoint must know of the preprocessing).
 
     Raises:
-        FileNotFoundError, ValueError: see `list_slices`, `load_splits`, `pack_slices`; or a part without tumour.
+        FileNotFoundError, ValueError: see `list_slices`, `load_splits`, `pack_slices`; or a part without
+        tumour.
     """
     slices = training_slices(list_slices(data_path), read_json(data_path, "volumes.json"))
     split, patients = load_splits(data_path, slices, seed)
@@ -132,8 +133,8 @@ def open_data(
         indices = packed.indices(split[part])
         if not any(packed.labels[i].any() for i in indices):
             raise ValueError(
-                f"{data_path}: no tumour pixel in the {len(indices)} slices of the part '{part}', which needs both "
-                "classes. Check the labels, or draw another split (preprocess.py --seed or --val_cases)"
+                f"{data_path}: no tumour pixel in the {len(indices)} slices of the part '{part}', which "
+                "needs both classes. Check the labels, or draw another split (preprocess.py --val_cases)"
             )
     window = read_json(data_path, "dataset.json").get("window_hu")
     return packed, split, {"window_hu": window, "data_path": str(Path(data_path).resolve())}
@@ -165,8 +166,8 @@ class PackedSlices:
 def pack_slices(data_path: str | Path, slices: list[SliceFile], size: int) -> PackedSlices:
     """Decode every slice once into two .npy files under <data_path>/cache and map them.
 
-    The cache is named by a hash of all file names, sizes and times, so a changed data set makes a new one and old
-    ones are removed. If the folder cannot be written, a temporary folder is used, with a message.
+    The cache is named by a hash of all file names, sizes and times, so a changed data set makes a new one and
+    old ones are removed. If the folder cannot be written, a temporary folder is used, with a message.
 
     Raises:
         ValueError: an image and its label differ in shape, or a file is no image or mask.

@@ -2,8 +2,8 @@
 
     python lung_tumor/evaluate.py --weights runs/demo/weights/best.pt
 
-Takes the data set and the held-out part from the checkpoint. Volumes of which only some slices were converted are
-read from their scan again, so that every slice counts. Writes per_volume.csv, summary.csv, sweep.csv and
+Takes the data set and the held-out part from the checkpoint. Volumes of which only some slices were converted
+are read from their scan again, so that every slice counts. Writes per_volume.csv, summary.csv, sweep.csv and
 evaluation.png beside the weights' folder.
 """
 
@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import add_prediction_flags, fraction, make_parser, parse_args
-
 from common import distributed
-from common.hardware import autocast, choose_precision, pick_device
+from common.config import add_prediction_flags, fraction, make_parser, parse_args
+from common.hardware import autocast, choose_precision, start_device
 from common.metrics import binary_counts, dice_from_counts, iou_from_counts, lesion_counts
+from lung_tumor.cases import case_from_entry, find_cases, load_case
 from lung_tumor.dataset import SliceDataset, SliceFile, list_slices, load_splits, read_json
 from lung_tumor.model import TrainedModel, load_trained, predict_slices
-from lung_tumor.preprocess import case_from_entry, find_cases, load_case
 from lung_tumor.report import THRESHOLDS, write_report
 from lung_tumor.slices import read_image, read_mask, to_display, volume_to_slices
 
@@ -52,8 +51,8 @@ def build_parser() -> ArgumentParser:
 def validate(model: TrainedModel, dataset: SliceDataset, loss_function: Callable) -> dict[str, float]:
     """The scores of every epoch, from one confusion matrix over the kept validation slices at training size.
 
-    Slices are shared over the processes, none counted twice. val_false_alarms is the share of tumour-free slices
-    with a predicted pixel, val_pred_to_true the ratio of predicted to true tumour pixels.
+    Slices are shared over the processes, none counted twice. val_false_alarms is the share of tumour-free
+    slices with a predicted pixel, val_pred_to_true the ratio of predicted to true tumour pixels.
     """
     model.network.eval()
     sums = torch.zeros(8, dtype=torch.float32 if model.device.type == "mps" else torch.float64)
@@ -191,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(build_parser(), argv)
     distributed.init()
     try:
-        device = pick_device(args.device, distributed.local_rank())
+        device = start_device(args.device, distributed.local_rank())
         model = load_trained(args.weights, device, choose_precision(args.amp, device))
         data_path = Path(args.data_path or model.preprocessing["data_path"])
         split = model.split if not args.data_path else load_splits(data_path, list_slices(data_path), 42)[0]

@@ -10,7 +10,7 @@ from common.plots import new_figure, save_figure
 
 
 def explore(cases: list, load_case: Callable, out: Path) -> int:
-    """Print one line a case, write explore.csv and explore.png to `out`; exit code 1 if a case is unreadable."""
+    """Print a line a case, write explore.csv and explore.png to `out`; 1 if a case cannot be read, else 0."""
     rows, histogram, edges, failed = [], None, np.arange(-1024, 1000, 25), 0
     print(f"{'case':<16}{'shape z y x':>16}{'spacing mm':>18}{'HU':>14}{'tumour mm3':>12}{'slices':>8}")
     for case in cases:

@@ -25,7 +25,7 @@ ARCHITECTURE = ("model", "base_features", "bilinear", "norm", "deep_supervision"
 
 
 def get_model(config: dict) -> nn.Module:
-    """The network that `config` (flag values, as stored in a checkpoint) names: (N, 1, h, w) -> (N, 2, h, w)."""
+    """The network that `config` (flag values, as in a checkpoint) names: (N, 1, h, w) -> (N, 2, h, w)."""
     network = {"UNet": UNet, "AttentionUNet": AttentionUNet}[config["model"]]
     return network(
         in_channels=1,
@@ -43,8 +43,8 @@ def get_loss(
 ) -> Callable[..., Tensor]:
     """A function (logits, target) -> scalar.
 
-    dice_bce is the seed's name for balanced cross-entropy + Dice on the softmax; no binary cross-entropy in it.
-    Lists of logits (deep supervision) are weighted by DEEP_SUPERVISION_WEIGHTS.
+    dice_bce is the seed's name for balanced cross-entropy + Dice on the softmax; no binary cross-entropy in
+    it. Lists of logits (deep supervision) are weighted by DEEP_SUPERVISION_WEIGHTS.
     """
 
     def dice_bce(logits: Tensor, target: Tensor) -> Tensor:
@@ -73,7 +73,8 @@ def get_loss(
 def training_trial(
     network: nn.Module, loss_function: Callable[..., Tensor], shape: tuple[int, int], device: torch.device
 ) -> Callable[[torch.dtype | None], None]:
-    """A function that computes one training step in the given precision, to be timed; `network` stays as it is.
+    """A function that computes one training step in the given precision, to be timed; `network` stays as it
+    is.
 
     Args:
         shape: (batch size, image size).
@@ -113,8 +114,8 @@ class TrainedModel:
         """
         if not self.preprocessing.get("window_hu"):
             raise ValueError(
-                "these weights were trained on plain images without a known HU window, so they cannot be applied "
-                "to scans; convert the training data with lung_tumor/preprocess.py, or predict on images"
+                "these weights were trained on plain images without a known HU window, so they cannot be "
+                "applied to scans; convert the training data with lung_tumor/preprocess.py"
             )
         low, high = self.preprocessing["window_hu"]
         return low, high

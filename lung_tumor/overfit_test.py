@@ -2,9 +2,9 @@
 
     python lung_tumor/overfit_test.py --data_path data/lung_tumor
 
-Takes the slices with most tumour. Passes (exit code 0) when their Dice gets above --target within --epochs steps;
-if it does not, something is wrong with data, loss or model, and training on everything is a waste of time.
-Writes overfit.png (slices, truth, prediction) and overfit_curves.png to --out.
+Takes the slices with most tumour. Passes (exit code 0) when their Dice gets above --target within --epochs
+steps; if it does not, something is wrong with data, loss or model, and training on everything is a waste of
+time. Writes overfit.png (slices, truth, prediction) and overfit_curves.png to --out.
 """
 
 import sys
@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import add_prediction_flags, fraction, make_parser, parse_args, positive_int
-from common.hardware import autocast, choose_precision, pick_device
+from common.hardware import autocast, choose_precision, start_device
 from common.metrics import dice_from_counts
 from common.plots import PRED_COLOR, TRUTH_COLOR, overlay, save_curves, save_panels
 from common.runs import seed_everything
@@ -71,7 +71,7 @@ def slices_with_most_tumour(data_path: str | Path, count: int, min_pixels: int, 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     try:
-        device = pick_device(args.device)
+        device = start_device(args.device)
         data_path = demo_dataset() if args.data_path == "demo" else Path(args.data_path)
         images, masks = slices_with_most_tumour(data_path, args.samples, args.min_pixels, args.image_size)
         out = Path(args.out)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        # In training mode on purpose: running statistics lag behind, and this asks whether the slices were learnt.
+        # The output in training mode, on purpose: BatchNorm's running statistics lag behind.
         pred, tumour = logits.argmax(1) == 1, target == 1
         counts = ((pred & tumour).sum(), (pred & ~tumour).sum(), (~pred & tumour).sum())
         dice = float(dice_from_counts(*(int(c) for c in counts)))

@@ -4,10 +4,12 @@
     python lung_tumor/predict.py --weights best.pt --source slices/ --recursive --save_overlay
     python lung_tumor/predict.py --weights best.pt --source scan.nii.gz
 
-Model, image size and HU window come from the checkpoint. An image gives <name>_mask.png (0/255, its own size), a
-NIfTI scan <name>_mask.nii.gz on the scan's own grid. results.csv has one line a file. For research only.
+Model, image size and HU window come from the checkpoint. An image gives <name>_mask.png (0/255, its own
+size), a NIfTI scan <name>_mask.nii.gz on the scan's own grid. results.csv has one line a file. For research
+only.
 """
 
+import math
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction
@@ -20,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import distributed
 from common.config import add_prediction_flags, fraction, make_parser, parse_args, positive_int
-from common.hardware import choose_precision, describe_device, pick_device
+from common.hardware import choose_precision, describe_device, start_device
 from common.metrics import largest_component, write_table
 from common.nifti import case_name, is_nifti, load_nifti, save_label
 from common.plots import PRED_COLOR, overlay, save_panels
@@ -56,7 +58,8 @@ def build_parser() -> ArgumentParser:
 
 
 def find_sources(source: str | Path, out: Path, recursive: bool) -> list[Path]:
-    """The file itself, or the images and scans of a folder in natural order, without this script's own output.
+    """The file itself, or the images and scans of a folder in natural order, without this script's own
+    output.
 
     Raises:
         FileNotFoundError: no such file or folder, or nothing readable in it.
@@ -140,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     distributed.init()
     try:
-        device = pick_device(args.device, distributed.local_rank())
+        device = start_device(args.device, distributed.local_rank())
         model = load_trained(args.weights, device, choose_precision(args.amp, device))
         run_dir = Path(args.weights).resolve().parents[1]
         out = Path(args.out) if args.out else run_dir / "predictions"
@@ -180,10 +183,9 @@ def main(argv: list[str] | None = None) -> int:
 def report(rows: dict[Path, dict], out: Path, seconds: float) -> None:
     with_tumour = [r for r in rows.values() if r["tumour_pixels"]]
     for path, row in list(rows.items())[:20]:
-        volume = "" if row["volume_mm3"] != row["volume_mm3"] else f", {row['volume_mm3'] / 1000:.2f} mL"
-        print(
-            f"  {path.name}: {row['tumour_pixels']} tumour pixels ({100 * row['tumour_fraction']:.2f} %){volume}"
-        )
+        volume = "" if math.isnan(row["volume_mm3"]) else f", {row['volume_mm3'] / 1000:.2f} mL"
+        share = 100 * row["tumour_fraction"]
+        print(f"  {path.name}: {row['tumour_pixels']} tumour pixels ({share:.2f} %){volume}")
     if len(rows) > 20:
         print(f"  ... {len(rows) - 20} more in results.csv")
     print(f"{len(with_tumour)} of {len(rows)} file(s) with tumour; {seconds:.1f} s; written to {out}")

@@ -40,7 +40,9 @@ def summarise(rows: list[dict]) -> list[dict]:
         ),
         pooled("pooled_iou", iou_from_counts(*kept[:3]), "the same pixels"),
         pooled(
-            "pixel_accuracy", (kept[0] + kept[3]) / sum(kept), "the same; near 1 even for an empty prediction"
+            "pixel_accuracy",
+            ratio(kept[0] + kept[3], sum(kept)),
+            "the same; near 1 even for an empty prediction",
         ),
         {
             "metric": "volume_dice",
@@ -88,7 +90,7 @@ def print_summary(table: list[dict], title: str) -> None:
 
 
 def sweep_table(rows: list[dict]) -> list[dict]:
-    """Pooled and mean per-volume Dice at each threshold, over all slices; for choosing one, not for reporting."""
+    """Pooled and mean per-volume Dice over all slices at each threshold: to choose one, not to report."""
     table = []
     for i, threshold in enumerate(THRESHOLDS):
         counts = [r["sweep"][i] for r in rows]
@@ -100,7 +102,7 @@ def sweep_table(rows: list[dict]) -> list[dict]:
 
 
 def write_report(rows: list[dict], out: Path, title: str) -> list[dict]:
-    """Print the summary and write per_volume.csv, summary.csv, sweep.csv, evaluation.png; returns the summary."""
+    """Print the summary; write per_volume.csv, summary.csv, sweep.csv and evaluation.png. Returns it."""
     out.mkdir(parents=True, exist_ok=True)
     table, sweep = summarise(rows), sweep_table(rows)
     write_table(out / "per_volume.csv", [{k: v for k, v in r.items() if k != "sweep"} for r in rows])
@@ -127,24 +129,20 @@ def write_report(rows: list[dict], out: Path, title: str) -> list[dict]:
 
     print_summary(table, title)
     best = max(sweep, key=lambda r: np.nan_to_num(r["volume_dice"]))
-    print(
-        f"best threshold for volume_dice on these volumes: {best['threshold']:.1f} ({best['volume_dice']:.3f})"
-    )
+    print(f"volume_dice would be best with --threshold {best['threshold']:.1f}: {best['volume_dice']:.3f}")
     for r in rows:
         if not r["all_slices"]:
             print(
-                f"note: {r['volume']} was scored on {r['slices']} converted slices only; convert with --all_slices "
-                "or name the scans with --source to score all of them"
+                f"note: {r['volume']} was scored on {r['slices']} converted slices only; convert with "
+                "--all_slices or name the scans with --source to score all of them"
             )
             break
-    print(
-        f"written: {', '.join(str(out / n) for n in ('per_volume.csv', 'summary.csv', 'sweep.csv', 'evaluation.png'))}"
-    )
+    print(f"written: {out}/ with per_volume.csv, summary.csv, sweep.csv, evaluation.png")
     return table
 
 
 def save_val_predictions(path: Path, model: TrainedModel, dataset: SliceDataset, count: int = 4) -> None:
-    """The slice with most tumour of up to `count` volumes: image, truth (green), prediction (red), probability."""
+    """The largest tumour slice of up to `count` volumes: image, truth, prediction, probability."""
     packed, chosen = dataset.packed, {}
     areas = packed.labels[dataset.indices].sum(axis=(1, 2), dtype=np.int64)
     for i in np.argsort(-areas, kind="stable"):

@@ -1,4 +1,5 @@
-"""From a CT volume or an image file to the network's input and back: one way for train, validation and predict.
+"""From a CT volume or an image file to the network's input and back: one way for train, validation and
+predict.
 
     volume (z, y, x) HU, RAS+ -> axial slices, 8 bit -> square of the training size -> float32 in [-1, 1]
 
@@ -98,8 +99,8 @@ def read_image(path: str | Path) -> np.ndarray:
 def read_mask(path: str | Path) -> tuple[np.ndarray, bool]:
     """A mask file as uint8 0/1 (h, w), and whether it was clean: only 0 and 1, or only 0 and 255.
 
-    0/1 (also as float) and 0/255 are taken as they are. With other grey values up to 255 (JPEG noise, smoothed
-    edges) those above 127 are tumour, and the mask counts as not clean.
+    0/1 (also as float) and 0/255 are taken as they are. With other grey values up to 255 (JPEG noise,
+    smoothed edges) those above 127 are tumour, and the mask counts as not clean.
 
     Raises:
         ValueError: several labels (e.g. 0, 1, 2): neither 0/1 nor 0/255.
@@ -126,7 +127,7 @@ def _read_pixels(path: str | Path) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    # np.fromfile and not cv2.imread: the latter fails on non-ASCII paths on Windows and prints instead of raising.
+    # Not cv2.imread: it fails on non-ASCII paths on Windows, and prints instead of raising.
     data = np.fromfile(path, np.uint8)
     try:
         pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None

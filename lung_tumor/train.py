@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 2 lung_tumor/train.py --config ...        several GPUs, or processes on a CPU
 
 Reads what lung_tumor/preprocess.py wrote. Writes runs/<model_name>/: config.yaml, log.txt, metrics.csv,
-training_curves.png, val_predictions.png, weights/last.pt and weights/best.pt (best tumour Dice), and after the
-last epoch the evaluation of best.pt on whole held-out volumes. Ctrl-C saves; --resume goes on.
+training_curves.png, val_predictions.png, weights/last.pt and weights/best.pt (best tumour Dice), and after
+the last epoch the evaluation of best.pt on whole held-out volumes. Ctrl-C saves; --resume goes on.
 """
 
 import math
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -55,11 +54,7 @@ from lung_tumor.model import (
 from lung_tumor.preprocess import demo_dataset
 from lung_tumor.report import save_val_predictions, write_report
 
-CURVES = {
-    "loss": ["train_loss", "val_loss"],
-    "tumour Dice and IoU": ["val_dice", "val_iou"],
-    "learning rate": ["lr"],
-}
+CURVES = {"loss": ["train_loss", "val_loss"], "tumour": ["val_dice", "val_iou"], "learning rate": ["lr"]}
 
 
 def build_parser() -> ArgumentParser:
@@ -115,7 +110,7 @@ def build_parser() -> ArgumentParser:
 
 def train(args: Namespace, fold: int | None = None, resumed: dict | None = None, run_dir: Path | None = None):
     """One run, new or `resumed` from a checkpoint; returns its evaluation, one dict a held-out volume."""
-    device = hardware.pick_device(args.device, distributed.local_rank())
+    device = hardware.start_device(args.device, distributed.local_rank())
     runs.seed_everything(args.seed, args.deterministic)
 
     # ---- data ----
@@ -125,25 +120,14 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
         lambda: open_data(data_path, args.image_size, args.seed, args.folds, fold)
     )
     augmentation = Augmentation(
-        horizontal_flip=args.horizontal_flip,
-        rotation_limit=args.rotation_limit,
-        elastic=args.elastic,
-        brightness_contrast=args.brightness_contrast,
+        args.horizontal_flip, args.rotation_limit, args.elastic, args.brightness_contrast
     )
     train_set = SliceDataset(packed, split["train"], augmentation if args.augment else None)
     val_set = SliceDataset(packed, split["val"])
-    sampler = distributed.EpochSampler(len(train_set), args.batch_size, args.seed)
-    num_batches = sampler.num_batches
-    loader = DataLoader(
-        train_set,
-        args.batch_size,
-        sampler=sampler,
-        num_workers=args.workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=args.workers > 0,
-        worker_init_fn=runs.ignore_signals,
-        generator=torch.Generator(),  # its own: else every new iterator moves the global random state
+    loader, sampler = distributed.make_loader(
+        train_set, args.batch_size, seed=args.seed, workers=args.workers, device=device
     )
+    num_batches = sampler.num_batches
 
     # ---- model and optimiser ----
     config = resolved_config(args) | {"fold": None if fold is None else str(fold)}
@@ -156,18 +140,13 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
     amp = resumed["precision"] if resumed else args.amp
     precision = distributed.on_main(lambda: hardware.choose_precision(amp, device, trial))
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
+    parts = dict(model=network, optimizer=optimizer, scaler=scaler, ema=average)
     # Where the run stands; all of it goes into every checkpoint.
     at = Namespace(epoch=0, batch=0, loss_sum=0.0, best=-1.0, best_epoch=-1, elapsed_s=0.0, history=[])
     if resumed:
         if resumed["split"] != split:
             raise ValueError(f"--resume: the split of {data_path} is not the one that this run began with")
-        at = Namespace(**resumed["at"])
-        network.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        if average:
-            average.load_state_dict(resumed["ema"])
-        runs.set_rng_state(resumed["rng"])
+        at = runs.restore_training_state(resumed, **parts)
     model = distributed.wrap(network, device)
     judged = deepcopy(network) if average else network  # what is validated and kept as best.pt
     trained = TrainedModel(judged, config, device, precision, preprocessing, split)
@@ -179,37 +158,24 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
     last, best = run_dir / "weights" / "last.pt", run_dir / "weights" / "best.pt"
     log = runs.start_log(run_dir, config, at.history)
     log(f"device: {hardware.describe_device(device)}; {distributed.world_size()} process(es)")
-    for warning in hardware.startup_warnings(device):
+    shape = (args.batch_size, 1, args.image_size, args.image_size)
+    peak_mib = training_peak_mib(lambda: get_model(config), loss_function, shape, dtype=precision.dtype)
+    for warning in hardware.startup_warnings(device, peak_mib):
         log(f"warning: {warning}")
     log(f"precision: {precision.name} ({precision.reason})")
-    shape = (args.batch_size, 1, args.image_size, args.image_size)
-    predicted_mib = training_peak_mib(lambda: get_model(config), loss_function, shape, dtype=precision.dtype)
-    log(
-        f"{args.model}: {sum(p.numel() for p in network.parameters()):,} parameters; a training step will take "
-        f"{predicted_mib:.0f} MiB{' of GPU memory, besides the CUDA context' if device.type == 'cuda' else ''}"
-    )
-    if device.type == "cuda" and predicted_mib > (free_mib := torch.cuda.mem_get_info(device)[0] / 2**20):
-        log(f"warning: only {free_mib:.0f} MiB are free; lower --batch_size or --base_features, or --checkpointing")
+    num_parameters = sum(p.numel() for p in network.parameters())
+    log(f"{args.model}: {num_parameters:,} parameters; a training step will take {peak_mib:.0f} MiB")
     log(
         f"slices: {len(train_set)} training of {len(split['train'])} volumes, {len(val_set)} validation of "
         f"{len(split['val'])}; test volumes: {len(split['test'])}; {num_batches} steps an epoch, effective "
         f"batch {args.batch_size * args.accumulate * distributed.world_size()}"
     )
     if packed.num_unclean:
-        log(f"warning: {packed.num_unclean} masks hold grey values besides 0 and 255; tumour is above 127")
+        log(f"warning: {packed.num_unclean} masks hold grey values besides 0 and 255; above 127 is tumour")
     if resumed:
         log(f"resumed at epoch {at.epoch}, batch {at.batch}")
     wandb_run = runs.open_wandb("lung_tumor", run_dir.name, config) if args.use_wandb else None
-
-    def save_last() -> None:
-        state = dict(model=network, optimizer=optimizer, scaler=scaler, ema=average)
-        states = {k: v.state_dict() if v else None for k, v in state.items()}
-        rest = dict(
-            at=vars(at), rng=runs.rng_state(), config=config, preprocessing=preprocessing, split=split
-        )
-        runs.save_checkpoint(
-            last, states | rest | {"precision": "off" if precision.name == "fp32" else precision.name}
-        )
+    kept = dict(config=config, preprocessing=preprocessing, split=split, precision=precision.amp)
 
     # ---- train ----
     started, validation_s = time.perf_counter() - at.elapsed_s, 0.0
@@ -239,8 +205,8 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
                 at.batch += 1
                 if not math.isfinite(at.loss_sum):
                     raise ValueError(
-                        f"the loss became {loss.item()} in epoch {at.epoch}, batch {at.batch}. Try --amp off or a "
-                        f"lower --lr; the state after the epoch before is in {last}"
+                        f"the loss became {loss.item()} in epoch {at.epoch}, batch {at.batch}. Try --amp off "
+                        f"or a lower --lr; the state after the epoch before is in {last}"
                     )
                 if is_update:
                     at.elapsed_s = distributed.on_main(lambda: time.perf_counter() - started)
@@ -262,7 +228,7 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
                         break
                 waiting_since = time.perf_counter()
             if distributed.any_true(stop.requested, device):
-                save_last()
+                runs.save_checkpoint(last, runs.training_state(at, **parts) | kept)
                 log(f"stopped in epoch {at.epoch}; go on with: python {sys.argv[0]} --resume {last}")
                 raise SystemExit(130)
 
@@ -284,17 +250,16 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
             at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
             at.elapsed_s = distributed.on_main(lambda: time.perf_counter() - started)
             if is_best:
-                content = dict(model=judged.state_dict(), config=config, history=at.history)
-                runs.save_checkpoint(best, content | dict(preprocessing=preprocessing, split=split))
-            save_last()
+                runs.save_checkpoint(best, kept | dict(model=judged.state_dict(), history=at.history))
+            runs.save_checkpoint(last, runs.training_state(at, **parts) | kept)
             if distributed.is_main():
                 runs.append_row(run_dir / "metrics.csv", row)
                 save_curves(run_dir / "training_curves.png", at.history, CURVES)
                 if is_best:
                     save_val_predictions(run_dir / "val_predictions.png", trained, val_set)
             log(
-                f"epoch {row['epoch']:3d}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  tumour "
-                f"Dice {row['val_dice']:.4f}{' *' if is_best else '  '}  lr {lr:.1e}  {seconds:.1f} s "
+                f"epoch {row['epoch']:3d}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
+                f"tumour Dice {row['val_dice']:.4f}{' *' if is_best else '  '}  lr {lr:.1e}  {seconds:.1f} s "
                 f"({100 * row['data_wait']:.0f} % waiting for data)  {row['peak_mib']:.0f} MiB"
             )
             if len(at.history) >= 5 and all(r["val_pred_to_true"] < 0.01 for r in at.history[-5:]):
@@ -335,12 +300,7 @@ def resume_or_train(
     if "optimizer" not in checkpoint:
         raise ValueError(f"--resume {path}: holds weights only; resume from the last.pt beside it")
     args = parse_args(parser, argv, base=checkpoint["config"])
-    for key in ARCHITECTURE:
-        if getattr(args, key) != checkpoint["config"][key]:
-            raise ValueError(
-                f"--resume {path}: its {key} is {checkpoint['config'][key]}, not {getattr(args, key)}; a run goes "
-                "on with the network that it began with"
-            )
+    runs.require_same(checkpoint["config"], args, ARCHITECTURE, path)
     fold = None if checkpoint["config"]["fold"] is None else int(checkpoint["config"]["fold"])
     return train(args, fold, checkpoint, path.parents[1])
 

@@ -1,12 +1,12 @@
-"""Small phantom data made once a session, and the real scans that lie beside the repository on some machines."""
+"""Small phantom data made once a session, and the real scans beside the repository, where there are any."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-# One thread, also in subprocesses: the networks here are tiny, threads would only wait for each other, and sums
-# over another number of threads differ in the last bit.
+# One thread, also in subprocesses: the networks here are tiny, threads would only wait for each other, and
+# sums over another number of threads differ in the last bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -15,7 +15,18 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"
-TINY = ["--image_size", "48", "--base_features", "8", "--batch_size", "4", "--accumulate", "2", "--workers", "0"]
+TINY = [
+    "--image_size",
+    "48",
+    "--base_features",
+    "8",
+    "--batch_size",
+    "4",
+    "--accumulate",
+    "2",
+    "--workers",
+    "0",
+]
 TINY += ["--lr", "1e-2", "--device", "cpu", "--amp", "off", "--no-checkpointing"]
 
 torch.set_num_threads(1)
@@ -36,7 +47,10 @@ def phantom_slices(phantom_source, tmp_path_factory) -> Path:
     from lung_tumor.preprocess import main
 
     out = tmp_path_factory.mktemp("converted") / "slices"
-    assert main(["--source", str(phantom_source), "--out", str(out), "--test_ratio", "0.2", "--workers", "0"]) == 0
+    assert (
+        main(["--source", str(phantom_source), "--out", str(out), "--test_ratio", "0.2", "--workers", "0"])
+        == 0
+    )
     return out
 
 
@@ -46,7 +60,19 @@ def trained_run(phantom_slices, tmp_path_factory) -> Path:
     from lung_tumor.train import main
 
     out = tmp_path_factory.mktemp("runs")
-    main(["--data_path", str(phantom_slices), "--out", str(out), "--model_name", "tiny", "--epochs", "2", *TINY])
+    main(
+        [
+            "--data_path",
+            str(phantom_slices),
+            "--out",
+            str(out),
+            "--model_name",
+            "tiny",
+            "--epochs",
+            "2",
+            *TINY,
+        ]
+    )
     return out / "tiny"
 
 

@@ -17,6 +17,7 @@ from common.hardware import (
     known_bad_torch,
     peak_memory_mib,
     pick_device,
+    start_device,
     startup_warnings,
     wheel_advice,
 )
@@ -285,6 +286,26 @@ def test_startup_warnings_of_a_card_without_code_and_a_bad_torch(fake_gpus, monk
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu126")
     assert startup_warnings(CUDA) == []
     assert startup_warnings(CPU) == []  # chosen although there is a GPU
+
+
+def test_start_device_refuses_a_card_without_code(fake_gpus, monkeypatch):
+    fake_gpus(capability=(6, 1))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CU130)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ValueError, match="capability 6.1.*cu126.*--device cpu"):
+        start_device("auto")
+    assert start_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CU126)
+    assert start_device("auto") == CUDA
+
+
+def test_startup_warning_of_too_little_gpu_memory(fake_gpus, monkeypatch):
+    fake_gpus(capability=(6, 1))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CU126)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 4 << 30))
+    (line,) = startup_warnings(CUDA, peak_mib=3500)
+    assert "3072 MiB of GPU memory free, 3500 needed" in line
+    assert startup_warnings(CUDA, peak_mib=3000) == []
 
 
 def test_startup_warning_of_small_shared_memory(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, run_script
 
 from common.hardware import Precision
-from common.metrics import dice_from_counts
+from common.metrics import binary_counts, dice_from_counts
 from common.nifti import load_label, load_nifti, write_nifti
 from common.runs import load_checkpoint, save_checkpoint
 from lung_tumor import evaluate, overfit_test, predict
@@ -49,7 +49,19 @@ def bright_model(size: int, level: float = 0.0, split: dict | None = None) -> Tr
 
 
 def run_predict(weights, source, out, *flags: object) -> int:
-    flags = ["--weights", weights, "--source", source, "--out", out, "--device", "cpu", "--amp", "off", *flags]
+    flags = [
+        "--weights",
+        weights,
+        "--source",
+        source,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+        *flags,
+    ]
     return predict.main([str(f) for f in flags])
 
 
@@ -60,12 +72,14 @@ def results(out) -> list[dict]:
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "SAL"])
 def test_mask_lies_on_the_scans_own_grid(orientation, tmp_path, monkeypatch):
-    """A bright box at a known place comes back at that place, in the file's own axes, with its affine and volume."""
+    """A bright box comes back at its place, in the file's own axes, with its affine and volume."""
     hu = np.full((6, 40, 30), -900, np.int16)
     hu[2:4, 10:20, 5:9] = 100
     write_nifti(tmp_path / "scan.nii.gz", hu, (5, 1, 2), origin_mm=(3, -7, 11), orientation=orientation)
     monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(40))
-    assert run_predict("run/weights/best.pt", tmp_path / "scan.nii.gz", tmp_path / "out", "--save-overlay") == 0
+    assert (
+        run_predict("run/weights/best.pt", tmp_path / "scan.nii.gz", tmp_path / "out", "--save-overlay") == 0
+    )
     scan, mask = nibabel.load(tmp_path / "scan.nii.gz"), nibabel.load(tmp_path / "out" / "scan_mask.nii.gz")
     assert mask.shape == scan.shape and np.array_equal(mask.affine, scan.affine)
     assert mask.get_data_dtype() == np.uint8 and nibabel.aff2axcodes(mask.affine) == tuple(orientation)
@@ -85,7 +99,10 @@ def test_training_slice_gives_the_validation_mask(trained_run, phantom_slices, t
     assert tensor.min() >= -1 and tensor.max() <= 1 and tensor.max() - tensor.min() > 1.5, "the 1/255 bug"
     with torch.inference_mode():
         expected = model.network(tensor[None])[0].softmax(0)[1] > 0.5
-    assert run_predict(trained_run / "weights" / "best.pt", phantom_slices / "images" / f"{name}.png", tmp_path) == 0
+    assert (
+        run_predict(trained_run / "weights" / "best.pt", phantom_slices / "images" / f"{name}.png", tmp_path)
+        == 0
+    )
     mask, clean = read_mask(tmp_path / f"{name}_mask.png")
     assert clean and np.array_equal(mask.astype(bool), expected.numpy())
     scan_slices = read_image(phantom_slices / "images" / f"{name}.png")
@@ -103,7 +120,7 @@ def test_scan_and_its_slices_give_the_same(trained_run, phantom_source, phantom_
 
 
 def test_folder_of_everything(tmp_path, monkeypatch, capsys):
-    """16-bit, RGBA, upper-case names, subfolders with equal names, own output skipped, one bad file survived."""
+    """16-bit, RGBA, upper case, equal names in subfolders, own output skipped, one bad file survived."""
     monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(32))
     grey = np.zeros((20, 26), np.uint8)
     grey[5:9, 5:9] = 255
@@ -119,8 +136,15 @@ def test_folder_of_everything(tmp_path, monkeypatch, capsys):
     (source / "notes.txt").write_text("x")
     assert run_predict("r/w/best.pt", source, source / "out", "--recursive", "--save_overlay") == 1
     out = capsys.readouterr().out
-    assert "failed: " in out and "bad.png: not a readable image" in out and "4 of 4 file(s) with tumour" in out
-    assert [row["file"].rsplit("/in/")[-1] for row in results(source / "out")] == ["a.PNG", "b.png", "c.JPG", "sub/b.png"]
+    assert (
+        "failed: " in out and "bad.png: not a readable image" in out and "4 of 4 file(s) with tumour" in out
+    )
+    assert [row["file"].rsplit("/in/")[-1] for row in results(source / "out")] == [
+        "a.PNG",
+        "b.png",
+        "c.JPG",
+        "sub/b.png",
+    ]
     for name in ("a", "b"):
         mask, clean = read_mask(source / "out" / f"{name}_mask.png")
         assert clean and mask.shape == grey.shape and abs(int(mask.sum()) - 16) <= 9
@@ -158,7 +182,7 @@ def test_bad_sources_and_weights(trained_run, tmp_path):
         (weights, tmp_path / "empty", "no NIfTI scan and no image in it; --recursive"),
         (tmp_path / "none.pt", tmp_path / "empty", "no such checkpoint"),
         (evil, tmp_path / "empty", "refused, because it holds more than tensors"),
-        (damaged, tmp_path / "empty", "not a readable checkpoint"),
+        (damaged, tmp_path / "empty", "truncated, damaged or no checkpoint at all"),
         (foreign, tmp_path / "empty", "not a checkpoint of lung_tumor/train.py .model 'SwinUNETR'"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -174,7 +198,9 @@ def test_images_only_model_refuses_scans(trained_run, tmp_path):
     (tmp_path / "weights").mkdir()
     save_checkpoint(tmp_path / "weights" / "best.pt", state)
     write_nifti(tmp_path / "s.nii", np.zeros((2, 8, 8), np.int16), (1, 1, 1))
-    done = run_script("lung_tumor/predict.py", "--weights", "weights/best.pt", "--source", "s.nii", cwd=tmp_path)
+    done = run_script(
+        "lung_tumor/predict.py", "--weights", "weights/best.pt", "--source", "s.nii", cwd=tmp_path
+    )
     assert done.returncode == 1 and "without a known HU window" in done.stdout
 
 
@@ -190,11 +216,18 @@ def test_scores_by_hand(tmp_path):
     row = evaluate.score_volume(bright_model(16), volume, 0.5)
     tp, fp, fn = 32, 2 * 8 + 1, 4
     assert (row["tp"], row["fp"], row["fn"]) == (tp, fp, fn)
-    assert row["dice"] == pytest.approx(2 * tp / (2 * tp + fp + fn)) and row["iou"] == pytest.approx(tp / (tp + fp + fn))
+    assert row["dice"] == pytest.approx(2 * tp / (2 * tp + fp + fn)) and row["iou"] == pytest.approx(
+        tp / (tp + fp + fn)
+    )
     assert (row["kept_tp"], row["kept_fp"], row["kept_fn"]) == (32, 16, 4)
     assert row["slice_dice"] == pytest.approx((2 * (32 / (32 + 8)) + 0) / 3)
     assert (row["empty_slices"], row["empty_with_false_positive"]) == (2, 1)
-    assert [row[k] for k in ("target_lesions", "found_lesions", "pred_lesions", "true_lesions")] == [2, 1, 2, 1]
+    assert [row[k] for k in ("target_lesions", "found_lesions", "pred_lesions", "true_lesions")] == [
+        2,
+        1,
+        2,
+        1,
+    ]
     assert (row["target_mm3"], row["pred_mm3"]) == (36 * 2, 49 * 2)
     assert row["sweep"] == [[tp, fp, fn]] * 9, "probabilities of this network are 0 or 1"
     table = {r["metric"]: r for r in summarise([{"patient": "v", **row}])}
@@ -218,7 +251,9 @@ def test_threshold_sweep_counts_probabilities_above(monkeypatch):
 
 
 def test_empty_volume_never_helps():
-    empty = evaluate.Volume("e", np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8), np.uint8), [], (1, 1, 1), True)
+    empty = evaluate.Volume(
+        "e", np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8), np.uint8), [], (1, 1, 1), True
+    )
     alarm = np.zeros((2, 8, 8), np.uint8)
     alarm[0, 0, 0] = 255
     false = evaluate.Volume("f", alarm, np.zeros((2, 8, 8), np.uint8), [], (1, 1, 1), True)
@@ -228,7 +263,9 @@ def test_empty_volume_never_helps():
     assert table["volume_dice"]["mean"] == 0 and table["volume_dice"]["n"] == 1
 
 
-def test_all_slices_come_from_the_scan_when_only_some_were_converted(trained_run, phantom_slices, phantom_source):
+def test_all_slices_come_from_the_scan_when_only_some_were_converted(
+    trained_run, phantom_slices, phantom_source
+):
     model = load_trained(trained_run / "weights" / "best.pt", CPU, FP32)
     name = model.split["test"][0]
     row = evaluate.evaluate_volumes(model, phantom_slices, [name])[0]
@@ -236,7 +273,9 @@ def test_all_slices_come_from_the_scan_when_only_some_were_converted(trained_run
     truth = to_display(load_label(phantom_source / "labelsTr" / f"{name}.nii.gz").array) > 0
     probs = np.stack(list(predict_slices(model, volume_to_slices(scan.array, (-1024, 325)))))
     pred = probs > 0.5
-    assert row["all_slices"] and row["slices"] == len(truth) > len(read_json(phantom_slices, "volumes.json")[name]["kept"])
+    assert row["all_slices"] and row["slices"] == len(truth) > len(
+        read_json(phantom_slices, "volumes.json")[name]["kept"]
+    )
     counts = ((pred & truth).sum(), (pred & ~truth).sum(), (~pred & truth).sum())
     assert (row["tp"], row["fp"], row["fn"]) == tuple(int(c) for c in counts)
     assert row["dice"] == pytest.approx(dice_from_counts(*counts))
@@ -335,7 +374,10 @@ def test_augmentation_repeats_by_seed_and_keeps_masks_binary():
         results = [augment(image, mask, seed) for seed in range(60)]
         again = Augmentation()(image, mask, 7)
     assert np.array_equal(results[7][0], again[0]) and np.array_equal(results[7][1], again[1])
-    assert len({r[0].tobytes() for r in results}) > 50
+    unchanged = sum(np.array_equal(r[0], image) for r in results)
+    assert unchanged < 15, (
+        "each transform decides for itself; with one seed for all, half the slices stay as they are"
+    )
     assert all(r[0].dtype == r[1].dtype == np.uint8 and set(np.unique(r[1])) <= {0, 1} for r in results)
     assert 0.7 < np.mean([r[1].sum() for r in results]) / mask.sum() < 1.3
 
@@ -347,8 +389,7 @@ def test_augmentation_moves_image_and_mask_together():
     overlaps = []
     for seed in range(40):
         image, moved = augment(mask * 255, mask, seed)
-        overlaps.append(dice_from_counts(((image > 127) & (moved > 0)).sum(), ((image > 127) & (moved == 0)).sum(),
-                                         ((image <= 127) & (moved > 0)).sum()))  # fmt: skip
+        overlaps.append(dice_from_counts(*binary_counts(image > 127, moved)[:3]))
     assert np.mean(overlaps) > 0.93 and min(overlaps) > 0.6
 
 
@@ -366,13 +407,35 @@ def test_dataset_shapes_and_split_by_volume():
 
 @pytest.mark.slow
 def test_four_slices_are_learnt_by_heart(phantom_slices, tmp_path):
-    flags = ["--data_path", phantom_slices, "--image_size", 128, "--base_features", 16, "--target", 0.95, "--out", tmp_path]
+    flags = [
+        "--data_path",
+        phantom_slices,
+        "--image_size",
+        128,
+        "--base_features",
+        16,
+        "--target",
+        0.95,
+        "--out",
+        tmp_path,
+    ]
     assert overfit_test.main([*map(str, flags), "--min_pixels", "10", "--device", "cpu", "--amp", "off"]) == 0
     assert (tmp_path / "overfit.png").exists() and (tmp_path / "overfit_curves.png").exists()
 
 
 def test_overfit_test_fails_when_nothing_is_learnt(phantom_slices, tmp_path, capsys):
-    flags = ["--data_path", phantom_slices, "--image_size", 48, "--base_features", 4, "--epochs", 2, "--out", tmp_path]
+    flags = [
+        "--data_path",
+        phantom_slices,
+        "--image_size",
+        48,
+        "--base_features",
+        4,
+        "--epochs",
+        2,
+        "--out",
+        tmp_path,
+    ]
     assert overfit_test.main([*map(str, flags), "--min_pixels", "10", "--device", "cpu"]) == 1
     assert "FAILED" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no slice has more than 5000 tumour pixels"):

@@ -30,7 +30,9 @@ def convert(source, out, *flags: object) -> int:
     return preprocess.main(["--source", str(source), "--out", str(out), "--workers", "0", *map(str, flags)])
 
 
-def make_case(folder, name: str, mask: np.ndarray, orientation: str = "RAS", image: np.ndarray | None = None) -> None:
+def make_case(
+    folder, name: str, mask: np.ndarray, orientation: str = "RAS", image: np.ndarray | None = None
+) -> None:
     for kind, array in (("imagesTr", image), ("labelsTr", mask)):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         array = np.where(mask > 0, 40, -800).astype(np.int16) if array is None else array
@@ -60,7 +62,11 @@ def test_counts_values_split_and_way_back(three_cases, tmp_path):
         "lung_002": [3, 4],
         "lung_003": [3, 4, 5],
     }
-    assert {v: len(e["kept"]) for v, e in volumes.items()} == {"lung_001": 1 + 4, "lung_002": 2 + 4, "lung_003": 3 + 4}
+    assert {v: len(e["kept"]) for v, e in volumes.items()} == {
+        "lung_001": 1 + 4,
+        "lung_002": 2 + 4,
+        "lung_003": 3 + 4,
+    }
     split = json.loads((out / "splits.json").read_text())
     assert sorted(split["train"] + split["val"] + split["test"]) == sorted(volumes)
     for name in volumes:  # PNG -> NIfTI is exact on the scan's own grid, whatever the file's orientation
@@ -80,7 +86,9 @@ def test_displayed_orientation(tmp_path):
     make_case(tmp_path / "source", "b", mask, "RAS")
     convert(tmp_path / "source", tmp_path / "out")
     for name in "ab":
-        assert np.argwhere(read_mask(tmp_path / "out" / "labels" / f"{name}_slice_0001.png")[0]).tolist() == [[1, 2]]
+        assert np.argwhere(read_mask(tmp_path / "out" / "labels" / f"{name}_slice_0001.png")[0]).tolist() == [
+            [1, 2]
+        ]
 
 
 def test_one_window_for_all_slices():
@@ -107,7 +115,9 @@ def test_min_pixels_drops_small_tumour_slices_instead_of_calling_them_empty(tmp_
     assert read_json(tmp_path / "out", "volumes.json")["a"]["kept"] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
 
 
-def test_goes_on_where_it_stopped_and_starts_anew_with_other_settings(three_cases, tmp_path, capsys, monkeypatch):
+def test_goes_on_where_it_stopped_and_starts_anew_with_other_settings(
+    three_cases, tmp_path, capsys, monkeypatch
+):
     out, converted, original = tmp_path / "out", [], preprocess.convert_case
 
     def count(case, *rest):
@@ -304,7 +314,9 @@ def test_slice_names():
 def test_write_png_leaves_nothing_half_written(tmp_path, monkeypatch):
     write_png(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
     before = (tmp_path / "a.png").read_bytes()
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        "pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     with pytest.raises(OSError):
         write_png(tmp_path / "a.png", np.ones((4, 4), np.uint8))
     assert (tmp_path / "a.png").read_bytes() == before

@@ -57,12 +57,23 @@ def six_epochs(phantom_slices, tmp_path_factory) -> Path:
 
 
 def test_writes_everything_it_promises(trained_run):
-    expected = "config.yaml log.txt metrics.csv training_curves.png val_predictions.png weights/last.pt weights/best.pt "
-    expected += "evaluation/summary.csv evaluation/per_volume.csv evaluation/sweep.csv evaluation/evaluation.png"
+    expected = "config.yaml log.txt metrics.csv training_curves.png val_predictions.png "
+    expected += "weights/last.pt weights/best.pt "
+    expected += (
+        "evaluation/summary.csv evaluation/per_volume.csv evaluation/sweep.csv evaluation/evaluation.png"
+    )
     for name in expected.split():
         assert (trained_run / name).stat().st_size > 0, name
     log = (trained_run / "log.txt").read_text()
-    for word in ("commit: ", "torch ", "device: ", "precision: fp32 (--amp off)", "parameters", "MiB", "next: python"):
+    for word in (
+        "commit: ",
+        "torch ",
+        "device: ",
+        "precision: fp32 (--amp off)",
+        "parameters",
+        "MiB",
+        "next: python",
+    ):
         assert word in log
     assert [r["epoch"] for r in rows_of(trained_run)] == ["0", "1"]
 
@@ -119,8 +130,20 @@ def test_killed_and_resumed_equals_unbroken(number, six_epochs, phantom_slices, 
 
 
 def test_two_processes_equal_one(phantom_slices, tmp_path):
-    """Same global batch, GroupNorm: the weights after two epochs agree, and validation counts no slice twice."""
-    flags = ["--data_path", phantom_slices, "--model_name", "run", "--epochs", "2", *TINY, "--norm", "group", "--lr", "1e-3"]
+    """Same global batch, GroupNorm: the weights after two epochs agree, rank 0 alone writes and prints."""
+    flags = [
+        "--data_path",
+        phantom_slices,
+        "--model_name",
+        "run",
+        "--epochs",
+        "2",
+        *TINY,
+        "--norm",
+        "group",
+        "--lr",
+        "1e-3",
+    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -132,8 +155,10 @@ def test_two_processes_equal_one(phantom_slices, tmp_path):
     one, two = (load_checkpoint(tmp_path / n / "run" / "weights" / "last.pt") for n in ("one", "two"))
     seed_everything(42)
     start = torch.cat([p.flatten() for p in get_model(one["config"]).parameters()])
-    moved, moved_by_two = (torch.cat([p.flatten() for p in state["model"].values()]) - start for state in (one, two))
-    # AdamW turns a difference in the last bit of a tiny gradient into one of the step, hence not exactly equal.
+    moved, moved_by_two = (
+        torch.cat([p.flatten() for p in state["model"].values()]) - start for state in (one, two)
+    )
+    # Not exactly equal: AdamW turns a difference in the last bit of a tiny gradient into one of the step.
     assert (moved - moved_by_two).norm() < 0.05 * moved.norm()
     for a, b in zip(one["at"]["history"], two["at"]["history"], strict=True):
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=0.02)
@@ -153,7 +178,10 @@ def test_time_budget_ends_in_time_and_follows_elapsed_share(phantom_slices, tmp_
 def test_early_stopping(phantom_slices, tmp_path):
     start(phantom_slices, tmp_path, "--epochs", 50, "--early_stopping", 2, "--lr", "1e-12", "--min_lr", 0)
     at = load_checkpoint(tmp_path / "run" / "weights" / "last.pt")["at"]
-    assert at["epoch"] == at["best_epoch"] + 1 + 3 and "no better validation" in (tmp_path / "run/log.txt").read_text()
+    assert (
+        at["epoch"] == at["best_epoch"] + 1 + 3
+        and "no better validation" in (tmp_path / "run/log.txt").read_text()
+    )
 
 
 def test_all_folds_score_every_volume_once(phantom_slices, tmp_path):
@@ -198,7 +226,9 @@ def test_defaults_fit_a_4_gb_card():
     config = vars(train.build_parser().parse_args([]))
     shape = (config["batch_size"], 1, config["image_size"], config["image_size"])
     peak_mib = training_peak_mib(lambda: get_model(config), get_loss(config["loss"]), shape)
-    kept = training_peak_mib(lambda: get_model({**config, "checkpointing": False}), get_loss("dice_bce"), shape)
+    kept = training_peak_mib(
+        lambda: get_model({**config, "checkpointing": False}), get_loss("dice_bce"), shape
+    )
     assert 1000 < peak_mib < 3.5 * 1024 < kept + 100, "and checkpointing is why"
 
 
@@ -243,7 +273,9 @@ def test_batch_larger_than_the_training_set(phantom_slices, tmp_path):
 def test_split_with_a_patient_on_both_sides(phantom_slices, tmp_path):
     data = copy_of(phantom_slices, tmp_path)
     path = data / "splits.json"
-    path.write_text(path.read_text().replace('"val": [', '"val": ["lung_001", "lung_002", "lung_003", "lung_004", '))
+    path.write_text(
+        path.read_text().replace('"val": [', '"val": ["lung_001", "lung_002", "lung_003", "lung_004", ')
+    )
     refused("patient lung_00. stands in train .* and in val", data, tmp_path)
 
 
@@ -286,7 +318,9 @@ def test_disk_full_keeps_the_earlier_checkpoint(trained_run, phantom_slices, tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("common.runs.os.fsync", full)
-    with pytest.raises(SystemExit, match="last.pt: checkpoint could not be written .No space left.*untouched"):
+    with pytest.raises(
+        SystemExit, match="last.pt: checkpoint could not be written .No space left.*untouched"
+    ):
         train.main(["--resume", str(run), "--epochs", "3"])
     assert (run / "weights" / "last.pt").read_bytes() == before
     monkeypatch.undo()
@@ -296,7 +330,9 @@ def test_disk_full_keeps_the_earlier_checkpoint(trained_run, phantom_slices, tmp
 
 def test_no_permission_to_write(phantom_slices, tmp_path):
     (tmp_path / "file").write_text("")
-    refused("cannot be created .*choose a folder you may write to", phantom_slices, tmp_path / "file" / "runs")
+    refused(
+        "cannot be created .*choose a folder you may write to", phantom_slices, tmp_path / "file" / "runs"
+    )
 
 
 def test_unknown_flag_and_yaml_key_name_the_nearest(tmp_path):

@@ -114,10 +114,10 @@ def test_overlay_mixes_the_colour_exactly():
     image = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
     mask = np.zeros((4, 6), np.uint8)
     mask[1, 2] = mask[3, 5] = 1
-    rgb = overlay(image, mask, (230, 30, 31), 0.4)
+    rgb = overlay(image, mask, (230, 30, 32), 0.4)
     assert rgb.shape == (4, 6, 3) and rgb.dtype == np.uint8
-    assert rgb[1, 2].tolist() == [140, 60, 60]  # 0.6 * 80 + 0.4 * (230, 30, 31) = 140, 60, 60.4
-    assert rgb[3, 5].tolist() == [230, 150, 150]
+    assert rgb[1, 2].tolist() == [140, 60, 61]  # 0.6 * 80 + 0.4 * (230, 30, 32) = 140, 60, 60.8
+    assert rgb[3, 5].tolist() == [230, 150, 151]
     for channel in range(3):
         np.testing.assert_array_equal(rgb[..., channel][mask == 0], image[mask == 0])
     assert image[1, 2] == 80  # the input stays

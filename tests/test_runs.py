@@ -556,13 +556,17 @@ def test_stop_request_outside_the_main_thread_leaves_signals_alone():
 DYING_SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from torch.utils.data import DataLoader
-from common import runs
+import torch
+from common import distributed, runs
+
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, key):
+        return key[0]
 
 if __name__ == "__main__":
-    loader = DataLoader(
-        list(range(8)), 2, num_workers=2, persistent_workers=True, worker_init_fn=runs.ignore_signals
-    )
+    loader, _ = distributed.make_loader(Items(), 2, seed=0, workers=2, device=torch.device("cpu"))
     with runs.StopRequest():
         for batch in loader:
             raise ZeroDivisionError("the loss became nan")

@@ -1,0 +1,79 @@
+"""Scans with tumour masks on disk, in the Decathlon or the Kaggle layout: find them, load them."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from common.decathlon import Case, find_decathlon, list_cases
+from common.nifti import Scan, load_label, load_nifti, same_grid, to_ras
+from lung_tumor.kaggle import (
+    KaggleCase,
+    extract_image,
+    find_task,
+    is_kaggle_folder,
+    list_kaggle_cases,
+    load_ground_truth,
+)
+
+
+def find_cases(source: str | Path, task: str = "Task006_Lung") -> list:
+    """Cases of a folder in the Decathlon or the Kaggle layout.
+
+    Raises:
+        FileNotFoundError: no such folder, or neither layout.
+        ValueError: a scan without label or the reverse.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise FileNotFoundError(f"--source {source}: no such folder; see lung_tumor/download.py for the data")
+    decathlon = find_decathlon(source)
+    if decathlon is not None:
+        return list_cases(decathlon)
+    if is_kaggle_folder(source) or any(
+        p.name.startswith("Task") for p in source.rglob("Task*") if p.is_dir()
+    ):
+        return list_kaggle_cases(find_task(source, task))
+    raise FileNotFoundError(
+        f"{source}: neither imagesTr/ and labelsTr/ (Decathlon) nor TaskXXX_Name/CT.zip (Kaggle) in it"
+    )
+
+
+def load_case(case: Case | KaggleCase) -> tuple[Scan, np.ndarray]:
+    """(scan, mask): HU (z, y, x) RAS+ and 0/1 uint8 on the same grid; every label above 0 is tumour.
+
+    Raises:
+        ValueError: the two files do not fit, or one of them cannot be read; names the case.
+    """
+    if isinstance(case, Case):
+        scan, label = load_nifti(case.image), load_label(case.label)
+        if scan.array.shape != label.array.shape or not same_grid(scan, label, 0.1 * min(scan.spacing_mm)):
+            raise ValueError(
+                f"scan {scan.array.shape} and label {label.array.shape} (z y x) lie on different grids; "
+                f"{case.label} does not belong to {case.image}"
+            )
+        return scan, (label.array > 0).astype(np.uint8)
+    with tempfile.TemporaryDirectory(prefix="lung_tumor_") as temporary:
+        scan = load_nifti(extract_image(case.label_path.parents[1], case, temporary))
+    mask_xyz = load_ground_truth(case.label_path, scan.file_shape)
+    return scan, (to_ras(mask_xyz, scan) > 0).astype(np.uint8)
+
+
+def source_files(case: Case | KaggleCase) -> dict[str, str]:
+    """Where a case came from, for volumes.json."""
+    if isinstance(case, Case):
+        return {"image": str(case.image.resolve()), "label": str(case.label.resolve())}
+    archive = case.label_path.parents[1] / "CT.zip"
+    return {
+        "archive": f"{archive.resolve()}",
+        "image": case.image_member,
+        "label": str(case.label_path.resolve()),
+    }
+
+
+def case_from_entry(volume: str, entry: dict) -> Case | KaggleCase | None:
+    """The case that an entry of volumes.json was made from; None if its files are no longer there."""
+    files = {kind: Path(path) for kind, path in entry["source"].items()}
+    if "archive" in files and files["archive"].is_file() and files["label"].is_file():
+        return KaggleCase(volume, entry["source"]["image"], files["label"])
+    return Case(volume, **files) if all(p.is_file() for p in files.values()) else None

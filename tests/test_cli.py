@@ -1,0 +1,71 @@
+"""Every script as a user starts it: from a foreign folder, with --help, with mistakes, as the README says."""
+
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT, run_script
+from test_structure import SCRIPTS, name
+
+
+@pytest.mark.parametrize("script", [name(p) for p in SCRIPTS if p.parent.name != "benchmarks"])
+def test_help(script, tmp_path):
+    done = run_script(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and script in done.stdout and not done.stderr
+    assert not list(tmp_path.iterdir()), "asking for help writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("lung_tumor/train.py", [], "data/lung_tumor: no folder images/"),
+        ("lung_tumor/train.py", ["--bach_size", "4"], "did you mean --batch_size?"),
+        ("lung_tumor/train.py", ["--epochs", "0"], "whole number of at least 1"),
+        ("lung_tumor/train.py", ["--time_budget", "soon"], "write 90s, 45m, 2h"),
+        ("lung_tumor/train.py", ["--device", "tpu"], "--device 'tpu' is unknown"),
+        ("lung_tumor/preprocess.py", [], "data/lung_tumor_raw: no such folder; see lung_tumor/download.py"),
+        ("lung_tumor/predict.py", [], "--weights, --source"),
+        ("lung_tumor/predict.py", ["--weights", "a.pt", "--source", "b"], "a.pt: no such checkpoint"),
+        ("lung_tumor/evaluate.py", ["--weights", "a.pt"], "a.pt: no such checkpoint"),
+        ("lung_tumor/overfit_test.py", [], "data/lung_tumor: no folder images/"),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(script, flags, message, tmp_path):
+    done = run_script(script, *flags, cwd=tmp_path)
+    assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
+
+
+def readme_command(ending: str) -> str:
+    lines = (ROOT / "README.md").read_text(encoding="utf8").splitlines()
+    return next(line for line in lines if line.startswith("python3 -m venv") and line.endswith(ending))
+
+
+def test_readme_commands_are_the_promised_ones():
+    setup = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
+    assert readme_command("demo.yaml") == setup + "python lung_tumor/train.py --config lung_tumor/demo.yaml"
+    assert readme_command("pytest tests") == setup + "pytest tests"
+    assert "pytest tests$" in (ROOT / ".ci" / "run").read_text(), "CI runs the README's own line"
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    """The demo as in the README: scores on held-out volumes, files, and the next command, which works."""
+    done = run_script("lung_tumor/train.py", "--config", ROOT / "lung_tumor" / "demo.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = {m[1]: float(m[2]) for m in re.finditer(r"^(\w+) +([\d.]+)", done.stdout, re.M)}
+    assert scores["pooled_dice"] >= 0.80 and scores["volume_dice"] >= 0.65
+    command = re.search(r"next: python (\S+) (.*)$", done.stdout, re.M)
+    source = tmp_path / "data/demo/lung_tumor/Task06_Lung/imagesTr/lung_001.nii.gz"
+    flags = command[2].split("--source")[0].split()
+    predicted = run_script(command[1], *flags, "--source", source, cwd=tmp_path)
+    assert predicted.returncode == 0 and "mL" in predicted.stdout, predicted.stdout + predicted.stderr
+
+
+def test_git_ignores_what_scripts_write():
+    paths = ["data/x", "dataset/x", "runs/x/weights/best.pt", "exp/x", "log/x", "work_dir_1/x", "a.nii.gz"]
+    done = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True)
+    if "not a git repository" in done.stderr:
+        pytest.skip("not a git checkout")
+    assert done.stdout.split() == paths
