@@ -94,6 +94,13 @@ def main_first(function: Callable[[], T]) -> T:
     return result if is_main() else function()  # type: ignore[return-value]
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's buffers: BatchNorm's statistics, which each updates by its own batches."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def gather(value: Any) -> list[Any]:
     """The values (plain, picklable) of all processes, by rank."""
     if not dist.is_initialized():

@@ -43,7 +43,9 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     kind = form[1] if form[1] != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
     if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
-        raise ValueError(f"--device {name}: torch sees none; `python common/doctor.py` says why, --device cpu runs without")
+        raise ValueError(
+            f"--device {name}: torch sees none; `python common/doctor.py` says why, --device cpu runs without"
+        )
     if kind != "cuda":
         return torch.device(kind)
     if form[2] and local_rank > 0:

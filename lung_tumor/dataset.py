@@ -157,6 +157,14 @@ class PackedSlices:
     volumes: list[str]
     num_unclean: int
 
+    def __getstate__(self) -> dict:
+        # A spawned worker maps the files again; pickling a memory map would send it all of the data.
+        return {k: Path(v.filename) if isinstance(v, np.memmap) else v for k, v in vars(self).items()}
+
+    def __setstate__(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, np.load(value, mmap_mode="r") if isinstance(value, Path) else value)
+
     def indices(self, volumes: list[str]) -> np.ndarray:
         """Positions of all slices of these volumes."""
         chosen = set(volumes)

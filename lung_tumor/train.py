@@ -181,7 +181,7 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
     started, validation_s = time.perf_counter() - at.elapsed_s, 0.0
     with runs.StopRequest() as stop:
         while (at.elapsed_s < args.time_budget) if args.time_budget else (at.epoch < args.epochs):
-            if args.early_stopping and len(at.history) - 1 - at.best_epoch > args.early_stopping:
+            if args.early_stopping and len(at.history) - 1 - at.best_epoch >= args.early_stopping:
                 log(f"no better validation Dice for {args.early_stopping} epochs")
                 break
             epoch_started = waiting_since = time.perf_counter()
@@ -237,6 +237,9 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
             if average:
                 judged.load_state_dict(average.average)
             row = dict(epoch=at.epoch, lr=lr, train_loss=at.loss_sum / at.batch)
+            distributed.share_buffers(
+                judged
+            )  # else each process would validate with its own BatchNorm statistics
             row |= validate(trained, val_set, loss_function)
             now = time.perf_counter()
             validation_s, seconds = now - validation_started, now - epoch_started

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import shutil
 import warnings
 
@@ -328,6 +329,9 @@ def test_cache_is_made_once_and_anew_when_a_file_changes(phantom_slices, tmp_pat
     slices = list_slices(data)
     first = pack_slices(data, slices, 32)
     assert isinstance(first.images, np.memmap) and first.images.shape == (len(slices), 32, 32)
+    sent = pickle.dumps(first)
+    assert len(sent) < 10_000, "a spawned worker maps the files, it is not sent the data"
+    assert np.array_equal(pickle.loads(sent).images, first.images)
     folder = next((data / "cache").iterdir())
     pack_slices(data, slices, 32)
     assert list((data / "cache").iterdir()) == [folder]

@@ -179,7 +179,7 @@ def test_early_stopping(phantom_slices, tmp_path):
     start(phantom_slices, tmp_path, "--epochs", 50, "--early_stopping", 2, "--lr", "1e-12", "--min_lr", 0)
     at = load_checkpoint(tmp_path / "run" / "weights" / "last.pt")["at"]
     assert (
-        at["epoch"] == at["best_epoch"] + 1 + 3
+        at["epoch"] == at["best_epoch"] + 1 + 2
         and "no better validation" in (tmp_path / "run/log.txt").read_text()
     )
 
