@@ -116,6 +116,8 @@ def load_volume(name: str, files: list[SliceFile], entry: dict, window_hu, cases
     positions = [i for i, f in enumerate(files) if kept is None or f.number in kept]
     complete = bool(entry) and len(files) == entry["num_slices"]
     images, masks = [read_image(f.image) for f in files], [read_mask(f.label)[0] for f in files]
+    if len({array.shape for array in images + masks}) != 1:
+        raise ValueError(f"volume {name}: its slices and masks differ in size; convert it again")
     return Volume(name, images, masks, positions, spacing, complete)
 
 

@@ -1,6 +1,7 @@
 """Training, stopping, resuming, several processes and cross-validation of lung_tumor."""
 
 import csv
+import json
 import shutil
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +20,7 @@ from common.memory import training_peak_mib
 from common.runs import load_checkpoint, seed_everything
 from lung_tumor import train
 from lung_tumor.model import get_loss, get_model
+from lung_tumor.slices import read_mask, write_png
 
 TIMES = {"seconds", "data_wait", "peak_mib"}
 
@@ -254,14 +257,21 @@ def test_missing_and_empty_folders(tmp_path):
 
 
 def test_no_tumour_in_a_part(phantom_slices, tmp_path):
-    import numpy as np
-
-    from lung_tumor.slices import write_png
-
     data = copy_of(phantom_slices, tmp_path)
     for label in (data / "labels").iterdir():
         write_png(label, np.zeros((48, 48), np.uint8))
     refused("no tumour pixel in the .* slices of the part 'train'", data, tmp_path)
+
+
+def test_masks_with_jpeg_noise_are_understood_and_reported(phantom_slices, tmp_path, capsys):
+    data = copy_of(phantom_slices, tmp_path)
+    label = next(p for p in sorted((data / "labels").iterdir()) if read_mask(p)[0].any())
+    noisy = np.where(read_mask(label)[0], 200, 12).astype(np.uint8)
+    write_png(label, noisy)
+    start(data, tmp_path, "--epochs", 1)
+    assert (
+        "warning: 1 masks hold grey values besides 0 and 255; above 127 is tumour" in capsys.readouterr().out
+    )
 
 
 def test_batch_larger_than_the_training_set(phantom_slices, tmp_path):
@@ -298,7 +308,7 @@ def test_resume_with_another_split(trained_run, phantom_slices, tmp_path):
     data = copy_of(phantom_slices, tmp_path)
     split = yaml.safe_load((data / "splits.json").read_text())
     split["train"], split["val"] = split["train"][1:], [*split["val"], split["train"][0]]
-    (data / "splits.json").write_text(__import__("json").dumps(split))
+    (data / "splits.json").write_text(json.dumps(split))
     with pytest.raises(SystemExit, match="the split of .* is not the one that this run began with"):
         train.main(["--resume", str(trained_run), "--data_path", str(data), "--epochs", "3"])
 
