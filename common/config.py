@@ -4,8 +4,9 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
@@ -19,9 +20,16 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
         return super()._get_help_string(action) or ""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without forty lines of usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose --help is the script's docstring; it knows --config and accepts no abbreviations."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=_Formatter, allow_abbrev=False)
+    parser = _Parser(description=doc, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument(
         "--config", help="YAML file of flags; the command line wins over it, a later --config too"
     )
@@ -151,6 +159,23 @@ def duration_s(text: str) -> float:
     return seconds
 
 
+def run_script(main: Callable[[], object]) -> NoReturn:
+    """`main()` of a script: its number is the exit code, Ctrl-C ends it with one line."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("\nstopped by the user; what was finished is kept", file=sys.stderr)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def non_negative_int(text: str) -> int:
+    """For argparse's `type=`: a whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+    return int(text)
+
+
 def positive_int(text: str) -> int:
     """For argparse's `type=`: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -187,7 +212,9 @@ def add_prediction_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """The flags about the machine that every train script has, with one meaning everywhere."""
     group = add_prediction_flags(parser)
-    group.add_argument("--workers", type=int, default=2, help="processes that prepare batches; 0 = none")
+    group.add_argument(
+        "--workers", type=non_negative_int, default=2, help="processes that prepare batches; 0 = none"
+    )
     group.add_argument("--seed", type=int, default=42, help="of weights, shuffling and augmentation")
     group.add_argument(
         "--deterministic",
@@ -209,7 +236,7 @@ def add_length_flags(parser: argparse.ArgumentParser, *, epochs: int, early_stop
     )
     group.add_argument(
         "--early_stopping",
-        type=int,
+        type=non_negative_int,
         default=early_stopping,
         help="epochs without a better validation score before the run ends; 0 = never",
     )

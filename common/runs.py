@@ -9,6 +9,7 @@ import pickle
 import platform
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,11 +51,20 @@ def new_run_dir(root: str | Path, name: str) -> Path:
         ) from error
 
 
+def run_dir_of(weights: str | Path) -> Path:
+    """Folder for what is made with these weights: that of their run, or theirs if they lie outside of one."""
+    folder = Path(weights).resolve().parent
+    return folder.parent if folder.name == "weights" else folder
+
+
 def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
     """The last.pt that --resume means: a file, a run folder, or "last" = the newest run called `name`."""
     if resume != "last":
         path = Path(resume)
         path = path / "weights" / "last.pt" if path.is_dir() else path
+        if path.is_file() and (path.parent.name != "weights" or not (path.parents[1] / "log.txt").is_file()):
+            # Resuming writes into the run's folder; a stray copy would write into somebody else's.
+            raise ValueError(f"--resume {path}: lies in no run folder (<run>/weights/last.pt beside log.txt)")
         if not path.is_file():
             raise FileNotFoundError(f"--resume {resume}: no such checkpoint")
         return path
@@ -102,7 +112,7 @@ def start_log(run_dir: Path, config: dict, history: list[dict]) -> Callable[[str
             with (run_dir / "log.txt").open("a", encoding="utf8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
-    log(f"command: {' '.join([Path(sys.executable).name, *sys.argv])}")
+    log(f"command: {shlex.join([Path(sys.executable).name, *sys.argv])}")
     log(f"commit: {git_state()}")
     cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
     log(f"python {platform.python_version()}, torch {torch.__version__}{cuda}, numpy {np.__version__}")
@@ -289,8 +299,30 @@ def restore_training_state(state: dict, **parts: Any) -> Namespace:
     return Namespace(**state["at"])
 
 
-def require_same(kept: dict, asked: Namespace, keys: Sequence[str], path: str | Path) -> None:
-    """Refuse to resume a checkpoint into another network.
+def load_resumed(
+    resume: str | None, root: str | Path, name: str, *, may_be_missing: bool = False
+) -> tuple[dict, Path] | None:
+    """(checkpoint, run folder) that --resume means; None without --resume, or if there is none and it may be.
+
+    Raises:
+        FileNotFoundError, ValueError: see `find_checkpoint`, `load_checkpoint`; or it holds weights only.
+    """
+    if not resume:
+        return None
+    try:
+        path = find_checkpoint(resume, root, name)
+    except FileNotFoundError:
+        if may_be_missing:
+            return None
+        raise
+    checkpoint = load_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise ValueError(f"--resume {path}: holds weights only; resume from the last.pt beside it")
+    return checkpoint, path.parents[1]
+
+
+def require_same(kept: dict, asked: Namespace, keys: Sequence[str]) -> None:
+    """Refuse to resume a run with another network.
 
     Raises:
         ValueError: a flag of `keys` differs; names it with both values.
@@ -298,8 +330,7 @@ def require_same(kept: dict, asked: Namespace, keys: Sequence[str], path: str | 
     for key in keys:
         if getattr(asked, key) != kept[key]:
             raise ValueError(
-                f"--resume {path}: its {key} is {kept[key]}, not {getattr(asked, key)}; a run goes on with "
-                "the network that it began with"
+                f"--resume: its {key} is {kept[key]}, not {getattr(asked, key)}; a run goes on as it began"
             )
 
 

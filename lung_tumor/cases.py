@@ -71,6 +71,14 @@ def source_files(case: Case | KaggleCase) -> dict[str, str]:
     }
 
 
+def source_stamp(case: Case | KaggleCase) -> list:
+    """[path, bytes, time of change] of a case's files: tells whether they are still the ones converted."""
+    paths = [
+        Path(path) for key, path in source_files(case).items() if key != "image" or isinstance(case, Case)
+    ]
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+
+
 def case_from_entry(volume: str, entry: dict) -> Case | KaggleCase | None:
     """The case that an entry of volumes.json was made from; None if its files are no longer there."""
     files = {kind: Path(path) for kind, path in entry["source"].items()}

@@ -10,11 +10,13 @@
 A plain folder with images/ and labels/ works as well; splits.json is then drawn once and written.
 """
 
+import atexit
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common import distributed
 from common.splits import (
     check_split,
     fold_split,
@@ -68,7 +71,13 @@ def list_slices(data_path: str | Path) -> list[SliceFile]:
                 "or try --data_path demo"
             )
         found = (p for p in (data_path / kind).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        files[kind] = {p.stem: p for p in found if not p.name.startswith(".")}
+        files[kind] = {}
+        for path in found:
+            if path.name.startswith("."):
+                continue
+            if path.stem in files[kind]:
+                raise ValueError(f"{path}: there is also {files[kind][path.stem].name}; keep one of the two")
+            files[kind][path.stem] = path
     images, labels = files["images"], files["labels"]
     if not images and not labels:
         raise ValueError(f"{data_path}: images/ and labels/ are empty; run lung_tumor/preprocess.py")
@@ -85,7 +94,15 @@ def list_slices(data_path: str | Path) -> list[SliceFile]:
 def read_json(data_path: str | Path, name: str) -> dict:
     """dataset.json or volumes.json of a data set; {} when absent."""
     path = Path(data_path) / name
-    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); convert the data again") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: a {type(content).__name__} where an object belongs; convert the data again"
+        )
+    return content
 
 
 def training_slices(slices: list[SliceFile], volumes: dict) -> list[SliceFile]:
@@ -108,6 +125,14 @@ def load_splits(
         patients = patients_of(sorted(volumes, key=natural_key))
         save_splits(path, split_by_patient(patients, seed=seed), patients, seed)
     split, patients = read_splits(path)
+    if distributed.is_main():
+        if len(volumes) > 3 and len(slices) == len(volumes):
+            print(
+                f"warning: {data_path}: every image counts as a patient of its own. If some are of one "
+                "patient, name them <patient>_slice_NNNN.png, or scores will be too good"
+            )
+        if left_out := sorted(volumes - set(patients), key=natural_key):
+            print(f"warning: {path} leaves out {len(left_out)} volume(s), first {left_out[0]}")
     missing = [v for part in split.values() for v in part if v not in volumes]
     if missing:
         raise ValueError(f"{path}: names volume {missing[0]}, of which there is no slice under {data_path}")
@@ -123,7 +148,12 @@ def open_data(
         FileNotFoundError, ValueError: see `list_slices`, `load_splits`, `pack_slices`; or a part without
         tumour.
     """
-    slices = training_slices(list_slices(data_path), read_json(data_path, "volumes.json"))
+    if size < 16:
+        raise ValueError(f"--image_size {size}: the network halves it four times, so at least 16")
+    entries = read_json(data_path, "volumes.json")
+    slices = training_slices(list_slices(data_path), entries)
+    if entries and not read_json(data_path, "dataset.json"):
+        raise ValueError(f"{data_path}: its conversion is unfinished; run lung_tumor/preprocess.py again")
     split, patients = load_splits(data_path, slices, seed)
     if fold is not None:
         split = fold_split(patients, folds=folds or 0, fold=fold, seed=seed)
@@ -194,6 +224,7 @@ def pack_slices(data_path: str | Path, slices: list[SliceFile], size: int) -> Pa
             partial = Path(tempfile.mkdtemp(prefix="partial_", dir=cache))
         except OSError as error:
             partial = Path(tempfile.mkdtemp(prefix="lung_tumor_"))
+            atexit.register(shutil.rmtree, partial, ignore_errors=True)
             folder = partial
             print(
                 f"{cache}: cannot be written ({error.strerror}); slices are packed into {folder} for this run"
@@ -201,10 +232,7 @@ def pack_slices(data_path: str | Path, slices: list[SliceFile], size: int) -> Pa
         try:
             _pack(partial, slices, size)
             if folder != partial:
-                os.replace(partial, folder)
-                for old in cache.iterdir():
-                    if old.name.startswith((f"slices_{size}_", "partial_")) and old != folder:
-                        shutil.rmtree(old, ignore_errors=True)
+                _publish(partial, folder, size)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -212,6 +240,21 @@ def pack_slices(data_path: str | Path, slices: list[SliceFile], size: int) -> Pa
     images = np.load(folder / "images.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy", mmap_mode="r")
     return PackedSlices(images, labels, [s.volume for s in slices], info["num_unclean"])
+
+
+def _publish(partial: Path, folder: Path, size: int) -> None:
+    """Give a finished cache its name, unless another run was faster, and remove what it replaces."""
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in folder.parent.iterdir():
+        # Another run may be packing right now: leave what is less than a day old.
+        abandoned = old.name.startswith("partial_") and time.time() - old.stat().st_mtime > 86400
+        if abandoned or (old.name.startswith(f"slices_{size}_") and old != folder):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _pack(folder: Path, slices: list[SliceFile], size: int) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import make_parser, parse_args
+from common.config import make_parser, parse_args, run_script
 from common.decathlon import find_decathlon, list_cases
 from lung_tumor.kaggle import find_task, is_kaggle_folder, leads_outside, list_kaggle_cases
 
@@ -195,4 +195,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

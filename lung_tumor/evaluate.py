@@ -20,9 +20,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import distributed
-from common.config import add_prediction_flags, fraction, make_parser, parse_args
+from common.config import add_prediction_flags, fraction, make_parser, parse_args, run_script
 from common.hardware import autocast, choose_precision, start_device
 from common.metrics import binary_counts, dice_from_counts, iou_from_counts, lesion_counts
+from common.runs import run_dir_of
 from lung_tumor.cases import case_from_entry, find_cases, load_case
 from lung_tumor.dataset import SliceDataset, SliceFile, list_slices, load_splits, read_json
 from lung_tumor.model import TrainedModel, load_trained, predict_slices
@@ -94,31 +95,31 @@ class Volume:
     slices: np.ndarray | list[np.ndarray]
     masks: np.ndarray | list[np.ndarray]
     kept: list[int]
-    spacing_mm: tuple[float, float, float] | None
+    voxel_mm3: float
     complete: bool
 
 
-def load_volume(name: str, files: list[SliceFile], entry: dict, window_hu, cases: dict) -> Volume:
+def load_volume(name: str, files: list[SliceFile], entry: dict, model: TrainedModel, cases: dict) -> Volume:
     """From the converted slices if all are there, else from the scan, else from what there is.
 
     Args:
         entry: of volumes.json; {} for a plain folder of images.
         cases: {name: case} of a --source folder; looked at first.
     """
-    spacing = tuple(entry["spacing_mm"]) if entry else None
+    voxel_mm3 = entry.get("voxel_mm3", float("nan"))
     if entry and len(files) < entry["num_slices"]:
         case = cases.get(name) or case_from_entry(name, entry)
         if case is not None:
             scan, mask = load_case(case)
-            slices = volume_to_slices(scan.array, window_hu)
-            return Volume(name, slices, to_display(mask), entry["kept"], spacing, True)
+            slices = volume_to_slices(scan.array, model.window_hu)
+            return Volume(name, slices, to_display(mask), entry["kept"], voxel_mm3, True)
     kept = entry.get("kept")
     positions = [i for i, f in enumerate(files) if kept is None or f.number in kept]
     complete = bool(entry) and len(files) == entry["num_slices"]
     images, masks = [read_image(f.image) for f in files], [read_mask(f.label)[0] for f in files]
     if len({array.shape for array in images + masks}) != 1:
         raise ValueError(f"volume {name}: its slices and masks differ in size; convert it again")
-    return Volume(name, images, masks, positions, spacing, complete)
+    return Volume(name, images, masks, positions, voxel_mm3, complete)
 
 
 def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
@@ -130,12 +131,11 @@ def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
         pred[z] = prob > threshold
         index = np.searchsorted(THRESHOLDS, prob.ravel()) * 2 + target[z].ravel()
         bins += np.bincount(index, minlength=bins.size).reshape(bins.shape)
-    tp, fp, fn, tn = binary_counts(pred, target)
+    tp, fp, fn, _ = binary_counts(pred, target)
     kept_tp, kept_fp, kept_fn, kept_tn = binary_counts(pred[volume.kept], target[volume.kept])
     has_tumour = target.any(axis=(1, 2))
     per_slice = [dice_from_counts(*binary_counts(pred[z], target[z])[:3]) for z in np.flatnonzero(has_tumour)]
     false_alarms = int(pred[~has_tumour].any(axis=(1, 2)).sum())
-    voxel_mm3 = float(np.prod(volume.spacing_mm)) if volume.spacing_mm else float("nan")
     above = bins[::-1].cumsum(axis=0)[::-1][1:]  # (threshold, target): voxels with p above it
     return {
         "volume": volume.name,
@@ -147,9 +147,8 @@ def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
         "empty_slices": int((~has_tumour).sum()),
         "empty_with_false_positive": false_alarms,
         **lesion_counts(pred, target),
-        "target_mm3": target.sum() * voxel_mm3,
-        "pred_mm3": pred.sum() * voxel_mm3,
-        "pixel_accuracy": (tp + tn) / pred.size,
+        "target_mm3": float(target.sum() * volume.voxel_mm3),
+        "pred_mm3": float(pred.sum() * volume.voxel_mm3),
         **{"tp": tp, "fp": fp, "fn": fn},
         **{"kept_tp": kept_tp, "kept_fp": kept_fp, "kept_fn": kept_fn, "kept_tn": kept_tn},
         "sweep": [[int(t), int(f), int(target.sum() - t)] for f, t in above],  # tp, fp, fn a threshold
@@ -163,8 +162,11 @@ def evaluate_volumes(
     *,
     threshold: float = 0.5,
     source: str | Path | None = None,
-) -> list[dict]:
-    """Score whole volumes, shared over the processes; every process gets all rows, in the order of `volumes`.
+) -> tuple[list[dict], dict[str, str]]:
+    """Score whole volumes, shared over the processes.
+
+    Returns:
+        (a row a volume in the order of `volumes`, {failed volume: reason}), the same in every process.
 
     Raises:
         ValueError: a volume that the data set does not have.
@@ -178,32 +180,46 @@ def evaluate_volumes(
     entries = read_json(data_path, "volumes.json")
     patients = load_splits(data_path, list(sum(files.values(), [])), seed=42)[1]
     cases = {c.case_id: c for c in find_cases(source)} if source else {}
-    rows = {}
+    rows: dict[str, dict] = {}
+    failed: dict[str, str] = {}
     bar = tqdm(distributed.my_share(volumes), "evaluating", unit="volume", disable=None, leave=False)
     for name in bar:
-        volume = load_volume(name, files[name], entries.get(name, {}), model.window_hu, cases)
-        rows[name] = {"patient": patients[name], **score_volume(model, volume, threshold)}
-    for other in distributed.gather(rows):
-        rows |= other
-    return [rows[name] for name in volumes]
+        try:
+            volume = load_volume(name, files[name], entries.get(name, {}), model, cases)
+            rows[name] = {"patient": patients.get(name, name), **score_volume(model, volume, threshold)}
+        except (ValueError, OSError) as error:  # one damaged scan must not cost the others
+            failed[name] = str(error)
+    for other_rows, other_failed in distributed.gather((rows, failed)):
+        rows |= other_rows
+        failed |= other_failed
+    return [rows[name] for name in volumes if name in rows], failed
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     distributed.init()
     try:
         device = start_device(args.device, distributed.local_rank())
         model = load_trained(args.weights, device, choose_precision(args.amp, device))
         data_path = Path(args.data_path or model.preprocessing["data_path"])
-        split = model.split if not args.data_path else load_splits(data_path, list_slices(data_path), 42)[0]
-        part = args.part or ("test" if split["test"] else "val")
+        own_data = data_path.resolve() == Path(model.preprocessing["data_path"]).resolve()
+        split = model.split if own_data else load_splits(data_path, list_slices(data_path), 42)[0]
+        usual = "test" if split["test"] else "val"
+        part = args.part or usual
         volumes = args.volumes or split[part]
-        rows = evaluate_volumes(model, data_path, volumes, threshold=args.threshold, source=args.source)
+        seen = sorted(set(volumes) & set(model.split["train"])) if own_data and part != "train" else []
+        rows, failed = evaluate_volumes(
+            model, data_path, volumes, threshold=args.threshold, source=args.source
+        )
         if distributed.is_main():
-            out = Path(args.out) if args.out else Path(args.weights).resolve().parents[1] / "evaluation"
-            name = f"{len(volumes)} named volumes" if args.volumes else f"{part} volumes"
-            title = f"{name} of {data_path}, threshold {args.threshold:g}"
-            write_report(rows, out, title)
+            name = "named" if args.volumes else part
+            folder = "evaluation" if name == usual else f"evaluation_{name}"
+            out = Path(args.out) if args.out else run_dir_of(args.weights) / folder
+            title = f"{len(rows)} {name} volumes of {data_path}, threshold {args.threshold:g}, "
+            write_report(rows, out, title + model.precision.name, failed)
+            if seen:
+                print(f"warning: the model was trained on {', '.join(seen)}; these scores say little")
+        return 1 if failed else 0
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     finally:
@@ -211,4 +227,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import add_prediction_flags, fraction, make_parser, parse_args, positive_int
+from common.config import add_prediction_flags, fraction, make_parser, parse_args, positive_int, run_script
 from common.hardware import autocast, choose_precision, start_device
 from common.metrics import dice_from_counts
 from common.plots import PRED_COLOR, TRUTH_COLOR, overlay, save_curves, save_panels
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     try:
         device = start_device(args.device)
+        precision = choose_precision(args.amp, device)
         data_path = demo_dataset() if args.data_path == "demo" else Path(args.data_path)
         images, masks = slices_with_most_tumour(data_path, args.samples, args.min_pixels, args.image_size)
         out = Path(args.out)
@@ -81,7 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     seed_everything(args.seed)
     network = get_model({**vars(args), "deep_supervision": False, "checkpointing": False}).to(device)
     loss_function = get_loss(args.loss)
-    precision = choose_precision(args.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
     image = normalise(images).unsqueeze(1).to(device)  # (n, 1, size, size)
@@ -121,4 +121,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -21,11 +21,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import distributed
-from common.config import add_prediction_flags, fraction, make_parser, parse_args, positive_int
+from common.config import add_prediction_flags, fraction, make_parser, parse_args, positive_int, run_script
 from common.hardware import choose_precision, describe_device, start_device
 from common.metrics import largest_component, write_table
 from common.nifti import case_name, is_nifti, load_nifti, save_label
 from common.plots import PRED_COLOR, overlay, save_panels
+from common.runs import run_dir_of
 from common.splits import natural_key
 from lung_tumor.model import TrainedModel, load_trained, predict_slices
 from lung_tumor.slices import IMAGE_SUFFIXES, read_image, to_display, volume_to_slices, write_png
@@ -112,7 +113,8 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args) -> dict:
     if args.save_mask:
         save_label(out / f"{case_name(path)}_mask.nii.gz", to_display(mask), scan)
     if args.save_overlay:
-        save_montage(out / f"{case_name(path)}_overlay.png", slices, mask)
+        (out / "overlays").mkdir(exist_ok=True)
+        save_montage(out / "overlays" / f"{case_name(path)}_overlay.png", slices, mask)
     return result_row(path, mask, highest, float(mask.sum()) * scan.voxel_mm3)
 
 
@@ -125,6 +127,7 @@ def save_montage(path: Path, slices: np.ndarray, mask: np.ndarray, count: int = 
         chosen = np.unique(np.linspace(0, len(slices) - 1, count).round().astype(int))
     pictures = [overlay(slices[z], mask[z], PRED_COLOR) for z in chosen]
     titles = [f"slice {z}, {areas[z]} pixels" for z in chosen]
+    titles[0] = f"{path.name.removesuffix('_overlay.png')}, {titles[0]}"
     rows = range(0, len(chosen), 4)
     save_panels(path, [pictures[i : i + 4] for i in rows], [titles[i : i + 4] for i in rows])
 
@@ -145,8 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         device = start_device(args.device, distributed.local_rank())
         model = load_trained(args.weights, device, choose_precision(args.amp, device))
-        run_dir = Path(args.weights).resolve().parents[1]
-        out = Path(args.out) if args.out else run_dir / "predictions"
+        out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
         sources = find_sources(args.source, out, args.recursive)
         out.mkdir(parents=True, exist_ok=True)
         if distributed.is_main():
@@ -154,15 +156,24 @@ def main(argv: list[str] | None = None) -> int:
         rows, failed = {}, {}
         started = time.perf_counter()
         bar = tqdm(distributed.my_share(sources), unit="file", disable=None if len(sources) > 1 else True)
+        taken: dict[Path, Path] = {}
+        stopped = False
         for path in bar:
             try:
                 # Subfolders are mirrored: two files of one name must not overwrite each other's mask.
                 inside = path.parent.relative_to(args.source) if Path(args.source).is_dir() else Path()
+                if (earlier := taken.setdefault(inside / case_name(path), path)) != path:
+                    raise ValueError(f"its mask would have the name of that of {earlier.name}; rename one")
                 (out / inside).mkdir(parents=True, exist_ok=True)
                 predict = predict_scan if is_nifti(path) else predict_image
                 rows[path] = predict(model, path, out / inside, args)
             except (ValueError, OSError) as error:  # one bad file must not cost the others
                 failed[path] = str(error)
+            except KeyboardInterrupt:
+                if distributed.world_size() > 1:
+                    raise
+                stopped = True
+                break
         for other_rows, other_failed in distributed.gather((rows, failed)):
             rows |= other_rows
             failed |= other_failed
@@ -173,6 +184,9 @@ def main(argv: list[str] | None = None) -> int:
             report(rows, out, time.perf_counter() - started)
         for path, reason in failed.items():
             print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}")
+        if stopped:
+            print(f"stopped by the user after {len(rows)} of {len(sources)} file(s)")
+            return 130
         return 1 if failed else 0
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -192,4 +206,4 @@ def report(rows: dict[Path, dict], out: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

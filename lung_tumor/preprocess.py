@@ -8,11 +8,14 @@ splits.json (by patient). All slices with tumour are kept and a share of the oth
 where it stopped.
 """
 
+import glob
 import json
 import os
 import random
+import shlex
+import signal
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -24,11 +27,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import fraction, make_parser, parse_args
+from common.config import fraction, make_parser, parse_args, run_script
 from common.decathlon import Case, find_decathlon, read_dataset_json
 from common.phantoms import write_chest_phantoms
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
-from lung_tumor.cases import find_cases, load_case, source_files
+from lung_tumor.cases import find_cases, load_case, source_files, source_stamp
 from lung_tumor.dataset import read_json
 from lung_tumor.explore import explore
 from lung_tumor.kaggle import KaggleCase
@@ -104,7 +107,10 @@ def choose_slices(mask: np.ndarray, volume: str, settings: Settings) -> list[int
     tumour = [int(z) for z in np.flatnonzero(pixels >= max(1, settings.min_pixels))]
     empty = [int(z) for z in np.flatnonzero(pixels == 0)]
     chooser = random.Random(f"{settings.seed} {volume}")
-    return sorted(tumour + chooser.sample(empty, round(settings.empty_ratio * len(empty))))
+    num_empty = round(settings.empty_ratio * len(empty))
+    if not tumour and empty:
+        num_empty = max(1, num_empty)  # a volume without any slice could not stand in a split
+    return sorted(tumour + chooser.sample(empty, num_empty))
 
 
 def convert_case(case: Case | KaggleCase, out: Path, settings: Settings) -> dict:
@@ -114,7 +120,7 @@ def convert_case(case: Case | KaggleCase, out: Path, settings: Settings) -> dict
     slices, masks = volume_to_slices(scan.array, settings.window_hu), to_display(mask)
     kept = choose_slices(mask, volume, settings)
     for folder in ("images", "labels"):
-        for old in (out / folder).glob(f"{volume}_slice_*.png"):
+        for old in (out / folder).glob(f"{glob.escape(volume)}_slice_*.png"):
             old.unlink()
     for z in range(len(slices)) if settings.all_slices else kept:
         name = f"{volume}_slice_{z:04d}.png"
@@ -122,6 +128,7 @@ def convert_case(case: Case | KaggleCase, out: Path, settings: Settings) -> dict
         write_png(out / "labels" / name, masks[z] * np.uint8(255))
     return {
         "source": source_files(case),
+        "stamp": source_stamp(case),
         "num_slices": len(slices),
         "kept": kept,
         "tumour_slices": [int(z) for z in np.flatnonzero(mask.any(axis=(1, 2)))],
@@ -129,6 +136,7 @@ def convert_case(case: Case | KaggleCase, out: Path, settings: Settings) -> dict
         "tumour_pixels_kept": int(mask[kept].sum()),
         "shape_zyx": list(scan.array.shape),
         "spacing_mm": [round(s, 6) for s in scan.spacing_mm],
+        "voxel_mm3": scan.voxel_mm3,
         "affine": scan.affine.tolist(),
         "file_orientation": scan.orientation,
         "settings": json.loads(json.dumps(asdict(settings))),
@@ -136,13 +144,22 @@ def convert_case(case: Case | KaggleCase, out: Path, settings: Settings) -> dict
 
 
 def convert_all(cases: list, out: Path, settings: Settings, workers: int) -> tuple[dict, dict[str, str]]:
-    """Convert what is not done yet. Returns (entries of volumes.json, {failed volume: reason})."""
+    """Convert what is not done yet with these settings from these files.
+
+    Returns:
+        (entries of volumes.json, {failed volume: reason}).
+    """
     for folder in ("images", "labels"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    wanted = json.loads(json.dumps(asdict(settings)))
-    ids = {c.case_id for c in cases}
-    done = {v: e for v, e in read_json(out, "volumes.json").items() if v in ids and e["settings"] == wanted}
+    wanted, known = json.loads(json.dumps(asdict(settings))), read_json(out, "volumes.json")
+    done = {}
+    for case in cases:
+        entry = known.get(case.case_id)
+        if entry and entry["settings"] == wanted and entry["stamp"] == source_stamp(case):
+            done[case.case_id] = entry
     todo = [c for c in cases if c.case_id not in done]
+    if todo:
+        (out / "dataset.json").unlink(missing_ok=True)  # its absence tells that the conversion is unfinished
     if done:
         print(f"{len(done)} of {len(cases)} volumes are converted already")
     failed: dict[str, str] = {}
@@ -167,16 +184,23 @@ def _run(todo: list, out: Path, settings: Settings, workers: int) -> Iterator[tu
             except (ValueError, OSError) as error:
                 yield case, None, str(error)
         return
-    with ProcessPoolExecutor(min(workers, len(todo))) as pool:
+    with ProcessPoolExecutor(min(workers, len(todo)), initializer=_ignore_interrupt) as pool:
         futures = {pool.submit(convert_case, case, out, settings): case for case in todo}
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result(), ""
-            except BrokenProcessPool:
-                reason = "its process was ended from outside, most likely for lack of memory; use --workers 0"
-                yield futures[future], None, reason
-            except (ValueError, OSError) as error:
-                yield futures[future], None, str(error)
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield futures[future], future.result(), ""
+                except BrokenProcessPool:
+                    reason = "its process was ended from outside, most likely for lack of memory: --workers 0"
+                    yield futures[future], None, reason
+                except (ValueError, OSError) as error:
+                    yield futures[future], None, str(error)
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C ends after the volumes in work, not after all
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one decides
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -188,6 +212,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_splits(out: Path, volumes: list[str], args) -> None:
     """splits.json as the flags ask for; one that fits the volumes is kept unless volumes are named."""
+    volumes = sorted(volumes, key=natural_key)
     patients = patients_of(volumes, args.patient_pattern)
     path = out / "splits.json"
     if args.val_cases or args.test_cases:
@@ -197,8 +222,9 @@ def write_splits(out: Path, volumes: list[str], args) -> None:
         if path.is_file():
             split, known = read_splits(path)
             if known == patients:
-                print(f"split: kept as it stands in {path}")
+                print(f"split: kept as it stands in {path}; delete that file to draw another")
                 return
+            print(f"split: drawn anew, because {path} was of other volumes")
         split = split_by_patient(
             patients, val_ratio=args.val_ratio, test_ratio=args.test_ratio, seed=args.seed
         )
@@ -213,55 +239,68 @@ def demo_dataset(folder: str | Path = "data/demo/lung_tumor") -> Path:
     source = write_chest_phantoms(folder / "Task06_Lung")
     out = folder / "slices"
     if not (out / "splits.json").is_file():
-        code = main(
-            ["--source", str(source), "--out", str(out), "--test_ratio", "0.2", "--empty_ratio", "0.2"]
-        )
-        if code:
-            raise SystemExit(f"{source}: the phantoms could not be converted; delete {folder} and try again")
+        flags = ["--source", str(source), "--out", str(out), "--test_ratio", "0.2", "--empty_ratio", "0.2"]
+        if convert(parse_args(build_parser(), flags)):
+            raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
     return out
+
+
+def convert(args: Namespace) -> dict[str, str]:
+    """The whole conversion that the flags ask for; returns {failed volume: reason}.
+
+    Raises:
+        ValueError, OSError: nothing can be converted as asked.
+    """
+    low, high = args.window
+    if not low < high:
+        raise ValueError(f"--window {low:g} {high:g}: the first number must be the lower one")
+    cases, out = find_cases(args.source, args.task), Path(args.out)
+    ids = [c.case_id for c in cases]
+    patients_of(ids, args.patient_pattern)  # before the work, not after it
+    for name in [*(args.val_cases or []), *(args.test_cases or [])]:
+        if name not in ids:
+            raise ValueError(f"volume {name}, which is not in the data set: {', '.join(ids[:10])}")
+    settings = Settings((low, high), args.empty_ratio, args.all_slices, args.min_pixels, args.seed)
+    done, failed = convert_all(cases, out, settings, args.workers)
+    if failed:
+        print(f"{len(failed)} volume(s) could not be converted:")
+        for volume, reason in failed.items():
+            print(f"  {volume}: {reason}")
+    if not done:
+        return failed
+    write_splits(out, list(done), args)
+    origin = find_decathlon(args.source) or args.source
+    kept = sum(len(e["kept"]) for e in done.values())
+    tumour = sum(len(set(e["kept"]) & set(e["tumour_slices"])) for e in done.values())
+    pixels = sum(len(e["kept"]) * e["shape_zyx"][1] * e["shape_zyx"][2] for e in done.values())
+    share = sum(e["tumour_pixels_kept"] for e in done.values()) / max(pixels, 1)
+    content = {
+        "name": read_dataset_json(origin).get("name", Path(origin).name),
+        "window_hu": [low, high],
+        "labels": {"0": "background", "1": "tumour"},
+        "num_volumes": len(done),
+        "num_slices": kept,
+        "num_tumour_slices": tumour,
+        "tumour_pixel_share": share,
+    }
+    write_json(out / "dataset.json", content)
+    print(f"{len(done)} volumes, {kept} slices for training, {tumour} of them with tumour")
+    print(f"{100 * share:.2f} % of the pixels are tumour; window {low:g}..{high:g} HU")
+    return failed
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    low, high = args.window
-    if not low < high:
-        raise SystemExit(f"--window {low:g} {high:g}: the first number must be the lower one")
     try:
-        cases = find_cases(args.source, args.task)
-        out = Path(args.out)
         if args.explore:
-            return explore(cases, load_case, out)
-        settings = Settings((low, high), args.empty_ratio, args.all_slices, args.min_pixels, args.seed)
-        done, failed = convert_all(cases, out, settings, args.workers)
-        if done:
-            origin = find_decathlon(args.source) or args.source
-            kept = sum(len(e["kept"]) for e in done.values())
-            tumour = sum(len(set(e["kept"]) & set(e["tumour_slices"])) for e in done.values())
-            pixels = sum(len(e["kept"]) * e["shape_zyx"][1] * e["shape_zyx"][2] for e in done.values())
-            share = sum(e["tumour_pixels_kept"] for e in done.values()) / max(pixels, 1)
-            content = {
-                "name": read_dataset_json(origin).get("name", Path(origin).name),
-                "window_hu": [low, high],
-                "labels": {"0": "background", "1": "tumour"},
-                "num_volumes": len(done),
-                "num_slices": kept,
-                "num_tumour_slices": tumour,
-                "tumour_pixel_share": share,
-            }
-            write_json(out / "dataset.json", content)
-            print(f"{len(done)} volumes, {kept} slices for training, {tumour} of them with tumour")
-            print(f"{100 * share:.2f} % of the pixels are tumour; window {low:g}..{high:g} HU")
-            write_splits(out, list(done), args)
+            return explore(find_cases(args.source, args.task), load_case, Path(args.out))
+        if convert(args):
+            return 1
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    if failed:
-        print(f"\n{len(failed)} volume(s) could not be converted:")
-        for volume, reason in failed.items():
-            print(f"  {volume}: {reason}")
-        return 1
-    print(f"next: python lung_tumor/train.py --data_path {out}")
+    print(f"next: python lung_tumor/train.py --data_path {shlex.quote(args.out)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

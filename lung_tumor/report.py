@@ -25,6 +25,9 @@ def summarise(rows: list[dict]) -> list[dict]:
         for k in ("target_lesions", "found_lesions", "pred_lesions", "true_lesions", "empty_slices")
     }
     alarms = sum(r["empty_with_false_positive"] for r in rows)
+    with_tumour = sum(r["tp"] + r["fn"] > 0 for r in rows)
+    missed = sum(r["tp"] + r["fn"] > 0 and r["tp"] == 0 for r in rows)
+    invented = sum(r["tp"] + r["fn"] == 0 and r["fp"] > 0 for r in rows)
     scope = "all slices" if all(r["all_slices"] for r in rows) else "converted slices only"
 
     def pooled(name: str, value: float, note: str) -> dict:
@@ -56,6 +59,12 @@ def summarise(rows: list[dict]) -> list[dict]:
             **summary([r["slice_dice"] for r in rows], patients),
             "note": "tumour slices, mean within a volume first",
         },
+        pooled(
+            "missed_volumes", ratio(missed, with_tumour), f"{missed} of {with_tumour} volumes with tumour"
+        ),
+        pooled(
+            "hallucinated", ratio(invented, len(rows) - with_tumour), f"{invented} of the volumes without"
+        ),
         pooled(
             "false_alarm_slices",
             ratio(alarms, num["empty_slices"]),
@@ -101,15 +110,21 @@ def sweep_table(rows: list[dict]) -> list[dict]:
     return table
 
 
-def write_report(rows: list[dict], out: Path, title: str) -> list[dict]:
-    """Print the summary; write per_volume.csv, summary.csv, sweep.csv and evaluation.png. Returns it."""
+def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str] | None = None) -> None:
+    """Print the summary and what failed; write per_volume.csv, summary.csv, sweep.csv, evaluation.png.
+
+    Raises:
+        ValueError: there is no row; with the reasons.
+    """
+    if not rows:
+        raise ValueError("; ".join((failed or {}).values()) or "no volume to score")
     out.mkdir(parents=True, exist_ok=True)
     table, sweep = summarise(rows), sweep_table(rows)
     write_table(out / "per_volume.csv", [{k: v for k, v in r.items() if k != "sweep"} for r in rows])
     write_table(out / "summary.csv", table)
     write_table(out / "sweep.csv", sweep)
 
-    figure, axes = new_figure(1, 3, (13, 3.8))
+    figure, axes = new_figure(1, 3, (13, max(3.8, 0.16 * len(rows))))
     order = sorted(rows, key=lambda r: np.nan_to_num(r["dice"]))
     bars = axes[0, 0].barh([r["volume"] for r in order], [r["dice"] for r in order])
     axes[0, 0].bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
@@ -128,8 +143,8 @@ def write_report(rows: list[dict], out: Path, title: str) -> list[dict]:
     save_figure(figure, out / "evaluation.png")
 
     print_summary(table, title)
-    best = max(sweep, key=lambda r: np.nan_to_num(r["volume_dice"]))
-    print(f"volume_dice would be best with --threshold {best['threshold']:.1f}: {best['volume_dice']:.3f}")
+    for name, reason in (failed or {}).items():
+        print(f"failed: {name}: {reason}")
     for r in rows:
         if not r["all_slices"]:
             print(
@@ -138,7 +153,6 @@ def write_report(rows: list[dict], out: Path, title: str) -> list[dict]:
             )
             break
     print(f"written: {out}/ with per_volume.csv, summary.csv, sweep.csv, evaluation.png")
-    return table
 
 
 def save_val_predictions(path: Path, model: TrainedModel, dataset: SliceDataset, count: int = 4) -> None:
@@ -156,6 +170,6 @@ def save_val_predictions(path: Path, model: TrainedModel, dataset: SliceDataset,
         tp, fp, fn, _ = binary_counts(pred, mask)
         shown = outline(overlay(image, pred, PRED_COLOR), mask, TRUTH_COLOR)
         rows.append([image, overlay(image, mask, TRUTH_COLOR), shown, (prob * 255).astype(np.uint8)])
-        dice = f"prediction, Dice {dice_from_counts(tp, fp, fn):.2f}"
-        titles.append([name, "truth", dice, "tumour probability"])
+        dice = f"prediction (red), Dice {dice_from_counts(tp, fp, fn):.2f}"
+        titles.append([name, "truth (green)", dice, "tumour probability"])
     save_panels(path, rows, titles)

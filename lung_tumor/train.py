@@ -10,6 +10,7 @@ the last epoch the evaluation of best.pt on whole held-out volumes. Ctrl-C saves
 """
 
 import math
+import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -33,6 +34,7 @@ from common.config import (
     parse_args,
     positive_int,
     resolved_config,
+    run_script,
 )
 from common.ema import WeightAverage
 from common.memory import training_peak_mib
@@ -54,7 +56,7 @@ from lung_tumor.model import (
 from lung_tumor.preprocess import demo_dataset
 from lung_tumor.report import save_val_predictions, write_report
 
-CURVES = {"loss": ["train_loss", "val_loss"], "tumour": ["val_dice", "val_iou"], "learning rate": ["lr"]}
+CURVES = {"loss": ["train_loss", "val_loss"], "validation": ["val_dice", "val_iou"], "learning rate": ["lr"]}
 
 
 def build_parser() -> ArgumentParser:
@@ -136,17 +138,25 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     average = WeightAverage(network, args.ema_decay) if args.ema else None
     trial = training_trial(network, loss_function, (args.batch_size, args.image_size), device)
-    # Timed once a run: its second half must be computed like its first.
-    amp = resumed["precision"] if resumed else args.amp
+    # Timed once a run: its second half is computed like its first, and config.yaml repeats it.
+    amp = resumed["config"]["amp"] if resumed and args.amp == "auto" else args.amp
     precision = distributed.on_main(lambda: hardware.choose_precision(amp, device, trial))
+    config["amp"] = precision.amp
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     parts = dict(model=network, optimizer=optimizer, scaler=scaler, ema=average)
     # Where the run stands; all of it goes into every checkpoint.
     at = Namespace(epoch=0, batch=0, loss_sum=0.0, best=-1.0, best_epoch=-1, elapsed_s=0.0, history=[])
+    at.num_batches = num_batches
     if resumed:
         if resumed["split"] != split:
             raise ValueError(f"--resume: the split of {data_path} is not the one that this run began with")
         at = runs.restore_training_state(resumed, **parts)
+        if at.batch and at.num_batches != num_batches:
+            raise ValueError(
+                f"--resume: it was stopped in an epoch of {at.num_batches} batches, now there are "
+                f"{num_batches}; give --batch_size and the number of processes that it had"
+            )
+        at.num_batches = num_batches
     model = distributed.wrap(network, device)
     judged = deepcopy(network) if average else network  # what is validated and kept as best.pt
     trained = TrainedModel(judged, config, device, precision, preprocessing, split)
@@ -164,7 +174,7 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
         log(f"warning: {warning}")
     log(f"precision: {precision.name} ({precision.reason})")
     num_parameters = sum(p.numel() for p in network.parameters())
-    log(f"{args.model}: {num_parameters:,} parameters; a training step will take {peak_mib:.0f} MiB")
+    log(f"{args.model}: {num_parameters:,} parameters; a step will take {peak_mib:.0f} MiB of tensors")
     log(
         f"slices: {len(train_set)} training of {len(split['train'])} volumes, {len(val_set)} validation of "
         f"{len(split['val'])}; test volumes: {len(split['test'])}; {num_batches} steps an epoch, effective "
@@ -175,7 +185,10 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
     if resumed:
         log(f"resumed at epoch {at.epoch}, batch {at.batch}")
     wandb_run = runs.open_wandb("lung_tumor", run_dir.name, config) if args.use_wandb else None
-    kept = dict(config=config, preprocessing=preprocessing, split=split, precision=precision.amp)
+    kept = dict(config=config, preprocessing=preprocessing, split=split)
+
+    again = [*sys.argv, "--resume"] if args.fold == "all" else [sys.argv[0], "--resume", str(last)]
+    resume_command = shlex.join(again)
 
     # ---- train ----
     started, validation_s = time.perf_counter() - at.elapsed_s, 0.0
@@ -229,7 +242,7 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
                 waiting_since = time.perf_counter()
             if distributed.any_true(stop.requested, device):
                 runs.save_checkpoint(last, runs.training_state(at, **parts) | kept)
-                log(f"stopped in epoch {at.epoch}; go on with: python {sys.argv[0]} --resume {last}")
+                log(f"stopped in epoch {at.epoch}; go on with: python {resume_command}")
                 raise SystemExit(130)
 
             # ---- validate, log, save ----
@@ -242,7 +255,8 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
             )  # else each process would validate with its own BatchNorm statistics
             row |= validate(trained, val_set, loss_function)
             now = time.perf_counter()
-            validation_s, seconds = now - validation_started, now - epoch_started
+            validation_s = distributed.from_main(now - validation_started)
+            seconds = now - epoch_started
             row |= dict(
                 seconds=seconds, data_wait=wait_s / seconds, peak_mib=hardware.peak_memory_mib(device)
             )
@@ -263,49 +277,42 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
             log(
                 f"epoch {row['epoch']:3d}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
                 f"tumour Dice {row['val_dice']:.4f}{' *' if is_best else '  '}  lr {lr:.1e}  {seconds:.1f} s "
-                f"({100 * row['data_wait']:.0f} % waiting for data)  {row['peak_mib']:.0f} MiB"
+                f"({100 * row['data_wait']:.0f} % waiting for data)  {row['peak_mib']:.0f} MiB peak"
             )
             if len(at.history) >= 5 and all(r["val_pred_to_true"] < 0.01 for r in at.history[-5:]):
                 log("warning: next to no tumour predicted for 5 epochs; try --loss dice_bce or a lower --lr")
             if wandb_run:
                 wandb_run.log(row)
+            if distributed.any_true(stop.requested, device):
+                log(f"stopped after epoch {at.epoch - 1}; go on with: python {resume_command}")
+                raise SystemExit(130)
 
     # ---- evaluate ----
     distributed.barrier()
     part = "test" if split["test"] else "val"
     log(f"best validation Dice {at.best:.4f} in epoch {at.best_epoch}; now whole {part} volumes with {best}")
-    rows = evaluate_volumes(load_trained(best, device, precision), data_path, split[part])
+    rows, failed = evaluate_volumes(load_trained(best, device, precision), data_path, split[part])
     if distributed.is_main():
-        write_report(rows, run_dir / "evaluation", f"{len(rows)} {part} volumes of {data_path}")
+        title = f"{len(rows)} {part} volumes of {data_path}, threshold 0.5, {precision.name}"
+        write_report(rows, run_dir / "evaluation", title, failed)
     log(f"written: {run_dir}/ with log.txt, metrics.csv, training_curves.png, val_predictions.png, weights/")
-    log(f"next: python lung_tumor/predict.py --weights {best} --source <image, scan or folder of them>")
+    weights = shlex.quote(str(best))
+    log(f"next: python lung_tumor/predict.py --weights {weights} --source <image, scan or folder of them>")
     return rows
 
 
-def resume_or_train(
-    parser: ArgumentParser, args: Namespace, argv: list[str] | None, fold: int | None
-) -> list:
-    """Train one fold (or the only run); with --resume from where its checkpoint stands.
-
-    Raises:
-        ValueError: the command line asks for another network than the checkpoint holds.
-    """
-    if not args.resume:
-        return train(args, fold)
+def resume_or_train(parser: ArgumentParser, args: Namespace, argv: list | None, fold: int | None) -> list:
+    """Train one fold (or the only run); with --resume from where its checkpoint stands."""
     name = args.model_name if fold is None else f"{args.model_name}_fold{fold}"
-    try:
-        path = runs.find_checkpoint(args.resume, args.out, name)
-    except FileNotFoundError:
-        if args.fold != "all":
-            raise
-        return train(args, fold)  # a cross-validation that was stopped before this fold began
-    checkpoint = runs.load_checkpoint(path)
-    if "optimizer" not in checkpoint:
-        raise ValueError(f"--resume {path}: holds weights only; resume from the last.pt beside it")
+    # A cross-validation may have been stopped before this fold began.
+    found = runs.load_resumed(args.resume, args.out, name, may_be_missing=args.fold == "all")
+    if found is None:
+        return train(args, fold)
+    checkpoint, run_dir = found
     args = parse_args(parser, argv, base=checkpoint["config"])
-    runs.require_same(checkpoint["config"], args, ARCHITECTURE, path)
+    runs.require_same(checkpoint["config"], args, [*ARCHITECTURE, "image_size"])
     fold = None if checkpoint["config"]["fold"] is None else int(checkpoint["config"]["fold"])
-    return train(args, fold, checkpoint, path.parents[1])
+    return train(args, fold, checkpoint, run_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -315,6 +322,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if (args.folds is None) != (args.fold is None):
             raise ValueError("--folds N and --fold K (or --fold all) belong together")
+        if args.fold not in (None, "all") and not args.fold.isdecimal():
+            raise ValueError(f"--fold {args.fold}: a number from 0 on, or all")
+        if args.fold == "all" and args.resume not in (None, "last"):
+            raise ValueError("--fold all goes on with a bare --resume, which finds the last run of each fold")
         folds = range(args.folds) if args.fold == "all" else [None if args.fold is None else int(args.fold)]
         rows = [row for fold in folds for row in resume_or_train(parser, args, argv, fold)]
         if args.fold == "all" and distributed.is_main():
@@ -322,6 +333,10 @@ def main(argv: list[str] | None = None) -> None:
             write_report(
                 rows, out, f"all {args.folds} folds, each volume scored by a model that never saw it"
             )
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"error: out of GPU memory; halve --batch_size, double --accumulate ({error})"
+        ) from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     finally:
@@ -329,4 +344,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,13 +11,13 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, TINY, run_script
 
 from common.hardware import Precision
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import load_label, load_nifti, write_nifti
 from common.runs import load_checkpoint, save_checkpoint
-from lung_tumor import evaluate, overfit_test, predict
+from lung_tumor import evaluate, overfit_test, predict, train
 from lung_tumor.augmentations import Augmentation
 from lung_tumor.dataset import PackedSlices, SliceDataset, list_slices, open_data, pack_slices, read_json
 from lung_tumor.model import TrainedModel, get_loss, load_trained, predict_slices
@@ -87,7 +87,7 @@ def test_mask_lies_on_the_scans_own_grid(orientation, tmp_path, monkeypatch):
     assert np.array_equal(np.asarray(mask.dataobj), (np.asarray(scan.dataobj) > 0).astype(np.uint8))
     row = results(tmp_path / "out")[0]
     assert int(row["tumour_pixels"]) == 80 and float(row["volume_mm3"]) == pytest.approx(80 * 10)
-    assert (tmp_path / "out" / "scan_overlay.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "overlays" / "scan_overlay.png").stat().st_size > 1000
 
 
 def test_training_slice_gives_the_validation_mask(trained_run, phantom_slices, tmp_path):
@@ -213,7 +213,7 @@ def test_scores_by_hand(tmp_path):
     target, image = np.zeros((5, 16, 16), np.uint8), np.zeros((5, 16, 16), np.uint8)
     target[1:3, 2:6, 2:6], target[3, 10:12, 10:12] = 1, 1
     image[1:3, 2:6, 2:8], image[4, 0, 0] = 255, 255
-    volume = evaluate.Volume("v", image, target, [1, 2, 3], (2.0, 1.0, 1.0), True)
+    volume = evaluate.Volume("v", image, target, [1, 2, 3], 2.0, True)
     row = evaluate.score_volume(bright_model(16), volume, 0.5)
     tp, fp, fn = 32, 2 * 8 + 1, 4
     assert (row["tp"], row["fp"], row["fn"]) == (tp, fp, fn)
@@ -241,7 +241,7 @@ def test_threshold_sweep_counts_probabilities_above(monkeypatch):
     probs = np.array([[0.05, 0.1, 0.15, 0.55, 0.95]], np.float32)
     monkeypatch.setattr(evaluate, "predict_slices", lambda *_: iter([probs]))
     target = np.array([[[0, 0, 1, 1, 1]]], np.uint8)
-    volume = evaluate.Volume("v", np.zeros((1, 1, 5), np.uint8), target, [0], None, True)
+    volume = evaluate.Volume("v", np.zeros((1, 1, 5), np.uint8), target, [0], float("nan"), True)
     row = evaluate.score_volume(bright_model(5), volume, 0.5)
     expected = []
     for t in np.arange(1, 10) / 10:
@@ -252,12 +252,10 @@ def test_threshold_sweep_counts_probabilities_above(monkeypatch):
 
 
 def test_empty_volume_never_helps():
-    empty = evaluate.Volume(
-        "e", np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8), np.uint8), [], (1, 1, 1), True
-    )
+    empty = evaluate.Volume("e", np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8), np.uint8), [], 1.0, True)
     alarm = np.zeros((2, 8, 8), np.uint8)
     alarm[0, 0, 0] = 255
-    false = evaluate.Volume("f", alarm, np.zeros((2, 8, 8), np.uint8), [], (1, 1, 1), True)
+    false = evaluate.Volume("f", alarm, np.zeros((2, 8, 8), np.uint8), [], 1.0, True)
     rows = [evaluate.score_volume(bright_model(8), v, 0.5) for v in (empty, false)]
     assert np.isnan(rows[0]["dice"]) and rows[1]["dice"] == 0
     table = {r["metric"]: r for r in summarise([{"patient": r["volume"], **r} for r in rows])}
@@ -269,7 +267,8 @@ def test_all_slices_come_from_the_scan_when_only_some_were_converted(
 ):
     model = load_trained(trained_run / "weights" / "best.pt", CPU, FP32)
     name = model.split["test"][0]
-    row = evaluate.evaluate_volumes(model, phantom_slices, [name])[0]
+    (row,), failed = evaluate.evaluate_volumes(model, phantom_slices, [name])
+    assert not failed
     scan = load_nifti(phantom_source / "imagesTr" / f"{name}.nii.gz")
     truth = to_display(load_label(phantom_source / "labelsTr" / f"{name}.nii.gz").array) > 0
     probs = np.stack(list(predict_slices(model, volume_to_slices(scan.array, (-1024, 325)))))
@@ -287,7 +286,7 @@ def test_evaluate_script(trained_run, phantom_slices, phantom_source, tmp_path, 
     flags = ["--weights", str(weights), "--device", "cpu", "--amp", "off", "--out", str(tmp_path / "out")]
     evaluate.main([*flags, "--part", "train"])
     out = capsys.readouterr().out
-    assert "4 train volumes" not in out and "train volumes of" in out and "volume_dice" in out
+    assert "4 train volumes of" in out and "threshold 0.5, fp32" in out and "missed_volumes" in out
     with (tmp_path / "out" / "per_volume.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4
     with pytest.raises(SystemExit, match="no slices of volume lung_999"):
@@ -302,6 +301,18 @@ def test_evaluate_script(trained_run, phantom_slices, phantom_source, tmp_path, 
     assert "converted slices only" in capsys.readouterr().out
     evaluate.main([*flags, "--data_path", str(moved), "--source", str(phantom_source)])
     assert "converted slices only" not in capsys.readouterr().out
+    assert (
+        evaluate.main([*flags, "--volumes", "lung_001", "lung_002", "lung_003", "lung_004", "lung_005"]) == 0
+    )
+    assert "warning: the model was trained on lung_00" in capsys.readouterr().out
+    scans = tmp_path / "scans"
+    shutil.copytree(phantom_source, scans)
+    broken = scans / "imagesTr" / "lung_002.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:20_000])
+    flags += ["--data_path", str(moved), "--source", str(scans)]
+    assert evaluate.main([*flags, "--volumes", "lung_001", "lung_002"]) == 1
+    printed = capsys.readouterr().out
+    assert "1 named volumes" in printed and "failed: lung_002: " in printed and "truncated" in printed
 
 
 def test_validation_shared_over_ranks_counts_every_slice_once(phantom_slices, monkeypatch):
@@ -365,6 +376,37 @@ def test_plain_folder_of_images_gets_a_split_by_volume(tmp_path):
     _, split, preprocessing = open_data(tmp_path, 16, 42)
     assert len(split["train"]) == 4 and len(split["val"]) == 1 and preprocessing["window_hu"] is None
     assert json.loads((tmp_path / "splits.json").read_text())["val"] == split["val"]
+
+
+def test_plain_folder_of_images_is_trained_on_and_scored(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (tmp_path / "plain" / kind).mkdir(parents=True)
+    for i in range(6):
+        image = rng.integers(0, 90, (32, 32), dtype=np.uint8)
+        image[8:16, 8:16] = 250
+        write_png(tmp_path / "plain" / "images" / f"p{i}.png", image)
+        write_png(tmp_path / "plain" / "labels" / f"p{i}.png", (image > 200) * np.uint8(255))
+    flags = ["--data_path", str(tmp_path / "plain"), "--out", str(tmp_path), "--model_name", "plain", *TINY]
+    train.main([*flags, "--image_size", "32", "--batch_size", "2", "--epochs", "1"])
+    printed = capsys.readouterr().out
+    assert "every image counts as a patient of its own" in printed and "volume_dice" in printed
+
+
+def test_unfinished_conversion_is_refused(phantom_slices, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_slices, data, ignore=shutil.ignore_patterns("cache"))
+    (data / "dataset.json").unlink()
+    with pytest.raises(ValueError, match="its conversion is unfinished; run lung_tumor/preprocess.py again"):
+        open_data(data, 48, 42)
+
+
+def test_two_files_of_one_name_do_not_share_a_mask(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(16))
+    for name in ("a.png", "a.bmp"):
+        cv2.imwrite(str(tmp_path / name), np.full((16, 16), 200, np.uint8))
+    assert run_predict("r/weights/best.pt", tmp_path, tmp_path / "out") == 1
+    assert "its mask would have the name of that of a.bmp; rename one" in capsys.readouterr().out
 
 
 def test_augmentation_repeats_by_seed_and_keeps_masks_binary():

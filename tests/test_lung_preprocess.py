@@ -141,6 +141,13 @@ def test_goes_on_where_it_stopped_and_starts_anew_with_other_settings(
     assert read_json(out, "dataset.json")["window_hu"] == [-160, 240]
 
 
+def test_other_scans_of_the_same_names_are_converted_anew(three_cases, tmp_path):
+    convert(three_cases, tmp_path / "out")
+    make_case(three_cases, "lung_002", np.ones((10, 12, 14), np.uint8))
+    assert convert(three_cases, tmp_path / "out") == 0
+    assert len(read_json(tmp_path / "out", "volumes.json")["lung_002"]["tumour_slices"]) == 10
+
+
 def test_processes_give_the_same_as_one(three_cases, tmp_path):
     convert(three_cases, tmp_path / "one")
     preprocess.main(["--source", str(three_cases), "--out", str(tmp_path / "two"), "--workers", "2"])

@@ -293,7 +293,7 @@ def test_split_with_a_patient_on_both_sides(phantom_slices, tmp_path):
     "flags", [["--model", "UNet"], ["--base_features", "16"], ["--no-bilinear"], ["--norm", "group"]]
 )
 def test_resume_into_another_architecture(flags, trained_run):
-    with pytest.raises(SystemExit, match="a run goes on with the network that it began with"):
+    with pytest.raises(SystemExit, match="a run goes on as it began"):
         train.main(["--resume", str(trained_run), *flags])
 
 

@@ -72,6 +72,7 @@ def make_run(root, name, modified):
     path = root / name / "weights" / "last.pt"
     path.parent.mkdir(parents=True)
     path.write_text(name)
+    (root / name / "log.txt").write_text("")
     os.utime(path, (modified, modified))
     return path
 
@@ -83,6 +84,16 @@ def test_find_checkpoint_takes_a_file_or_a_run_folder(tmp_path):
     for resume in (tmp_path / "none.pt", tmp_path, tmp_path / "lung" / "weights"):
         with pytest.raises(FileNotFoundError, match=f"--resume {resume}: no such checkpoint"):
             runs.find_checkpoint(str(resume), tmp_path, "lung")
+
+
+def test_a_checkpoint_outside_of_a_run_folder_is_not_resumed(tmp_path):
+    """Resuming writes config.yaml and metrics.csv two folders up: not into a stranger's."""
+    (tmp_path / "downloads").mkdir()
+    for path in (tmp_path / "downloads" / "last.pt", tmp_path / "weights" / "last.pt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        with pytest.raises(ValueError, match="lies in no run folder"):
+            runs.find_checkpoint(str(path), tmp_path, "lung")
 
 
 def test_find_checkpoint_last_is_the_newest_of_that_name(tmp_path):
