@@ -88,4 +88,4 @@ def real_lung_ct() -> Path:
 def run_script(script: str, *flags: object, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     """Run a script as a user would, from another folder."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1200, **kwargs)

@@ -290,7 +290,7 @@ def torchrun(script, *words, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
     command += ["--master_addr", "127.0.0.1", "--master_port", port, script, *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow

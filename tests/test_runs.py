@@ -589,7 +589,7 @@ def test_workers_that_ignore_signals_end_when_the_main_process_dies(tmp_path):
     script.write_text(DYING_SCRIPT)
     # Returns when the workers, too, have closed the pipes; without _end_children it would hang for ever.
     done = subprocess.run(
-        [sys.executable, script, ROOT], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, script, ROOT], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("ZeroDivisionError: the loss became nan")
