@@ -259,6 +259,9 @@ def _publish(partial: Path, folder: Path, size: int) -> None:
 
 def _pack(folder: Path, slices: list[SliceFile], size: int) -> None:
     shape = (len(slices), size, size)
+    needed, free = 2 * len(slices) * size * size, shutil.disk_usage(folder).free
+    if needed > free:  # a memory map on a full disk ends the process without a word
+        raise OSError(f"{folder.parent}: {needed >> 20} MiB needed for the cache, {free >> 20} free")
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
     labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, shape)
     num_unclean = 0

@@ -351,6 +351,16 @@ def test_cache_is_made_once_and_anew_when_a_file_changes(phantom_slices, tmp_pat
     assert (again.images[0] == 77).all() and folder not in list((data / "cache").iterdir())
 
 
+def test_cache_that_does_not_fit_the_disk(phantom_slices, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_slices, data, ignore=shutil.ignore_patterns("cache"))
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr("lung_tumor.dataset.shutil.disk_usage", lambda path: usage(1 << 30, 1 << 30, 0))
+    with pytest.raises(OSError, match="MiB needed for the cache, 0 free"):
+        open_data(data, 512, 42)
+    assert not any((data / "cache").iterdir())
+
+
 def test_pair_of_different_shapes_and_missing_partners(phantom_slices, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(phantom_slices, data, ignore=shutil.ignore_patterns("cache"))
