@@ -59,8 +59,8 @@ def barrier() -> None:
 def shutdown() -> None:
     """Leave the process group; after a normal end all together.
 
-    Without waiting for each other 3 of 8 two-process runs on a CPU (gloo, torch 2.13) ended in SIGABRT, with it
-    none of 10.
+    Without waiting for each other 3 of 8 two-process runs on a CPU (gloo, torch 2.13) ended in SIGABRT, with
+    it none of 10.
     """
     if dist.is_initialized():
         if sys.exc_info()[0] is None:  # else the others may never come
