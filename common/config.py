@@ -220,7 +220,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--deterministic",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="on CUDA: only repeatable kernels, slower; a CPU run is repeatable without it",
+        help="on CUDA: repeatable kernels where there are any; a CPU run is repeatable without it",
     )
 
 
