@@ -18,8 +18,8 @@ class UNet(nn.Module):
         norm: 'batch' or 'group'.
         deep_supervision: also predict at strides 2, 4 and 8; used in training only.
         checkpointing: keep only what passes between the stages; backward computes the rest again. At
-            512 x 512, base 64, fp32 and batch 2 a training step then takes 1,990 MiB instead of 3,560, for a second
-            forward pass.
+            512 x 512, base 64, fp32 and batch 2 a training step then takes 1,990 MiB instead of 3,560, for
+            a second forward pass.
         ndim: 2 or 3.
 
     Parameters (1 channel, 2 classes, bilinear, base 64 / 32 / 16): UNet 17,261,890 / 4,317,858 / 1,080,658,
