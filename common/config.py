@@ -19,6 +19,26 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
             return action.help or ""
         return super()._get_help_string(action) or ""
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, Switch):  # without the optional value, which only old command lines use
+            return ", ".join(action.option_strings)
+        return super()._format_action_invocation(action)
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """--flag and --no-flag; also `--flag True` and `--flag False`, as with `type=bool` in older scripts."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options) -> None:
+        super().__init__(option_strings, dest, **options)
+        self.nargs = "?"
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        negated = option_string.startswith("--no-")
+        if values is not None and (negated or values.lower() not in words):
+            raise argparse.ArgumentError(self, f"{values!r} is neither True nor False; it is a switch")
+        setattr(namespace, self.dest, not negated if values is None else words[values.lower()])
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without forty lines of usage in front of it."""
@@ -102,7 +122,7 @@ def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str
         if value is None:
             continue
         option = f"--{key}"
-        if isinstance(action, argparse.BooleanOptionalAction):
+        if isinstance(action, Switch):
             if not isinstance(value, bool):
                 parser.error(f"{origin}: {key} is a switch: true or false, not {value!r}")
             words = [option if value else f"--no-{key}"]
@@ -218,7 +238,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=42, help="of weights, shuffling and augmentation")
     group.add_argument(
         "--deterministic",
-        action=argparse.BooleanOptionalAction,
+        action=Switch,
         default=False,
         help="on CUDA: repeatable kernels where there are any; a CPU run is repeatable without it",
     )

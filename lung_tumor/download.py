@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import make_parser, parse_args, run_script
+from common.config import Switch, make_parser, parse_args, run_script
 from common.decathlon import find_decathlon, list_cases
 from lung_tumor.kaggle import find_task, is_kaggle_folder, leads_outside, list_kaggle_cases
 
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--archive", help="what you already have: Task06_Lung.tar, or a folder, used in place"
     )
     help_force = "get the scans anew; replaces --out only if this script made it"
-    parser.add_argument("--force", action=argparse.BooleanOptionalAction, default=False, help=help_force)
+    parser.add_argument("--force", action=Switch, default=False, help=help_force)
     return parser
 
 

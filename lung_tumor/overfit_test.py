@@ -8,7 +8,7 @@ time. Writes overfit.png (slices, truth, prediction) and overfit_curves.png to -
 """
 
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import add_prediction_flags, fraction, make_parser, parse_args, positive_int, run_script
+from common.config import (
+    Switch,
+    add_prediction_flags,
+    fraction,
+    make_parser,
+    parse_args,
+    positive_int,
+    run_script,
+)
 from common.hardware import autocast, choose_precision, start_device
 from common.metrics import dice_from_counts
 from common.plots import PRED_COLOR, TRUTH_COLOR, overlay, save_curves, save_panels
@@ -38,9 +46,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--loss", choices=LOSSES, default="dice_bce", help="loss to test")
     parser.add_argument("--model", choices=MODELS, default="AttentionUNet", help="network to test")
     parser.add_argument("--base_features", type=positive_int, default=32, help="channels of the first level")
-    parser.add_argument(
-        "--bilinear", action=BooleanOptionalAction, default=True, help="or transposed convolution"
-    )
+    parser.add_argument("--bilinear", action=Switch, default=True, help="or transposed convolution")
     parser.add_argument("--norm", choices=["batch", "group"], default="batch", help="normalisation")
     parser.add_argument("--image_size", type=positive_int, default=256, help="side of the slices, pixels")
     parser.add_argument("--seed", type=int, default=42, help="of the weights")

@@ -12,7 +12,7 @@ only.
 import math
 import sys
 import time
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import distributed
-from common.config import add_prediction_flags, fraction, make_parser, parse_args, positive_int, run_script
+from common.config import (
+    Switch,
+    add_prediction_flags,
+    fraction,
+    make_parser,
+    parse_args,
+    positive_int,
+    run_script,
+)
 from common.hardware import choose_precision, describe_device, start_device
 from common.metrics import largest_component, write_table
 from common.nifti import case_name, is_nifti, load_nifti, save_label
@@ -39,17 +47,17 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--weights", required=True, help="best.pt of a run")
     parser.add_argument("--source", required=True, help="an image, a NIfTI scan, or a folder of either")
     parser.add_argument("--out", help="folder of the results; default: predictions/ in the run's folder")
-    parser.add_argument("--recursive", action=BooleanOptionalAction, default=False, help="also subfolders")
+    parser.add_argument("--recursive", action=Switch, default=False, help="also subfolders")
     parser.add_argument(
         "--threshold", type=fraction, default=0.5, help="tumour where the probability is above"
     )
     parser.add_argument(
         "--save_overlay", "--save-overlay", action="store_true", help="also a picture with the tumour in red"
     )
-    parser.add_argument("--save_mask", action=BooleanOptionalAction, default=True, help="write the masks")
+    parser.add_argument("--save_mask", action=Switch, default=True, help="write the masks")
     parser.add_argument(
         "--largest_only",
-        action=BooleanOptionalAction,
+        action=Switch,
         default=False,
         help="keep the largest component of a scan",
     )

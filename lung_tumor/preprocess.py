@@ -15,7 +15,7 @@ import random
 import shlex
 import signal
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import fraction, make_parser, parse_args, run_script
+from common.config import Switch, fraction, make_parser, parse_args, run_script
 from common.decathlon import Case, find_decathlon, read_dataset_json
 from common.phantoms import write_chest_phantoms
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
@@ -71,7 +71,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--all_slices",
-        action=BooleanOptionalAction,
+        action=Switch,
         default=False,
         help="write every slice, so that evaluation needs no NIfTI; training still uses the kept ones",
     )
@@ -91,7 +91,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--explore",
-        action=BooleanOptionalAction,
+        action=Switch,
         default=False,
         help="only print and plot what is there: explore.csv and explore.png under --out",
     )

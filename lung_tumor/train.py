@@ -14,7 +14,6 @@ import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from argparse import BooleanOptionalAction as Switch
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import distributed, hardware, runs
 from common.config import (
+    Switch,
     add_length_flags,
     add_machine_flags,
     fraction,

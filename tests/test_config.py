@@ -1,12 +1,12 @@
 """common/config.py: precedence, YAML as flags, and messages that say what is wrong and where."""
 
 import argparse
-from argparse import BooleanOptionalAction as Switch
 
 import pytest
 import yaml
 
 from common.config import (
+    Switch,
     add_length_flags,
     add_machine_flags,
     duration_s,
@@ -310,3 +310,31 @@ def test_positive_int_and_fraction():
     for text in ("-0.1", "1.1", "nan", "inf", "x", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="between 0 and 1"):
             fraction(text)
+
+
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        (["--use_wandb"], True),
+        (["--no-use_wandb"], False),
+        (["--use_wandb", "False"], False),
+        (["--use_wandb", "true"], True),
+        (["--use_wandb=no"], False),
+        (["--use_wandb", "--lr", "1"], True),
+        ([], False),
+    ],
+)
+def test_switch_takes_a_word_too(words, value):
+    parser = make_parser("A script.")
+    parser.add_argument("--use_wandb", action=Switch, default=False, help="log")
+    parser.add_argument("--lr", type=float, default=1.0, help="rate")
+    assert parse_args(parser, words).use_wandb is value
+
+
+@pytest.mark.parametrize("words", [["--use_wandb", "maybe"], ["--no-use_wandb", "False"]])
+def test_switch_refuses_other_words(words, capsys):
+    parser = make_parser("A script.")
+    parser.add_argument("--use_wandb", action=Switch, default=False, help="log")
+    with pytest.raises(SystemExit):
+        parse_args(parser, words)
+    assert "neither True nor False" in capsys.readouterr().err
