@@ -1,6 +1,7 @@
 """Segmentation losses on raw logits. All sums in float32, whatever the precision of the network.
 
-logits are (N, C, *spatial) before softmax, targets (N, *spatial) int64 in [0, C).
+logits are (N, C, *spatial) before softmax, targets (N, *spatial) int64 in [0, C). `batch_dice_loss` and
+`dice_ce_loss` also take the single logit of a binary network, (N, 1, *spatial) before the sigmoid.
 """
 
 import torch
@@ -77,3 +78,36 @@ def focal_tversky_loss(
     index = (tp + 1) / (tp + fn_weight * fn + fp_weight * fp + 1)
     missing = (1 - index).clamp(min=1e-7)  # keeps the gradient of the power finite at a perfect fit
     return (missing**gamma).mean()
+
+
+def batch_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
+    """1 - soft Dice of each foreground class over the whole batch, averaged over the classes in the target.
+
+    Classes without a target voxel are left out (their Dice would be about 0 whatever is predicted); 0 if
+    there is no foreground at all: false positives in such a batch are the cross-entropy's business.
+
+    Args:
+        smooth: in voxels, above and below.
+
+    Source: Milletari et al. 2016, arXiv:1606.04797. Differs: over the batch, denominator not squared.
+    """
+    probs = logits.float().sigmoid() if logits.shape[1] == 1 else logits.float().softmax(dim=1)[:, 1:]
+    lost_and_present = []
+    for k in range(probs.shape[1]):  # one class at a time: no one-hot target of all classes
+        onehot = (target == 1 + k).to(probs.dtype)
+        overlap, total, present = (probs[:, k] * onehot).sum(), probs[:, k].sum() + onehot.sum(), onehot.any()
+        lost = (1 - (2 * overlap + smooth) / (total + smooth)) * present
+        lost_and_present.append(torch.stack([lost, present.to(lost.dtype)]))
+    lost, present = torch.stack(lost_and_present).sum(0)
+    return lost / present.clamp(min=1)
+
+
+def dice_ce_loss(
+    logits: Tensor, target: Tensor, *, dice_weight: float = 1.0, ce_weight: float = 1.0
+) -> Tensor:
+    """`batch_dice_loss` + mean cross-entropy (binary cross-entropy for a single logit)."""
+    if logits.shape[1] == 1:
+        ce = F.binary_cross_entropy_with_logits(logits[:, 0].float(), target.float())
+    else:
+        ce = F.cross_entropy(logits.float(), target)
+    return dice_weight * batch_dice_loss(logits, target) + ce_weight * ce

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.conversion import file_stamp
 from common.decathlon import Case, find_decathlon, list_cases
 from common.nifti import Scan, load_label, load_nifti, same_grid, to_ras
 from lung_tumor.kaggle import (
@@ -76,7 +77,7 @@ def source_stamp(case: Case | KaggleCase) -> list:
     paths = [
         Path(path) for key, path in source_files(case).items() if key != "image" or isinstance(case, Case)
     ]
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    return file_stamp(paths)
 
 
 def case_from_entry(volume: str, entry: dict) -> Case | KaggleCase | None:

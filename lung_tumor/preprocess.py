@@ -13,12 +13,8 @@ import json
 import os
 import random
 import shlex
-import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import Switch, fraction, make_parser, parse_args, run_script
+from common.conversion import convert_cases, write_json
 from common.decathlon import Case, find_decathlon, read_dataset_json
 from common.phantoms import write_chest_phantoms
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
@@ -164,7 +161,11 @@ def convert_all(cases: list, out: Path, settings: Settings, workers: int) -> tup
         print(f"{len(done)} of {len(cases)} volumes are converted already")
     failed: dict[str, str] = {}
     for case, entry, error in tqdm(
-        _run(todo, out, settings, workers), "converting", total=len(todo), unit="volume", disable=None
+        convert_cases(convert_case, todo, out, settings, workers=workers),
+        "converting",
+        total=len(todo),
+        unit="volume",
+        disable=None,
     ):
         if entry is None:
             failed[case.case_id] = error
@@ -173,41 +174,6 @@ def convert_all(cases: list, out: Path, settings: Settings, workers: int) -> tup
         ordered = dict(sorted(done.items(), key=lambda item: natural_key(item[0])))
         write_json(out / "volumes.json", ordered)
     return done, failed
-
-
-def _run(todo: list, out: Path, settings: Settings, workers: int) -> Iterator[tuple]:
-    """Yield (case, entry, "") or (case, None, reason) in the order of completion."""
-    if workers < 2 or len(todo) < 2:
-        for case in todo:
-            try:
-                yield case, convert_case(case, out, settings), ""
-            except (ValueError, OSError) as error:
-                yield case, None, str(error)
-        return
-    with ProcessPoolExecutor(min(workers, len(todo)), initializer=_ignore_interrupt) as pool:
-        futures = {pool.submit(convert_case, case, out, settings): case for case in todo}
-        try:
-            for future in as_completed(futures):
-                try:
-                    yield futures[future], future.result(), ""
-                except BrokenProcessPool:
-                    reason = "its process was ended from outside, most likely for lack of memory: --workers 0"
-                    yield futures[future], None, reason
-                except (ValueError, OSError) as error:
-                    yield futures[future], None, str(error)
-        finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C ends after the volumes in work, not after all
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one decides
-
-
-def write_json(path: Path, content: dict) -> None:
-    """JSON in one step: a reader or an interruption never meets half a file."""
-    partial = path.with_name(f".partial_{path.name}")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf8")
-    os.replace(partial, path)
 
 
 def write_splits(out: Path, volumes: list[str], args) -> None:
