@@ -26,7 +26,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 
 class Switch(argparse.BooleanOptionalAction):
-    """--flag and --no-flag; also `--flag True` and `--flag False`, as with `type=bool` in older scripts."""
+    """--flag and --no-flag; also `--flag True` and `--flag False`, as older scripts were called."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options) -> None:
         super().__init__(option_strings, dest, **options)

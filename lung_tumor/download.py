@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.archives import MARKER, check_own, delete_own, leads_outside, make_own
 from common.config import Switch, make_parser, parse_args, run_script
 from common.decathlon import find_decathlon, list_cases
-from lung_tumor.kaggle import find_task, is_kaggle_folder, leads_outside, list_kaggle_cases
+from lung_tumor.kaggle import find_task, is_kaggle_folder, list_kaggle_cases
 
 KAGGLE_SET = "modaresimr/medical-image-segmentation"
-MARKER = ".made_by_download"
 KAGGLE_STEPS = """By hand, in a browser:
   1. Open https://www.kaggle.com/datasets/{set} and sign in; an account is free.
   2. Click Download, then "Download dataset as zip" (about 40 GB; only its folder Task006_Lung is used).
@@ -49,31 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
     help_force = "get the scans anew; replaces --out only if this script made it"
     parser.add_argument("--force", action=Switch, default=False, help=help_force)
     return parser
-
-
-def check_own(folder: Path) -> None:
-    """Raise ValueError unless the folder is absent, empty or made by this script."""
-    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file()
-    if foreign or folder.is_symlink() or folder.is_file():
-        raise ValueError(
-            f"{folder} is not empty and was not made by this script (it has no file {MARKER}), so it is left "
-            "alone; give another --out or move it away yourself"
-        )
-
-
-def delete_own(folder: Path) -> None:
-    check_own(folder)
-    if folder.exists():
-        for path in [path for path in folder.iterdir() if path.name != MARKER]:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (folder / MARKER).unlink(missing_ok=True)  # last, so that an interrupted deletion can be repeated
-        folder.rmdir()
-
-
-def make_own(folder: Path) -> None:
-    check_own(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
 
 
 def unpack_tar(archive: Path, out: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from common.archives import leads_outside
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
 
@@ -101,14 +102,6 @@ def read_metadata(task_folder: str | Path) -> dict:
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the expected JSON ({error}); repair it or delete it") from error
     return metadata
-
-
-def leads_outside(member: str) -> bool:
-    """Whether the name of an archive's member could be written outside of the folder it is unpacked to.
-
-    `\\` and `C:` are harmless text on one system and a path on another; they count as leading outside on all.
-    """
-    return bool(re.search(r"[\\:\x00-\x1f]|^/|(^|/)\.\.(/|$)", member))
 
 
 def extract_image(task_folder: str | Path, case: KaggleCase, out_dir: str | Path) -> Path:

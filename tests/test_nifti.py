@@ -3,7 +3,9 @@
 import errno
 import gzip
 import itertools
+import pickle
 import re
+import tracemalloc
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from common.nifti import (
     is_nifti,
     load_label,
     load_nifti,
+    open_nifti,
     same_grid,
     save_label,
     to_ras,
@@ -89,6 +92,35 @@ def patch(path, offset, value):
 
 def random_volume(low=-1000, high=2000, dtype=np.int16, shape=SHAPE_XYZ):
     return np.random.default_rng(0).integers(low, high, shape).astype(dtype)
+
+
+def check_lazy_reading(file, scan):
+    """Whole, boxes and block means read from the file equal those of the loaded array."""
+    assert file.shape == scan.array.shape and file.spacing_mm == scan.spacing_mm
+    np.testing.assert_array_equal(file.affine, scan.affine)
+    np.testing.assert_array_equal(file.read_box((0, 0, 0), file.shape), scan.array)
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        start = [int(rng.integers(n)) for n in file.shape]
+        stop = [int(rng.integers(a, n)) + 1 for a, n in zip(start, file.shape, strict=True)]
+        box = file.read_box(start, stop)
+        assert box.flags.c_contiguous and box.dtype.isnative and box.flags.writeable
+        np.testing.assert_array_equal(box, scan.array[tuple(map(slice, start, stop))])
+    np.testing.assert_array_equal(file[0:1], scan.array[:1])
+    for factors in ((1, 1, 1), (2, 3, 2), (7, 4, 50)):
+        np.testing.assert_allclose(
+            file.read_reduced(factors), block_means(scan.array, factors), rtol=1e-5, atol=1e-4
+        )
+
+
+def block_means(array, factors):
+    for axis, f in enumerate(factors):
+        blocks = [
+            np.take(array, range(a, min(a + f, array.shape[axis])), axis)
+            for a in range(0, array.shape[axis], f)
+        ]
+        array = np.stack([b.mean(axis, dtype=np.float64) for b in blocks], axis)
+    return array
 
 
 def geometry(path):
@@ -209,8 +241,18 @@ def test_label_keeps_units_and_both_forms_when_they_differ(tmp_path, units):
     image.set_qform(AFFINES["oblique"], 1)
     image.header.set_xyzt_units(units)
     nib.save(image, tmp_path / "scan.nii")
-    scan = load_nifti(tmp_path / "scan.nii")
-    np.testing.assert_allclose(scan.affine, AFFINES["sheared"], atol=1e-5)  # sform first
+    mm = {"micron": 1e-3, "meter": 1e3}.get(units, 1)
+    if units == "micron":  # 3 um apart
+        scan = load_nifti(tmp_path / "scan.nii")
+    else:
+        apart = rf"scan\.nii: sform and qform {3.02 * mm:.3g} mm apart; the sform is used".replace("+", r"\+")
+        with pytest.warns(UserWarning, match=apart):
+            scan = load_nifti(tmp_path / "scan.nii")
+    expected = np.diag([mm, mm, mm, 1]) @ AFFINES["sheared"]
+    np.testing.assert_allclose(scan.affine, expected, rtol=1e-5, atol=1e-5 * mm)  # sform first
+    np.testing.assert_allclose(scan.spacing_mm, np.linalg.norm(expected[:3, :3], axis=0)[::-1], rtol=1e-5)
+    assert scan.voxel_mm3 == pytest.approx(0.7 * 1.3 * 5 * mm**3, rel=1e-5)
+    np.testing.assert_allclose(scan.file_affine, AFFINES["sheared"], atol=1e-5)
     labels = random_volume(0, 3, np.uint8, scan.array.shape)
     save_label(tmp_path / "label.nii", labels, scan)
     check_label_lies_on(tmp_path / "label.nii", tmp_path / "scan.nii", labels)
@@ -286,6 +328,124 @@ def test_full_disk_leaves_no_partial_file_and_the_old_one_intact(tmp_path, suffi
     assert error.value.errno == errno.EFBIG
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, "scan.nii"])
+
+
+# ---- lazy reading ----
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_boxes_in_any_orientation_equal_slices(tmp_path, monkeypatch, orientation):
+    monkeypatch.setattr("common.nifti.CHUNK_BYTES", 100)  # one or two slices at a time
+    volume = random_volume(shape=(6, 5, 7))
+    for name in ("scan.nii", "scan.nii.gz"):
+        path = write(tmp_path / name, *stored_as(volume, AFFINES["oblique"], orientation))
+        check_lazy_reading(open_nifti(path), load_nifti(path))
+        np.testing.assert_array_equal(load_nifti(path).array, volume.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64])
+def test_boxes_of_any_type_and_scaling(tmp_path, dtype, order, kind):
+    stored, affine = stored_as(random_volume(0, 200, dtype, (6, 5, 7)), AFFINES["oblique"], "PIR")
+    path = write(tmp_path / "scan.nii", stored, affine, order=order, kind=kind)
+    check_lazy_reading(open_nifti(path), load_nifti(path))
+    for slope, intercept in ((1, -1024), (2, 0), (0.25, 3)):
+        offset, size = (SLOPE_OFFSET, np.float32) if kind is nib.Nifti1Image else (176, np.float64)
+        patch(path, offset, np.array([slope, intercept]).astype(np.dtype(size).newbyteorder(order)))
+        scan = load_nifti(path)
+        assert scan.array.min() == float(stored.min()) * slope + intercept
+        check_lazy_reading(open_nifti(path), scan)
+
+
+def test_type_of_a_box_follows_from_the_stored_type(tmp_path):
+    path = write(tmp_path / "ct.nii", random_volume(0, 3000, np.uint16), np.eye(4))
+    patch(path, SLOPE_OFFSET, np.array([1, -1024], np.float32))
+    assert load_nifti(path).array.dtype == np.int16
+    assert open_nifti(path).read_box((0, 0, 0), (1, 1, 1)).dtype == np.int32  # 65535 - 1024 needs it
+
+
+def test_nan_in_a_box_becomes_the_lowest_of_the_file(tmp_path):
+    volume = random_volume(5, 100, np.float32)
+    volume[0, 0, :2] = np.nan, -np.inf
+    volume[3, 4, 2] = 1  # outside the box
+    file = open_nifti(write(tmp_path / "scan.nii.gz", volume, np.eye(4)))
+    with pytest.warns(UserWarning, match=r"scan\.nii\.gz: 2 NaN or infinite voxels set to 1$"):
+        box = file.read_box((0, 0, 0), (3, 1, 1))
+    assert box[:, 0, 0].tolist() == [1, 1, volume[0, 0, 2]]
+    with pytest.warns(UserWarning, match="2 NaN"):
+        reduced = open_nifti(file.path).read_reduced((1, 1, 1))
+    assert reduced[:, 0, 0].tolist() == [1, 1, volume[0, 0, 2]]
+    empty = write(tmp_path / "empty.nii", np.full(SHAPE_XYZ, np.nan, np.float32), np.eye(4))
+    for read in (lambda f: f.read_box((0, 0, 0), (1, 1, 1)), lambda f: f.read_reduced((1, 1, 1))):
+        with pytest.raises(ValueError, match=r"empty\.nii: holds no finite value"):
+            read(open_nifti(empty))
+
+
+@pytest.mark.parametrize(
+    "start, stop", [((0, 0, 0), (3, 5, 5)), ((-1, 0, 0), (1, 1, 1)), ((1, 1, 1), (1, 2, 2))]
+)
+def test_box_outside_or_empty_is_refused(tmp_path, start, stop):
+    file = open_nifti(write(tmp_path / "scan.nii", random_volume(), np.eye(4)))
+    with pytest.raises(ValueError, match=re.escape(f"box {start} to {stop} is not inside (3, 5, 4) (z y x)")):
+        file.read_box(start, stop)
+
+
+@pytest.mark.parametrize("factors", [(0, 1, 1), (1, 1), (1.5, 1, 1)])
+def test_bad_factors_are_refused(tmp_path, factors):
+    file = open_nifti(write(tmp_path / "scan.nii", random_volume(), np.eye(4)))
+    with pytest.raises(ValueError, match=r"scan\.nii: factors .* three whole numbers above 0"):
+        file.read_reduced(factors)
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_memory_of_a_box_is_not_that_of_the_volume(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("common.nifti.CHUNK_BYTES", 2**19)  # 2 MB as float64, with the sums beside it
+    shape = (128, 128, 600)  # 19.7 MB as int16
+    path = tmp_path / name
+    write(path, np.broadcast_to(random_volume(shape=(128, 128, 1)), shape), np.eye(4))
+    file = open_nifti(path)
+    for read in (lambda: file.read_box((550, 10, 20), (590, 60, 60)), lambda: file.read_reduced((8, 4, 4))):
+        tracemalloc.start()
+        try:
+            read()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 8e6, f"{peak / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_truncated_file_gives_what_lies_before_the_cut(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("common.nifti.CHUNK_BYTES", 1)
+    path = write(tmp_path / name, random_volume(shape=(30, 30, 30)), np.eye(4))
+    first = load_nifti(path).array[:2]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    file = open_nifti(path)
+    np.testing.assert_array_equal(file.read_box((0, 0, 0), (2, 30, 30)), first)
+    for read in (lambda: file.read_box((20, 0, 0), (30, 1, 1)), lambda: file.read_reduced((2, 2, 2))):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}: truncated or damaged .*; fetch it again"):
+            read()
+
+
+def test_gzip_that_holds_less_than_the_header_promises(tmp_path):
+    path = write(tmp_path / "scan.nii", random_volume(shape=(8, 8, 8)), np.eye(4))
+    short = tmp_path / "short.nii.gz"
+    short.write_bytes(gzip.compress(path.read_bytes()[:-200]))  # a sound gzip stream
+    message = r"short\.nii\.gz: truncated or damaged \(ends between slice 0 and 8 of 8\); fetch it again"
+    for read in (load_nifti, lambda p: open_nifti(p).read_box((7, 0, 0), (8, 1, 1))):
+        with pytest.raises(ValueError, match=message.replace("0 and", r"\d and")):
+            read(short)
+
+
+def test_opened_file_takes_a_label_and_survives_pickling(tmp_path):
+    stored, affine = stored_as(random_volume(), AFFINES["oblique"], "PIR")
+    path = write(tmp_path / "scan.nii.gz", stored, affine)
+    file = pickle.loads(pickle.dumps(open_nifti(path)))
+    labels = random_volume(0, 3, np.uint8, file.shape)
+    save_label(tmp_path / "label.nii", labels, file)
+    check_label_lies_on(tmp_path / "label.nii", path, labels)
+    assert same_grid(file, load_label(tmp_path / "label.nii"), 0.0)
 
 
 # ---- same_grid ----
@@ -491,7 +651,15 @@ def test_file_that_is_no_scan_is_refused_by_name_and_reason(tmp_path, case):
     assert "\n" not in str(error.value) or "affine" in case  # one line, but for the matrix
 
 
-@pytest.mark.parametrize("load", [load_nifti, load_label])
+@pytest.mark.parametrize("case", [c for c in REFUSED if "truncated" not in c and c != "only NaN"])
+def test_file_that_is_no_scan_is_refused_on_opening(tmp_path, case):
+    name, make, message = REFUSED[case]
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))}: {message}"):
+        open_nifti(tmp_path / name)
+
+
+@pytest.mark.parametrize("load", [load_nifti, load_label, open_nifti])
 def test_missing_file(tmp_path, load):
     with pytest.raises(FileNotFoundError, match="nowhere.nii.gz: no such file"):
         load(tmp_path / "nowhere.nii.gz")
@@ -558,15 +726,20 @@ def test_real_file_loads_and_takes_a_label(tmp_path, name):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scan = load_nifti(path)
-    counts = [str(w.message).split(": ")[1] for w in caught]
-    assert counts == (["153 NaN or infinite voxels set to 409.3"] if "nan" in name else [])
+    messages = [str(w.message).split(": ")[1] for w in caught]
+    expected = ["153 NaN or infinite voxels set to 409.3"] if "nan" in name else []
+    # A quaternion cannot hold a shear, so this file's two forms cannot agree.
+    expected += ["sform and qform 33.4 mm apart; the sform is used"] if "sheared" in name else []
+    assert messages == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_lazy_reading(open_nifti(path), scan)
     assert scan.file_shape == shape and scan.orientation == orientation and scan.array.dtype == dtype
     stored_spacing = np.linalg.norm(scan.file_affine[:3, :3], axis=0)
     np.testing.assert_allclose(stored_spacing, spacing_xyz, atol=0.0051)
     values = np.asarray(nib.load(path).dataobj)
     values = np.where(np.isfinite(values), values, np.nanmin(values)).astype(np.float32)
-    expected = np.asarray(scan.array, np.float32)
-    got, _ = stored_as(expected.transpose(2, 1, 0), np.eye(4), orientation)
+    got, _ = stored_as(np.asarray(scan.array, np.float32).transpose(2, 1, 0), np.eye(4), orientation)
     np.testing.assert_allclose(got, values, rtol=1e-6, atol=1e-4)
 
     z, y, x = np.indices(scan.array.shape, dtype=np.uint16, sparse=True)

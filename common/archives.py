@@ -1,0 +1,209 @@
+"""Files from the network and archives from strangers: resume, check, unpack whole or not at all."""
+
+import errno
+import http.client
+import json
+import re
+import shutil
+import stat
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path
+
+from tqdm import tqdm
+
+MARKER = ".made_by_download"
+BLOCK = 1 << 20
+AGENT = {"User-Agent": "Mozilla/5.0 (dataset download)"}  # some hosts refuse Python's own name
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+FAILURES = (OSError, http.client.HTTPException)  # of a connection; URLError and TimeoutError are OSErrors
+
+
+def check_own(folder: Path) -> None:
+    """Raise ValueError unless the folder is absent, empty or made by a download script."""
+    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file()
+    if foreign or folder.is_symlink() or folder.is_file():
+        raise ValueError(
+            f"{folder} is not empty and was not made by this script (it has no file {MARKER}), so it is left "
+            "alone; give another --out or move it away yourself"
+        )
+
+
+def delete_own(folder: Path) -> None:
+    """Delete a folder that a download script made; links in it are removed, not followed."""
+    check_own(folder)
+    if folder.exists():
+        for path in [path for path in folder.iterdir() if path.name != MARKER]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (folder / MARKER).unlink(missing_ok=True)  # last, so that an interrupted deletion can be repeated
+        folder.rmdir()
+
+
+def make_own(folder: Path) -> None:
+    """Make a folder and mark it as a download script's."""
+    check_own(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+
+
+def leads_outside(member: str) -> bool:
+    """Whether the name of an archive's member could be written outside of the folder it is unpacked to.
+
+    `\\` and `C:` are harmless text on one system and a path on another; they count as leading outside on all.
+    """
+    return bool(re.search(r"[\\:\x00-\x1f]|^/|(^|/)\.\.(/|$)", member))
+
+
+def remote_size(url: str, timeout_s: float = 30) -> int | None:
+    """Bytes of a file on a server; None if it cannot be reached or does not say."""
+    try:
+        request = urllib.request.Request(url, headers=AGENT, method="HEAD")
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            return int(response.headers["Content-Length"])
+    except (*FAILURES, TypeError, ValueError):
+        return None
+
+
+def download_file(url: str, path: Path, *, tries: int = 5, timeout_s: float = 60) -> Path:
+    """Fetch a file; what arrived before a break is kept in `path`.part and continued, now or next time.
+
+    The rest is asked for by a byte range. A server that knows no ranges, or whose file is another one by now
+    (ETag, date or size), sends all of it again. `path` appears when it is complete.
+
+    Raises:
+        OSError: not reachable, refused, or cut short `tries` times without progress; the disk is full.
+        KeyboardInterrupt: passed on; the part is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    failed = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            _fetch(url, part, timeout_s)
+            break
+        except urllib.error.HTTPError as error:
+            raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
+        except FAILURES as error:
+            if getattr(error, "errno", None) in DISK_ERRORS:
+                raise
+            now = part.stat().st_size if part.exists() else 0
+            failed = 0 if now > before else failed + 1
+            if failed >= tries or isinstance(error, urllib.error.URLError):
+                raise OSError(
+                    f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}"
+                ) from error
+    part.replace(path)
+    _notes(part).unlink(missing_ok=True)
+    return path
+
+
+def _notes(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _fetch(url: str, part: Path, timeout_s: float) -> None:
+    have, known = part.stat().st_size if part.exists() else 0, {}
+    if have and _notes(part).is_file():
+        try:
+            known = dict(json.loads(_notes(part).read_text()))
+        except (ValueError, TypeError):
+            known = {}
+    headers = dict(AGENT)
+    if have and known.get("url") == url and known.get("version"):
+        headers |= {"Range": f"bytes={have}-", "If-Range": known["version"]}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}" and known.get("size") == have:
+            return  # it was complete already
+        part.unlink()
+        return _fetch(url, part, timeout_s)
+    with response:
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        if version and version.startswith("W/"):
+            version = response.headers.get("Last-Modified")  # a weak tag allows no range
+        length = response.headers.get("Content-Length")
+        size = int(length) if length else None
+        if response.status == 206:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+            size = int(match[2]) if match and match[2] != "*" else None
+            if not match or int(match[1]) != have or version != known["version"] or size != known.get("size"):
+                part.unlink()
+                return _fetch(url, part, timeout_s)
+        else:
+            have = 0
+        need = (size or 0) - have
+        if need > shutil.disk_usage(part.parent).free:
+            raise OSError(
+                errno.ENOSPC,
+                f"{need / 1e9:.1f} GB are missing, {part.parent} has less free; make room",
+            )
+        _notes(part).write_text(json.dumps({"url": url, "version": version, "size": size}))
+        name = part.name.removesuffix(".part")
+        with (
+            open(part, "ab" if have else "wb") as file,
+            tqdm(desc=name, total=size, initial=have, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            while block := response.read(BLOCK):
+                file.write(block)
+                bar.update(len(block))
+                have += len(block)
+    if size is not None and have != size:
+        raise ConnectionError(f"{url}: the connection broke after {have} of {size} bytes")
+
+
+def check_zip(archive: Path) -> list[zipfile.ZipInfo]:
+    """The files in a zip, after reading all of it once against its checksums.
+
+    Raises:
+        ValueError: no zip, damaged, encrypted, or a member that is a link or leads out of the folder.
+    """
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            members = [m for m in packed.infolist() if not m.is_dir()]
+            for member in members:
+                if leads_outside(member.filename) or stat.S_ISLNK(member.external_attr >> 16):
+                    raise ValueError(
+                        f"{archive}: member {member.filename!r} is a link or leads out of the folder; "
+                        "nothing was unpacked. Get the archive from its publisher"
+                    )
+            broken = packed.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise ValueError(f"{archive}: not a complete zip ({error}); download it again") from error
+    if broken is not None:
+        raise ValueError(f"{archive}: member {broken} is damaged; download it again")
+    return members
+
+
+def unpack_zip(archive: Path, folder: Path) -> None:
+    """Unpack a zip into a new folder made by `make_own`; macOS resource files are left out.
+
+    Raises:
+        ValueError: as `check_zip`, before anything is written.
+        OSError: the disk has no room for it.
+    """
+    members = [m for m in check_zip(archive) if not re.search(r"(^|/)(\._|__MACOSX/)", m.filename)]
+    size = sum(member.file_size for member in members)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if size > shutil.disk_usage(folder.parent).free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{archive} takes {size / 1e9:.1f} GB unpacked, {folder.parent} has less free; make room",
+        )
+    make_own(folder)
+    with (
+        zipfile.ZipFile(archive) as packed,
+        tqdm(desc=f"unpacking {archive.name}", total=size, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for member in members:
+            target = folder / member.filename
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with packed.open(member) as source, open(target, "wb") as file:
+                while block := source.read(BLOCK):
+                    file.write(block)
+                    bar.update(len(block))
