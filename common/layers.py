@@ -39,6 +39,44 @@ def pad_to(x: Tensor, size: torch.Size) -> Tensor:
     return F.pad(x, padding) if any(padding) else x
 
 
+def check_image(image: Tensor, in_channels: int, ndim: int) -> None:
+    """
+    Raises:
+        ValueError: `image` is not (N, in_channels, *spatial) with `ndim` spatial axes.
+    """
+    if image.ndim != ndim + 2 or image.shape[1] != in_channels or 0 in image.shape:
+        axes = {2: "H, W", 3: "D, H, W"}[ndim]
+        raise ValueError(
+            f"the image has shape {tuple(image.shape)}, the network takes (N, {in_channels}, {axes}), none "
+            "of them 0; add axes with image[None], or build the network with in_channels= of the image"
+        )
+
+
+def padded_to_multiple(x: Tensor, multiple: int, two_blocks: bool = False) -> tuple[Tensor, tuple]:
+    """Repeat the border of (N, C, *spatial), half on each side, until every side is a multiple.
+
+    The border is repeated and not filled with 0, because what 0 means depends on the normalisation: scaled to
+    [-1, 1] it can be the HU of bone.
+
+    Args:
+        two_blocks: add another `multiple` to the last axis where all sides would be just one `multiple`: an
+            instance norm at that stride needs more than one voxel.
+
+    Returns:
+        The padded tensor (`x` itself where nothing is needed), and the index that cuts the original grid out
+        of it or of anything on its grid: `logits[crop]`.
+    """
+    size = [-(-side // multiple) * multiple for side in x.shape[2:]]
+    if two_blocks and all(side == multiple for side in size):
+        size[-1] *= 2
+    before = [(want - have) // 2 for have, want in zip(x.shape[2:], size, strict=True)]
+    crop = (..., *(slice(b, b + have) for b, have in zip(before, x.shape[2:], strict=True)))
+    padding: list[int] = []
+    for b, have, want in zip(reversed(before), reversed(x.shape[2:]), reversed(size), strict=True):
+        padding += [b, want - have - b]
+    return (F.pad(x, padding, mode="replicate") if any(padding) else x), crop
+
+
 class DoubleConv(nn.Module):
     """(3x3 convolution without bias, norm, ReLU) twice."""
 
@@ -153,11 +191,14 @@ class _FrozenRunningStatistics:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
+def checkpointed(module: nn.Module, *inputs: Tensor, enabled: bool = True) -> Tensor:
     """Run `module` without keeping its activations; backward computes them again.
 
-    The second computation must not update BatchNorm's running statistics a second time.
+    The second computation must not update BatchNorm's running statistics a second time. Not `enabled`: run it
+    as it is.
     """
+    if not enabled:
+        return module(*inputs)
 
     def contexts() -> tuple:
         return contextlib.nullcontext(), _FrozenRunningStatistics(module)

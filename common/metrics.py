@@ -1,13 +1,18 @@
-"""Overlap metrics, lesion counts and intervals, with the empty cases defined.
+"""Metrics of a case, lesion counts, tables, intervals and a paired test, with the empty cases defined.
 
 Overlap: both masks empty = NaN, left out of means and counted beside them; one empty = 0.
+Distances between surfaces: surfaces.py.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from common.surfaces import check_grid, diagonal_mm, distances_between, summarise, surfels
+
+NOT_METRICS = ("case", "patient", "class", "name", "status")  # columns of a row of a case
 
 
 def binary_counts(pred: np.ndarray, target: np.ndarray) -> tuple[int, int, int, int]:
@@ -34,6 +39,90 @@ def iou_from_counts(tp: float, fp: float, fn: float) -> float:
     """TP / (TP + FP + FN); NaN when both masks are empty."""
     total = tp + fp + fn
     return tp / total if total else float("nan")
+
+
+def volume_similarity(tp: float, fp: float, fn: float) -> float:
+    """1 - |FN - FP| / (2 TP + FP + FN), 1 for equal volumes wherever they lie; NaN when both are empty.
+
+    Source: Taha and Hanbury 2015 (doi:10.1186/s12880-015-0068-x).
+    """
+    total = 2 * tp + fp + fn
+    return 1 - abs(fn - fp) / total if total else float("nan")
+
+
+def case_metrics(
+    pred: np.ndarray,
+    target: np.ndarray,
+    spacing_mm: Sequence[float],
+    classes: Mapping[int, str],
+    tolerances_mm: Sequence[float] = (1.0, 2.0),
+) -> list[dict]:
+    """A row a class: class, name, status, dice, iou, volume_similarity, hd_mm, hd95_mm, assd_mm, nsd_<t>mm,
+    target_mm3, pred_mm3.
+
+    Args:
+        pred, target: (z, y, x) label maps of integers or booleans, 0 = background.
+        spacing_mm: z y x.
+        classes: {label: name}, without the background.
+
+    status is "ok"; "missed": in the target only; "hallucinated": in the prediction only; "absent": in
+    neither. Missed and hallucinated classes score 0 overlap and NSD, and the image's diagonal as distances;
+    absent ones NaN.
+
+    Raises:
+        ValueError: two shapes, a wrong spacing, or a label that `classes` does not name.
+    """
+    check_grid(pred, target, spacing_mm)
+    counts = _joint_counts(pred, target, list(classes))
+    voxel_mm3 = float(np.prod(spacing_mm))
+    elements = [surfels(labels, classes, spacing_mm) for labels in (pred, target)]
+    worst_mm = diagonal_mm(pred.shape, spacing_mm)
+    rows = []
+    for index, (label, name) in enumerate(classes.items(), start=1):
+        tp, num_target, num_pred = (
+            int(n) for n in (counts[index, index], counts[index].sum(), counts[:, index].sum())
+        )
+        fp, fn = num_pred - tp, num_target - tp
+        found = {(True, True): "ok", (True, False): "missed", (False, True): "hallucinated"}
+        distances = distances_between(*(e[label] for e in elements), pred.shape, spacing_mm)
+        rows.append(
+            {
+                "class": label,
+                "name": name,
+                "status": found.get((num_target > 0, num_pred > 0), "absent"),
+                "dice": dice_from_counts(tp, fp, fn),
+                "iou": iou_from_counts(tp, fp, fn),
+                "volume_similarity": volume_similarity(tp, fp, fn),
+                **summarise(distances, worst_mm, tolerances_mm),
+                "target_mm3": num_target * voxel_mm3,
+                "pred_mm3": num_pred * voxel_mm3,
+            }
+        )
+    return rows
+
+
+def _joint_counts(pred: np.ndarray, target: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """(1 + classes, 1 + classes) voxels by target (rows) and prediction, one pass; index 0 = background."""
+    for what, labels in (("prediction", pred), ("target", target)):
+        if labels.dtype.kind not in "iub" or labels.min(initial=0) < 0:
+            raise ValueError(f"{what}: label maps hold integers of at least 0, got {labels.dtype}")
+    if not classes or min(classes) < 1:
+        raise ValueError(f"classes {list(classes)}: labels of at least 1 are needed; 0 is the background")
+    size, unknown = len(classes) + 2, len(classes) + 1
+    position = np.full(1 + max(*classes, int(pred.max(initial=0)), int(target.max(initial=0))), unknown)
+    position[[0, *classes]] = range(unknown)
+    counts = np.zeros(size * size, np.int64)
+    for plane_pred, plane_target in zip(pred, target, strict=True):  # a plane a time: bincount works in int64
+        some = (plane_pred != 0) | (plane_target != 0)
+        joint = position[plane_target[some].astype(np.intp)] * size
+        joint += position[plane_pred[some].astype(np.intp)]
+        counts += np.bincount(joint, minlength=counts.size)
+    counts = counts.reshape(size, size)
+    for what, labels, number in (("prediction", pred, counts[:, -1]), ("target", target, counts[-1])):
+        if number.any():
+            other = sorted(set(np.unique(labels).tolist()) - {0, *classes})
+            raise ValueError(f"{what}: label(s) {str(other[:10])[1:-1]} are not among {sorted(classes)}")
+    return counts[:-1, :-1]
 
 
 def lesion_counts(pred: np.ndarray, target: np.ndarray) -> dict[str, int]:
@@ -108,6 +197,89 @@ def summary(values: Sequence[float], groups: Sequence[str] | None = None) -> dic
     sd = float(kept.std(ddof=1)) if kept.size > 1 else float("nan")
     return {"mean": float(kept.mean()), "sd": sd, "median": float(np.median(kept)), "low": low, "high": high,
             "n": int(kept.size)}  # fmt: skip
+
+
+def metric_columns(rows: Sequence[dict]) -> list[str]:
+    """Names of the metrics in rows of `case_metrics`."""
+    return [key for key in rows[0] if key not in NOT_METRICS]
+
+
+def class_table(rows: Sequence[dict]) -> list[dict]:
+    """A row a class and metric over cases, and "all": the mean over the classes of a case, then over cases.
+
+    Args:
+        rows: of `case_metrics`, each with "case" and, where scans share one, "patient" in front.
+
+    Returns:
+        rows of class, name, metric, mean, sd, median, low, high (95 % bootstrap interval by patient), n
+        (values that are not NaN), missed, hallucinated, absent (cases; of "all": structures).
+    """
+    table = []
+    for label in [*dict.fromkeys(r["class"] for r in rows), "all"]:
+        of_class = [r for r in rows if label in (r["class"], "all")]
+        status = [r["status"] for r in of_class]
+        number = {key: status.count(key) for key in ("missed", "hallucinated", "absent")}
+        name = "all classes" if label == "all" else of_class[0]["name"]
+        patients = {r["case"]: r.get("patient", r["case"]) for r in of_class}
+        for metric in metric_columns(rows):
+            values = case_means(of_class, metric)
+            table.append(
+                {"class": label, "name": name, "metric": metric}
+                | summary(list(values.values()), [patients[case] for case in values])
+                | number
+            )
+    return table
+
+
+def case_means(rows: Sequence[dict], metric: str) -> dict[str, float]:
+    """{case: mean of the metric over its rows that are not NaN, NaN if there is none}."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["case"], []).extend([row[metric]] if row[metric] == row[metric] else [])
+    return {case: float(np.mean(kept)) if kept else float("nan") for case, kept in values.items()}
+
+
+def paired_wilcoxon(
+    a: Mapping[str, float], b: Mapping[str, float], patients: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Wilcoxon's signed-rank test, two-sided, of values by case; only cases of both count.
+
+    Args:
+        a, b: {case: value}. A pair with a NaN is left out.
+        patients: {case: patient} for the interval; default: each case its own.
+
+    Returns:
+        mean_a, mean_b, difference (mean of b - a), its 95 % bootstrap interval low..high by patient, p, n
+        (pairs), nan_pairs, unpaired (cases of one side only). p is 1 if all pairs are equal, NaN without
+        any; with 5 pairs it cannot be below 0.06.
+    """
+    from scipy import stats
+
+    common = [case for case in a if case in b]
+    pairs = np.array([(a[case], b[case]) for case in common], float).reshape(-1, 2)
+    kept = ~np.isnan(pairs).any(axis=1)
+    groups = [(patients or {}).get(case, case) for case, keep in zip(common, kept, strict=True) if keep]
+    difference = pairs[kept, 1] - pairs[kept, 0]
+    steps = difference.round(9)  # else noise of the last bit breaks ties and makes ranks of zeros
+    p = float("nan") if not groups else float(stats.wilcoxon(steps).pvalue) if steps.any() else 1.0
+    low, high = bootstrap_interval(difference, groups)
+    mean_a, mean_b = pairs[kept].mean(axis=0).tolist() if groups else [float("nan")] * 2
+    return {
+        "mean_a": mean_a, "mean_b": mean_b, "difference": mean_b - mean_a, "low": low, "high": high, "p": p,
+        "n": len(groups), "nan_pairs": len(common) - len(groups), "unpaired": len(set(a) ^ set(b)),
+    }  # fmt: skip
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for testing all of them, in their order; NaN stays NaN and is not counted.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6.
+    """
+    p = np.asarray(p_values, float)
+    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN sort to the end
+    adjusted = np.full(p.size, np.nan)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return adjusted.tolist()
 
 
 def write_table(path: str | Path, rows: list[dict]) -> None:

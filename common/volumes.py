@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.metrics import largest_component
 
-# Of a slab in work, input and output together. 2^22 to 2^25 were compared in a noisy loop: 2^24 was the fastest.
+# Of a slab in work, input and output together; 2^22 to 2^25 were compared, this was the fastest by a little.
 SLAB_BYTES = 2**24
 BODY_GRID = 128  # voxels of an axis that body_box looks at, at most
 

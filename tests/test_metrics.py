@@ -10,13 +10,19 @@ from scipy import stats
 from common.metrics import (
     binary_counts,
     bootstrap_interval,
+    case_metrics,
+    class_table,
     dice_from_counts,
+    holm,
     iou_from_counts,
     largest_component,
     lesion_counts,
+    paired_wilcoxon,
     summary,
+    volume_similarity,
     write_table,
 )
+from common.surfaces import surface_metrics
 
 NAN = float("nan")
 
@@ -283,3 +289,160 @@ def test_write_table_without_rows_is_refused(tmp_path):
 def test_write_table_with_an_unknown_column_is_refused(tmp_path):
     with pytest.raises(ValueError, match="extra"):
         write_table(tmp_path / "table.csv", [{"a": 1}, {"a": 2, "extra": 3}])
+
+
+# ---- cases, tables, paired test ----
+
+CLASSES = {1: "liver", 2: "spleen", 5: "aorta", 7: "cyst", 9: "stent"}
+
+
+def label_maps():
+    """All four kinds: 1 in both, 2 missed, 5 hallucinated, 7 the same in both, 9 absent."""
+    pred, target = np.zeros((2, 6, 20, 24), np.uint8)
+    target[1:4, 2:8, 3:9], pred[1:4, 2:8, 4:10] = 1, 1
+    target[4, 12:15, 2:4], pred[4, 12:16, 10:12] = 2, 5
+    target[0, 0, 0] = pred[0, 0, 0] = 7
+    return pred, target
+
+
+def test_volume_similarity_by_hand():
+    assert volume_similarity(10, 0, 0) == 1
+    assert volume_similarity(0, 5, 5) == 1  # equal volumes, elsewhere
+    assert volume_similarity(2, 1, 3) == pytest.approx(1 - 2 / 8) == volume_similarity(2, 3, 1)
+    assert volume_similarity(0, 4, 0) == volume_similarity(0, 0, 4) == 0
+    assert math.isnan(volume_similarity(0, 0, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.uint16])
+def test_case_metrics_of_all_four_kinds(dtype):
+    pred, target = (labels.astype(dtype) for labels in label_maps())
+    spacing = (3.0, 2.0, 0.5)
+    rows = case_metrics(pred, target, spacing, CLASSES, (0.5, 2))
+    assert [r["class"] for r in rows] == list(CLASSES) and [r["name"] for r in rows] == [*CLASSES.values()]
+    assert [r["status"] for r in rows] == ["ok", "missed", "hallucinated", "ok", "absent"]
+    for row in rows:  # the same as one mask at a time, without any cropping
+        masks = pred == row["class"], target == row["class"]
+        tp, fp, fn, _ = binary_counts(*masks)
+        expected = {
+            "dice": dice_from_counts(tp, fp, fn),
+            "iou": iou_from_counts(tp, fp, fn),
+            "volume_similarity": volume_similarity(tp, fp, fn),
+            **surface_metrics(*masks, spacing, (0.5, 2)),
+            "target_mm3": (tp + fn) * 3.0,
+            "pred_mm3": (tp + fp) * 3.0,
+        }
+        assert {k: row[k] for k in expected} == pytest.approx(expected, nan_ok=True)
+        assert row.keys() == expected.keys() | {"class", "name", "status"}
+    assert rows[0]["dice"] == pytest.approx(5 / 6)
+    worst = math.sqrt(18**2 + 40**2 + 12**2)
+    for row in rows[1:3]:
+        assert row["dice"] == row["iou"] == row["nsd_2mm"] == row["volume_similarity"] == 0
+        assert row["hd_mm"] == row["hd95_mm"] == row["assd_mm"] == pytest.approx(worst)
+    assert math.isnan(rows[4]["dice"]) and math.isnan(rows[4]["hd95_mm"]) and rows[4]["target_mm3"] == 0
+
+
+def test_case_metrics_of_boolean_masks_and_order_of_classes():
+    pred, target = (labels == 1 for labels in label_maps())
+    (row,) = case_metrics(pred, target, (1, 1, 1), {1: "x"})
+    assert row["dice"] == pytest.approx(5 / 6) and row["hd_mm"] == 1
+    forward = case_metrics(*label_maps(), (1, 1, 1), CLASSES)
+    backward = case_metrics(*label_maps(), (1, 1, 1), dict(reversed(CLASSES.items())))
+    assert [r["pred_mm3"] for r in forward] == [r["pred_mm3"] for r in backward][::-1]
+
+
+def test_case_metrics_refuses_what_it_would_have_to_ignore():
+    pred, target = label_maps()
+    with pytest.raises(ValueError, match=r"prediction: label\(s\) 5 are not among \[1, 2, 7\]"):
+        case_metrics(pred, target, (1, 1, 1), {1: "a", 2: "b", 7: "c"})
+    with pytest.raises(ValueError, match=r"target: label\(s\) 2 are not among"):
+        case_metrics(pred, target, (1, 1, 1), {1: "a", 5: "b", 7: "c"})
+    with pytest.raises(ValueError, match="prediction: label maps hold integers of at least 0, got float32"):
+        case_metrics(pred.astype(np.float32), target, (1, 1, 1), CLASSES)
+    with pytest.raises(ValueError, match="at least 0"):
+        case_metrics(pred, target.astype(np.int8) - 1, (1, 1, 1), CLASSES)
+    with pytest.raises(ValueError, match=r"prediction \(5, 20, 24\) and target \(6, 20, 24\)"):
+        case_metrics(pred[1:], target, (1, 1, 1), CLASSES)
+    for classes in ({}, {0: "background"}):
+        with pytest.raises(ValueError, match="at least 1"):
+            case_metrics(pred, target, (1, 1, 1), classes)
+
+
+def test_missing_a_structure_never_improves_a_score():
+    """However bad the prediction of a structure, leaving it out gives no better mean in any metric."""
+    target = np.zeros((8, 20, 24), np.uint8)
+    target[1:4, 2:8, 3:9], target[7, 19, 23] = 1, 2
+    bad = np.where(target == 1, 1, 0).astype(np.uint8)
+    missed = bad.copy()
+    bad[0, 0, 0] = 2  # as far away as can be
+    rows = [[{"case": "a", **r} for r in case_metrics(p, target, (2, 1, 1), {1: "x", 2: "y"})]
+            for p in (bad, missed)]  # fmt: skip
+    for r_bad, r_missed in zip(class_table(rows[0]), class_table(rows[1]), strict=True):
+        better = r_bad["mean"] - r_missed["mean"]
+        if r_bad["metric"] != "pred_mm3":
+            assert r_missed["n"] == r_bad["n"] and (
+                better <= 0 if r_bad["metric"].endswith("_mm") else better >= 0
+            )
+    assert [r["missed"] for r in class_table(rows[1]) if r["metric"] == "dice"] == [0, 1, 1]
+
+
+def test_class_table_by_hand():
+    def row(case, patient, label, status, dice):
+        return {"case": case, "patient": patient, "class": label, "name": f"organ {label}", "status": status,
+                "dice": dice}  # fmt: skip
+
+    rows = [
+        row("a", "p", 1, "ok", 0.8), row("a", "p", 2, "missed", 0.0),
+        row("b", "p", 1, "ok", 0.6), row("b", "p", 2, "absent", NAN),
+        row("c", "q", 1, "hallucinated", 0.0), row("c", "q", 2, "ok", 0.9),
+    ]  # fmt: skip
+    one, two, every = class_table(rows)
+    assert (one["class"], one["name"], one["metric"], one["n"]) == (1, "organ 1", "dice", 3)
+    assert one["mean"] == pytest.approx(1.4 / 3) and one["median"] == 0.6
+    assert (one["low"], one["high"]) == bootstrap_interval([0.8, 0.6, 0.0], ["p", "p", "q"])
+    assert (one["missed"], one["hallucinated"], one["absent"]) == (0, 1, 0)
+    assert two["n"] == 2 and two["mean"] == pytest.approx(0.45)
+    assert (two["missed"], two["hallucinated"], two["absent"]) == (1, 0, 1)
+    assert every["class"] == "all" and every["n"] == 3
+    assert every["mean"] == pytest.approx((0.4 + 0.6 + 0.45) / 3)
+    assert (every["missed"], every["hallucinated"], every["absent"]) == (1, 1, 1)
+    alone = class_table([{k: v for k, v in r.items() if k != "patient"} for r in rows])[0]
+    assert (alone["low"], alone["high"]) == bootstrap_interval([0.8, 0.6, 0.0])
+
+
+def test_paired_wilcoxon_is_scipys():
+    rng = np.random.default_rng(3)
+    a = {f"case{i}": x for i, x in enumerate(rng.random(14))}
+    b = {case: x + rng.normal(0.05, 0.1) for case, x in reversed(a.items())}
+    patients = {case: case[-1] for case in a}
+    got = paired_wilcoxon(a, b, patients)
+    difference = [b[case] - a[case] for case in a]
+    assert got["p"] == pytest.approx(stats.wilcoxon(list(a.values()), [b[c] for c in a]).pvalue)
+    assert got["difference"] == pytest.approx(np.mean(difference))
+    assert got["mean_a"] == pytest.approx(np.mean(list(a.values())))
+    assert got["mean_b"] - got["mean_a"] == pytest.approx(got["difference"])
+    assert (got["low"], got["high"]) == bootstrap_interval(difference, [patients[c] for c in a])
+    assert (got["n"], got["nan_pairs"], got["unpaired"]) == (14, 0, 0)
+    back = paired_wilcoxon(b, a)
+    assert back["p"] == got["p"] and back["difference"] == pytest.approx(-got["difference"])
+
+
+def test_paired_wilcoxon_leaves_out_and_counts():
+    a = {"a": 0.1, "b": NAN, "c": 0.5, "d": 0.7, "only": 1.0}
+    b = {"c": 0.6, "b": 0.3, "a": 0.3, "d": NAN, "x": 0.0, "y": 0.0}
+    got = paired_wilcoxon(a, b)
+    assert (got["n"], got["nan_pairs"], got["unpaired"]) == (2, 2, 3)
+    assert got["mean_a"] == pytest.approx(0.3) and got["difference"] == pytest.approx(0.15)
+
+
+def test_paired_wilcoxon_of_equal_runs_and_of_none():
+    a = {f"case{i}": 0.3 + i / 20 for i in range(8)}
+    equal = paired_wilcoxon(a, {case: x + 1e-15 for case, x in a.items()})  # differ in the last bits
+    assert equal["p"] == 1 and equal["difference"] == pytest.approx(0)
+    for none in (paired_wilcoxon({}, {}), paired_wilcoxon({"a": NAN}, {"a": 1.0})):
+        assert none["n"] == 0 and all(math.isnan(none[k]) for k in ("p", "mean_a", "difference", "low"))
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.04, NAN, 0.01])[::2] == pytest.approx([0.04, 0.02]) and math.isnan(holm([NAN, 1])[0])
+    assert holm([0.5, 0.6]) == [1, 1] and holm([0.2]) == [0.2] and holm([]) == []
