@@ -56,6 +56,8 @@ def case_metrics(
     spacing_mm: Sequence[float],
     classes: Mapping[int, str],
     tolerances_mm: Sequence[float] = (1.0, 2.0),
+    *,
+    surfaces: bool = True,
 ) -> list[dict]:
     """A row a class: class, name, status, dice, iou, volume_similarity, hd_mm, hd95_mm, assd_mm, nsd_<t>mm,
     target_mm3, pred_mm3.
@@ -64,6 +66,7 @@ def case_metrics(
         pred, target: (z, y, x) label maps of integers or booleans, 0 = background.
         spacing_mm: z y x.
         classes: {label: name}, without the background.
+        surfaces: False leaves the distances out, which take most of the time.
 
     status is "ok"; "missed": in the target only; "hallucinated": in the prediction only; "absent": in
     neither. Missed and hallucinated classes score 0 overlap and NSD, and the image's diagonal as distances;
@@ -75,7 +78,7 @@ def case_metrics(
     check_grid(pred, target, spacing_mm)
     counts = _joint_counts(pred, target, list(classes))
     voxel_mm3 = float(np.prod(spacing_mm))
-    elements = [surfels(labels, classes, spacing_mm) for labels in (pred, target)]
+    elements = [surfels(labels, classes, spacing_mm) for labels in (pred, target) if surfaces]
     worst_mm = diagonal_mm(pred.shape, spacing_mm)
     rows = []
     for index, (label, name) in enumerate(classes.items(), start=1):
@@ -84,7 +87,10 @@ def case_metrics(
         )
         fp, fn = num_pred - tp, num_target - tp
         found = {(True, True): "ok", (True, False): "missed", (False, True): "hallucinated"}
-        distances = distances_between(*(e[label] for e in elements), pred.shape, spacing_mm)
+        distances = {}
+        if surfaces:
+            between = distances_between(*(e[label] for e in elements), pred.shape, spacing_mm)
+            distances = summarise(between, worst_mm, tolerances_mm)
         rows.append(
             {
                 "class": label,
@@ -93,7 +99,7 @@ def case_metrics(
                 "dice": dice_from_counts(tp, fp, fn),
                 "iou": iou_from_counts(tp, fp, fn),
                 "volume_similarity": volume_similarity(tp, fp, fn),
-                **summarise(distances, worst_mm, tolerances_mm),
+                **distances,
                 "target_mm3": num_target * voxel_mm3,
                 "pred_mm3": num_pred * voxel_mm3,
             }

@@ -446,3 +446,12 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.04, NAN, 0.01])[::2] == pytest.approx([0.04, 0.02]) and math.isnan(holm([NAN, 1])[0])
     assert holm([0.5, 0.6]) == [1, 1] and holm([0.2]) == [0.2] and holm([]) == []
+
+
+def test_case_metrics_without_surfaces_has_the_same_overlap():
+    rng = np.random.default_rng(0)
+    pred, target = rng.integers(0, 3, (2, 6, 7, 8))
+    whole = case_metrics(pred, target, (1, 1, 2), {1: "a", 2: "b"})
+    short = case_metrics(pred, target, (1, 1, 2), {1: "a", 2: "b"}, surfaces=False)
+    assert "hd95_mm" in whole[0] and "hd95_mm" not in short[0]
+    assert all(row[key] == full[key] for row, full in zip(short, whole, strict=True) for key in row)

@@ -1,0 +1,233 @@
+"""Two runs on the same cases: which is better, by how much, and could it be chance?
+
+    python common/compare.py runs/a/evaluation runs/b/evaluation
+    python common/compare.py predictions_a predictions_b --target labels --metric dice hd95_mm
+
+Takes tables of evaluate.py (results.csv in a folder, or the file), a row a case and class; or, with --target,
+folders of NIfTI label maps, which are scored first. Writes comparison.csv to --out. Differences are B - A.
+Cases or structures that were missed or invented count with the worst score, and are counted beside it.
+"""
+
+import csv
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.config import make_parser, parse_args, run_script
+from common.metrics import (
+    case_means,
+    case_metrics,
+    holm,
+    metric_columns,
+    paired_wilcoxon,
+    write_table,
+)
+from common.nifti import case_name, is_nifti, load_label, same_grid
+from common.splits import natural_key, patients_of
+
+RESULTS = "results.csv"
+SUFFIXES = ("_pred", "_prediction", "_seg", "_segmentation", "_mask", "_label", "_labels", "_gt")
+VOLUMES = ("target_mm3", "pred_mm3")  # no scores
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("run_a", help="results.csv, its folder, or with --target a folder of label maps")
+    parser.add_argument("run_b", help="the other run, of the same kind")
+    parser.add_argument("--metric", nargs="+", help="columns to compare; default: all that both have")
+    parser.add_argument("--target", help="folder of reference label maps, NIfTI, named as the predictions")
+    parser.add_argument("--patient_pattern", help="regular expression whose group is the patient in a case")
+    parser.add_argument("--out", default="comparison", help="folder for the tables")
+    return parser
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """Rows of a table of evaluate.py; metrics as float, an empty cell as NaN.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: no row, a missing column, a cell that is no number, a case and class twice, or an empty
+            metric of a structure that is not absent.
+    """
+    path = Path(path)
+    path = path / RESULTS if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such table; run evaluate.py, or name --target for label maps")
+    with path.open(newline="", encoding="utf8") as file:
+        rows = list(csv.DictReader(file))
+    missing = {"case", "class", "status"} - set(rows[0] if rows else ())
+    if missing:
+        what = f"no column {', '.join(sorted(missing))}" if rows else "no rows"
+        raise ValueError(f"{path}: {what}; a table of case, class, status and metrics is needed")
+    seen = set()
+    for row in rows:
+        where = f"{path}: case {row['case']}, class {row['class']}"
+        if (row["case"], row["class"]) in seen:
+            raise ValueError(f"{where}: stands there twice")
+        seen.add((row["case"], row["class"]))
+        for metric in metric_columns(rows):
+            try:
+                row[metric] = float(row[metric] or "nan")
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where}: {metric} is {row[metric]!r}, no number") from error
+            if np.isnan(row[metric]) and row["status"] != "absent":
+                raise ValueError(
+                    f"{where}: {row['status']}, but its {metric} is empty. Left out it would flatter the "
+                    "mean; score it again (0 for overlaps, the image's diagonal for distances)"
+                )
+    return rows
+
+
+def label_files(folder: str | Path) -> dict[str, Path]:
+    """{case: file} of the NIfTI files of a folder; the case is the name without an ending such as _pred."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of label maps")
+    files: dict[str, Path] = {}
+    for path in sorted(filter(is_nifti, Path(folder).iterdir())):
+        case = case_name(path)
+        while ending := next((s for s in SUFFIXES if case.lower().endswith(s) and len(case) > len(s)), ""):
+            case = case[: -len(ending)]
+        if (other := files.setdefault(case, path)) != path:
+            raise ValueError(f"{folder}: {other.name} and {path.name} are the same case; move one away")
+    if not files:
+        raise ValueError(f"{folder}: no .nii or .nii.gz file")
+    return files
+
+
+def score_folders(
+    folders: list[str], target: str, pattern: str | None
+) -> tuple[list[list[dict]], dict[str, str]]:
+    """(rows of both runs, {failed case: reason}); a case that fails in one run is left out of both."""
+    files, targets = [label_files(folder) for folder in folders], label_files(target)
+    cases = sorted(set(targets).intersection(*files), key=natural_key)
+    for folder, of_folder in zip([*folders, target], [*files, targets], strict=True):
+        if other := sorted(set(of_folder) - set(cases), key=natural_key):
+            print(f"not in all three folders, left out: {', '.join(other)} of {folder}")
+    patients, results, failed = patients_of(cases, pattern), [[], []], {}
+    for case in tqdm(cases, "scoring", unit="case", disable=None, leave=False):
+        try:
+            truth, *preds = (load_label(f[case]) for f in (targets, *files))
+            for pred in preds:
+                if not same_grid(pred, truth):
+                    shapes = f"{pred.array.shape} and {truth.array.shape}"
+                    raise ValueError(f"{pred.path} and {truth.path} lie on different grids (shapes {shapes})")
+            labels = sorted(set().union(*(np.unique(s.array).tolist() for s in (truth, *preds))) - {0})
+            for rows, pred in zip(results, preds, strict=True):
+                if labels:
+                    scores = case_metrics(
+                        pred.array, truth.array, truth.spacing_mm, {c: str(c) for c in labels}
+                    )
+                    rows += [{"case": case, "patient": patients[case], **row} for row in scores]
+        except (ValueError, OSError) as error:  # one damaged file must not cost the others
+            failed[case] = str(error)
+    if not results[0]:
+        reasons = "; ".join(failed.values()) or "no case is in all three folders, or all are empty"
+        raise ValueError(f"nothing to compare: {reasons}")
+    return results, failed
+
+
+def compare(a: list[dict], b: list[dict], metrics: list[str] | None = None) -> list[dict]:
+    """A row a metric and class, and "all" (mean over the classes of a case); see `paired_wilcoxon`.
+
+    p_holm is adjusted over the classes of a metric. missed_a, hallucinated_a, ...: structures.
+
+    Raises:
+        ValueError: no common case, a case whose classes differ, an unknown metric, two patients of a case.
+    """
+    cases = {r["case"] for r in a} & {r["case"] for r in b}
+    if not cases:
+        names = f"{a[0]['case']!r} and {b[0]['case']!r}" if a and b else "none"
+        raise ValueError(f"the runs have no case in common (first: {names})")
+    a, b = ([r for r in rows if r["case"] in cases] for rows in (a, b))
+    keys_a, keys_b = ({(r["case"], str(r["class"])) for r in rows} for rows in (a, b))
+    if keys_a != keys_b:
+        case, label = min(keys_a ^ keys_b)
+        raise ValueError(f"case {case}: class {label} is in one run only; score both with the same classes")
+    both = [m for m in metric_columns(a) if m in b[0]]
+    if unknown := [m for m in metrics or () if m not in both]:
+        raise ValueError(f"no column {', '.join(unknown)} in both runs; there are {', '.join(both)}")
+    patients = {r["case"]: r.get("patient") or r["case"] for r in a}
+    for row in b:
+        if (row.get("patient") or row["case"]) != patients[row["case"]]:
+            raise ValueError(f"case {row['case']}: patient {patients[row['case']]} or {row.get('patient')}?")
+    table = []
+    labels = [*dict.fromkeys(str(r["class"]) for r in a), "all"]
+    for metric in metrics or [m for m in both if m not in VOLUMES]:
+        block = []
+        for label in labels:
+            of_a, of_b = ([r for r in rows if label in (str(r["class"]), "all")] for rows in (a, b))
+            row = {"metric": metric, "class": label, "name": "mean of classes"}
+            if label != "all":
+                row["name"] = of_a[0].get("name") or label
+            row |= paired_wilcoxon(case_means(of_a, metric), case_means(of_b, metric), patients)
+            for status in ("missed", "hallucinated"):
+                for run, rows in (("a", of_a), ("b", of_b)):
+                    row[f"{status}_{run}"] = sum(r["status"] == status for r in rows)
+            block.append(row)
+        for row, p in zip(block, [*holm([r["p"] for r in block[:-1]]), block[-1]["p"]], strict=True):
+            row["p_holm"] = p
+        table += block
+    return table
+
+
+def print_comparison(table: list[dict]) -> None:
+    """The table as aligned text; missed and invented structures as A/B."""
+    widths = (-22, 9, 9, 9, 20, 7, 8, 5, 9, 10)
+
+    def show(*cells: object) -> None:
+        print("".join(f"{c:>{w}}" if w > 0 else f"{c:<{-w}}" for c, w in zip(cells, widths, strict=True)))
+
+    show("", "A", "B", "B - A", "95 % interval", "p", "p Holm", "n", "missed", "invented")
+    metric = None
+    for row in table:
+        if row["metric"] != metric:
+            metric = row["metric"]
+            print(f"{metric} ({'lower' if metric.endswith('_mm') else 'higher'} is better)")
+        text = {k: "-" if v != v else f"{v:.3f}" for k, v in row.items() if isinstance(v, float)}
+        show(
+            f"  {row['name'][:19]}",
+            *(text[k] for k in ("mean_a", "mean_b", "difference")),
+            f"{text['low']} to {text['high']}",
+            *(text["p"], text["p_holm"], row["n"]),
+            *(f"{row[f'{s}_a']}/{row[f'{s}_b']}" for s in ("missed", "hallucinated")),
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    failed: dict[str, str] = {}
+    try:
+        out = Path(args.out)
+        if args.target:
+            (a, b), failed = score_folders([args.run_a, args.run_b], args.target, args.patient_pattern)
+        else:
+            a, b = read_results(args.run_a), read_results(args.run_b)
+            if args.patient_pattern:
+                patients = patients_of(list({r["case"] for r in a + b}), args.patient_pattern)
+                a, b = ([{**r, "patient": patients[r["case"]]} for r in rows] for rows in (a, b))
+        cases_a, cases_b = ({r["case"] for r in rows} for rows in (a, b))
+        for run, only in (("A", cases_a - cases_b), ("B", cases_b - cases_a)):
+            if only:
+                print(f"only in {run}, left out: {', '.join(sorted(only, key=natural_key))}")
+        table = compare(a, b, args.metric)
+        out.mkdir(parents=True, exist_ok=True)
+        for name, rows in (("a", a), ("b", b)) if args.target else ():
+            write_table(out / f"results_{name}.csv", rows)
+        write_table(out / "comparison.csv", table)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"A: {args.run_a}\nB: {args.run_b}\n{len(cases_a & cases_b)} cases")
+    print_comparison(table)
+    print(f"written: {out / 'comparison.csv'}")
+    for case, reason in failed.items():
+        print(f"failed: {case}: {reason}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_script(main)
