@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-TASKS = sorted(p.parent.name for p in ROOT.glob("*/train*.py"))
+TASKS = sorted({p.parent.name for p in ROOT.glob("*/train*.py")})
 MODULES = sorted(p for folder in ("common", "benchmarks", *TASKS) for p in (ROOT / folder).glob("*.py"))
 SCRIPTS = [p for p in MODULES if "__main__" in p.read_text(encoding="utf8")]
 BOOTSTRAP = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"

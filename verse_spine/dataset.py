@@ -1,0 +1,188 @@
+"""The preprocessed VerSe cases, and training items of both stages read straight from their HDF5 files."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from common.hdf5 import CaseFile
+from common.patches import draw_patch
+from common.splits import PARTS, check_split, read_splits, split_by_patient
+from verse_spine.heatmap import AIR_HU, SmallGrid, make_target, small_grid, to_small_grid
+from verse_spine.labels import map_labels
+
+# Shares of the training patches: a random place of a random vertebra, the border of a vertebra, bright voxels
+# that are none (ribs, pelvis, metal), the ends of the spine's box, anywhere in the box, anywhere in the scan.
+STRATA = {"class": 0.45, "boundary": 0.15, "hard_negative": 0.15, "ends": 0.05, "box": 0.16, "uniform": 0.04}
+UNIFORM = {"uniform": 1.0}
+
+
+class VerSe:
+    """A folder written by preprocess.py: its cases by name, and who is in which part.
+
+    Attributes:
+        path: the folder.
+        cases: {name: CaseFile}.
+        split: {"train", "val", "test"}: case names; subjects of one part only.
+        preprocessing: what preprocess.py noted, e.g. spacing_mm.
+    """
+
+    def __init__(self, path: str | Path, edition: int | None = None, seed: int = 42) -> None:
+        """Open the folder. `edition` 19 keeps the scans that came with VerSe19 (and those of no edition); 20
+        keeps all, since VerSe20's release leaves out the scans that it shares with VerSe19.
+
+        Raises:
+            FileNotFoundError: no such folder, or not one of preprocess.py.
+            ValueError: no case of the edition, or a subject in two parts.
+        """
+        self.path = Path(path)
+        notes = self.path / "preprocessing.json"
+        files = sorted((self.path / "cases").glob("*.h5"))
+        if not notes.is_file() or not files:
+            raise FileNotFoundError(
+                f"{path}: no preprocessed cases here (preprocessing.json, cases/*.h5). Make them with: "
+                f"python verse_spine/preprocess.py --source <VerSe folder> --out {path}"
+            )
+        self.preprocessing = json.loads(notes.read_text(encoding="utf8"))
+        entries = {e["name"]: e for e in self.preprocessing.pop("cases")}
+        self.preprocessing["data_path"] = str(path)
+        kept = {
+            f.stem: f
+            for f in files
+            if f.stem in entries and (edition != 19 or entries[f.stem]["edition"] in (19, None))
+        }
+        if not kept:
+            raise ValueError(f"{path}: {len(files)} cases, but none of --dataset_edition {edition}")
+        self.cases = {name: CaseFile(file) for name, file in kept.items()}
+        self.subjects = {name: entries[name]["subject"] for name in kept}
+        self.split = self._split(entries, seed)
+
+    def _split(self, entries: dict, seed: int) -> dict[str, list[str]]:
+        """splits.json if the user wrote one, else VerSe's own parts; without those, drawn by subject."""
+        if (file := self.path / "splits.json").is_file():
+            split, _ = read_splits(file)
+            split = {part: [n for n in split[part] if n in self.cases] for part in PARTS}
+        elif all(entries[name]["part"] for name in self.cases):
+            split = {
+                part: [n for n in self.cases if entries[n]["part"].startswith(part[:3])] for part in PARTS
+            }
+        else:
+            split = split_by_patient(self.subjects, seed=seed)
+        check_split(split, self.subjects, self.path)
+        return split
+
+
+def spine_box(case: CaseFile, margin_mm: float | tuple = 0.0) -> tuple[np.ndarray, np.ndarray] | None:
+    """(start, stop) of all vertebrae of a case, widened by a margin and inside the scan; None without any."""
+    boxes = np.asarray(case.attributes["boxes"], int).reshape(-1, 7)[:, 1:]
+    if len(boxes) == 0:
+        return None
+    margin = np.rint(np.divide(margin_mm, case.spacing_mm)).astype(int)
+    start = np.clip(boxes[:, :3].min(0) - margin, 0, None)
+    return start, np.minimum(boxes[:, 3:].max(0) + margin, case.shape)
+
+
+# ---- stage 1: whole scans on the small grid ----
+
+
+class SmallScan:
+    """One case on the small grid.
+
+    Attributes:
+        image: float32 HU on the grid.
+        occupancy: float32, share of vertebra in each voxel.
+        boxes: (n, 6) of the vertebrae in voxels of the scan.
+    """
+
+    def __init__(self, case: CaseFile, shape: tuple[int, int, int], folder: Path) -> None:
+        """Read from `folder`, or made from the case and kept there: minutes for a data set, once."""
+        folder.mkdir(exist_ok=True)
+        self.grid: SmallGrid = small_grid(case.shape, case.spacing_mm, shape)
+        self.boxes = np.asarray(case.attributes["boxes"], int).reshape(-1, 7)[:, 1:]
+        file = folder / f"{case.path.stem}_{'x'.join(map(str, shape))}.npz"
+        if not file.is_file() or file.stat().st_mtime < case.path.stat().st_mtime:
+            image = to_small_grid(case.image, self.grid)
+            occupancy = np.zeros(shape, np.float32)
+            if case.has_label:
+                occupancy = to_small_grid(_Foreground(case.label), self.grid, fill=0)
+            partial = file.with_name(f".partial_{os.getpid()}_{file.name}")
+            np.savez(partial, image=np.rint(image).astype(np.int16), occupancy=occupancy.astype(np.float16))
+            os.replace(partial, file)
+        with np.load(file) as stored:
+            self.image = stored["image"].astype(np.float32)
+            self.occupancy = stored["occupancy"].astype(np.float32)
+
+
+class _Foreground:
+    """A label data set read as 0 / 1, slice by slice."""
+
+    def __init__(self, label) -> None:
+        self.label, self.shape = label, label.shape
+
+    def __getitem__(self, index):
+        return (self.label[index] > 0).astype(np.float32)
+
+
+class HeatmapDataset(Dataset):
+    """Item (index, seed) -> image HU (1, d, h, w) int16, target (1, d, h, w) float32, seed.
+
+    All items are held in memory: 2 MB a case at 128 x 64 x 64.
+    """
+
+    def __init__(self, verse: VerSe, names: list[str], shape: tuple[int, int, int], target: str) -> None:
+        folder = verse.path / "small_grids"
+        bar = tqdm(names, "small grids", unit="case", disable=None, leave=False)
+        self.names = names
+        self.scans = [SmallScan(verse.cases[name], shape, folder) for name in bar]
+        self.targets = [make_target(target, s.grid, s.boxes, s.occupancy) for s in self.scans]
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        index, seed = item
+        image = torch.from_numpy(self.scans[index].image.astype(np.int16))[None]
+        return image, torch.from_numpy(self.targets[index])[None], seed
+
+
+# ---- stage 2: patches ----
+
+
+class PatchDataset(Dataset):
+    """Item (index, seed) -> image HU (1, d, h, w) int16, label (d, h, w) uint8, seed, stratum (str).
+
+    The case is `index` modulo their number; everything else is drawn from the seed alone. No volume is ever
+    read whole.
+    """
+
+    def __init__(
+        self,
+        verse: VerSe,
+        names: list[str],
+        patch_size: tuple[int, int, int],
+        labels: str,
+        *,
+        strata: dict[str, float] | None = None,
+        length: int | None = None,
+    ) -> None:
+        self.cases = [verse.cases[name] for name in names]
+        self.patch_size, self.labels = patch_size, labels
+        self.strata = STRATA if strata is None else strata
+        self.length = length or len(names)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int, str]:
+        index, seed = item
+        case, rng = self.cases[index % len(self.cases)], np.random.default_rng(seed)
+        box = spine_box(case, rng.uniform(20, 60))
+        start, stratum = draw_patch(case, self.patch_size, self.strata, rng, box=box)
+        image = case.read_image(start, self.patch_size, AIR_HU)
+        label = map_labels(case.read_label(start, self.patch_size), self.labels)
+        return torch.from_numpy(image)[None], torch.from_numpy(label), seed, stratum

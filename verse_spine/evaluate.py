@@ -1,0 +1,354 @@
+"""Score vertebra masks: preprocessed scans with a trained model, or masks in files.
+
+    python verse_spine/evaluate.py --weights runs/verse_spine/spine/weights/best.pt
+    python verse_spine/evaluate.py --weights seg/best.pt --heatmap_weights hm/best.pt --region heatmap
+    python verse_spine/evaluate.py --pred predictions/ --source data/verse --labels levels26
+
+With --weights the scans of --part are predicted and scored on the grid of training: in the whole scan, in
+the box that the heat map finds, or in the box of the truth (oracle: flattering, but what some papers report).
+With --pred the files of verse_spine/predict.py are scored on the scans' own grids (--grid 1mm: as VerSe's own
+script). Writes results.csv (a row a case and class), cases.csv, summary.csv and summary.md.
+"""
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import distributed
+from common.config import add_prediction_flags, make_parser, parse_args, run_script
+from common.hardware import choose_precision, start_device
+from common.hdf5 import CaseFile
+from common.metrics import binary_counts, case_metrics, class_table, dice_from_counts, write_table
+from common.nifti import case_name, is_nifti, load_label, same_grid
+from common.runs import run_dir_of
+from common.splits import natural_key
+from common.volumes import resample_labels, resampled_affine, resampled_shape
+from verse_spine.cases import find_cases
+from verse_spine.dataset import SmallScan, VerSe, spine_box
+from verse_spine.heatmap import box_recall
+from verse_spine.labels import (
+    MODES,
+    VERTEBRAE,
+    body_centres,
+    centroids_to_mm,
+    class_names,
+    identification_rate,
+    map_labels,
+    read_centroids,
+    unmap_labels,
+)
+from verse_spine.networks import TrainedModel, load_trained
+from verse_spine.segment import Region, clean_up, predict_heatmap, segment, spine_region
+
+REGIONS = ("none", "heatmap", "oracle")
+TOLERANCES_MM = (1.0, 2.0)
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--weights", help="best.pt of train_segmentation.py")
+    parser.add_argument("--heatmap_weights", help="best.pt of train_heatmap.py, for --region heatmap")
+    parser.add_argument("--data_path", help="folder from preprocess.py; default: that of the training")
+    parser.add_argument("--part", choices=["train", "val", "test"], help="default: test if there is one")
+    parser.add_argument("--region", choices=REGIONS, default="none", help="where to predict")
+    parser.add_argument("--pred", help="folder of masks from predict.py, instead of --weights")
+    parser.add_argument("--source", help="with --pred: VerSe folder of the true masks")
+    parser.add_argument("--labels", choices=MODES, default="binary", help="with --pred: what the masks hold")
+    parser.add_argument(
+        "--grid", choices=["native", "1mm"], default="native", help="with --pred: grid of the scores"
+    )
+    parser.add_argument("--out", help="folder of the results; default: in the run's folder, or --pred")
+    add_prediction_flags(parser)
+    return parser
+
+
+# ---- one case ----
+
+
+def score_case(
+    pred: np.ndarray,
+    target: np.ndarray,
+    spacing_mm: tuple,
+    affine: np.ndarray,
+    labels: str,
+    true_centres: dict[int, tuple],
+    *,
+    surfaces: bool = True,
+) -> tuple[list[dict], dict]:
+    """Rows by class, and the case's own row, of one scan.
+
+    Args:
+        pred: class indices of `labels`, (z, y, x).
+        target: VerSe's numbers on the same grid.
+        affine: of that grid, as `Scan.affine`.
+        true_centres: {VerSe label: (z, y, x) mm}, for the identification rate of levels26.
+    """
+    classes = map_labels(target, labels)
+    names = dict(enumerate(class_names(labels)[1:], 1))
+    options = dict(spacing_mm=spacing_mm, tolerances_mm=TOLERANCES_MM, surfaces=surfaces)
+    rows = case_metrics(pred, classes, classes=names, **options)
+    present = [r["dice"] for r in rows if r["status"] in ("ok", "missed")]
+    tp, fp, fn, _ = binary_counts(pred > 0, classes > 0)
+    summary = {
+        "dice_any": dice_from_counts(tp, fp, fn),
+        "dice_classes": float(np.mean(present)) if present else float("nan"),
+    }
+    if labels == "levels26":
+        summary |= instance_scores(pred, classes)
+        if surfaces:
+            found = body_centres(unmap_labels(pred, labels), affine)
+            # Some centroid files hold the sacrum too, which the masks do not.
+            summary |= identification_rate(
+                found, {label: zyx for label, zyx in true_centres.items() if label in VERTEBRAE}
+            )
+    return rows, summary
+
+
+def instance_scores(pred: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """dice_instance: mean over true vertebrae of the best Dice with any predicted one, whatever its name. An
+    error by one level shows as a low dice_classes beside a high dice_instance.
+
+    dice_inner: mean Dice by name of the vertebrae that the scan does not cut.
+    """
+    size = int(max(pred.max(), target.max())) + 1
+    joint = np.zeros(size * size, np.int64)
+    for true_plane, pred_plane in zip(target, pred, strict=True):  # bincount works in int64
+        joint += np.bincount(true_plane.astype(np.intp).ravel() * size + pred_plane.ravel(), minlength=size**2)
+    joint = joint.reshape(size, size)
+    totals_target, totals_pred = joint.sum(1), joint.sum(0)
+    dice = 2 * joint / np.maximum(totals_target[:, None] + totals_pred[None], 1)
+    true = np.flatnonzero(totals_target[1:]) + 1
+    if len(true) == 0:
+        return {"dice_instance": np.nan, "dice_inner": np.nan}
+    boxes = ndimage.find_objects(target)
+    inner = [
+        k
+        for k in true
+        if all(s.start > 0 and s.stop < n for s, n in zip(boxes[k - 1], target.shape, strict=True))
+    ]
+    return {
+        "dice_instance": float(dice[true, 1:].max(1).mean()),
+        "dice_inner": float(np.mean([dice[k, k] for k in inner])) if inner else np.nan,
+    }
+
+
+# ---- preprocessed cases ----
+
+
+def case_region(case: CaseFile, region: str, heatmap: TrainedModel | None, folder: Path) -> Region | None:
+    """Where to predict in a preprocessed case; None for the whole scan."""
+    if region == "none":
+        return None
+    if region == "oracle":
+        box = spine_box(case, (30.0, 20.0, 20.0))
+        return None if box is None else Region(box, "oracle")
+    small = SmallScan(case, tuple(heatmap.config["patch_size"]), folder)
+    return spine_region(predict_heatmap(heatmap, small.image), small.grid)
+
+
+def evaluate_cases(
+    model: TrainedModel,
+    verse: VerSe,
+    names: list[str],
+    *,
+    region: str = "none",
+    heatmap: TrainedModel | None = None,
+    surfaces: bool = True,
+) -> tuple[list[dict], dict[str, str]]:
+    """Predict and score preprocessed cases on their own grid, shared over the processes.
+
+    Returns:
+        (one dict a case in the order of `names`: case, patient, scores, "classes": rows by class;
+        {failed case: reason}), the same in every process.
+    """
+    if region == "heatmap" and heatmap is None:
+        raise ValueError("--region heatmap needs --heatmap_weights")
+    rows: dict[str, dict] = {}
+    failed: dict[str, str] = {}
+    folder = verse.path / "evaluation_grids"
+    if region == "heatmap":
+        folder.mkdir(exist_ok=True)
+    bar = tqdm(distributed.my_share(names), "evaluating", unit="case", disable=None, leave=False)
+    for name in bar:
+        case = verse.cases[name]
+        try:
+            target = case.label[...]
+            where = case_region(case, region, heatmap, folder)
+            box = None if where is None else where.box
+            pred = segment(model, case.image, case.spacing_mm, box=box, on_message=lambda line: None)
+            pred, _ = clean_up(pred, case.spacing_mm)
+            centroids = np.asarray(case.attributes["centroids"]).reshape(-1, 4)
+            centres = {int(n): tuple(zyx) for n, *zyx in centroids}
+            classes, summary = score_case(
+                pred,
+                target,
+                case.spacing_mm,
+                np.asarray(case.attributes["affine"]),
+                model.config["labels"],
+                centres,
+                surfaces=surfaces,
+            )
+            own = {"case": name, "patient": verse.subjects[name]}
+            recall = 1.0 if box is None else box_recall(target > 0, box)
+            rows[name] = own | summary | {"region_recall": recall, "classes": [own | r for r in classes]}
+        except (ValueError, OSError) as error:  # one damaged case must not cost the others
+            failed[name] = str(error)
+    for other_rows, other_failed in distributed.gather((rows, failed)):
+        rows |= other_rows
+        failed |= other_failed
+    return [rows[name] for name in names if name in rows], failed
+
+
+def mean_dice(rows: list[dict]) -> float:
+    """Mean over cases of the mean Dice over the classes that the truth has; a missed one counts 0."""
+    values = [row["dice_classes"] for row in rows if not np.isnan(row["dice_classes"])]
+    return float(np.mean(values)) if values else float("nan")
+
+
+# ---- masks in files ----
+
+
+def evaluate_files(pred: Path, source: Path, labels: str, grid: str) -> tuple[list[dict], dict[str, str]]:
+    """Score the masks of a folder against those of a VerSe folder; returns as `evaluate_cases`.
+
+    Raises:
+        FileNotFoundError: no mask in `pred` belongs to a case of `source`.
+    """
+    cases = {c.name: c for c in find_cases(source) if c.mask is not None}
+    files = {case_name(p).removesuffix("_mask").removesuffix("_ct"): p for p in pred.iterdir() if is_nifti(p)}
+    names = sorted(cases.keys() & files.keys(), key=natural_key)
+    if not names:
+        raise FileNotFoundError(
+            f"{pred}: none of its {len(files)} masks has the name of one of the {len(cases)} cases of "
+            f"{source} (e.g. {next(iter(cases), 'sub-verse004')}_mask.nii.gz)"
+        )
+    for name in sorted(cases.keys() - files.keys(), key=natural_key):
+        print(f"  no prediction for {name}")
+    rows, failed = [], {}
+    for name in tqdm(names, "evaluating", unit="case", disable=None, leave=False):
+        case = cases[name]
+        try:
+            found, truth = load_label(files[name]), load_label(case.mask)
+            if not same_grid(found, truth):
+                raise ValueError(
+                    f"{files[name]}: lies on another grid than {case.mask.name} (shape {found.array.shape}, "
+                    f"truth {truth.array.shape}); score masks that predict.py wrote for this very scan"
+                )
+            centres = {}
+            if case.centroids is not None:
+                centres = centroids_to_mm(read_centroids(case.centroids), truth)
+            elif labels == "levels26":
+                centres = body_centres(truth.array, truth.affine)
+            pred_labels = map_labels(found.array, labels) if labels == "levels26" else found.array
+            target, spacing_mm, affine = truth.array, truth.spacing_mm, truth.affine
+            if grid == "1mm":
+                shape = resampled_shape(target.shape, spacing_mm, (1.0, 1.0, 1.0))
+                affine = resampled_affine(affine, target.shape, shape)
+                spacing_mm = tuple(np.multiply(spacing_mm, target.shape) / shape)
+                pred_labels, target = resample_labels(pred_labels, shape), resample_labels(target, shape)
+            classes, summary = score_case(pred_labels, target, spacing_mm, affine, labels, centres)
+            own = {"case": name, "patient": case.subject}
+            rows.append(own | summary | {"classes": [own | r for r in classes]})
+        except (ValueError, OSError) as error:
+            failed[name] = str(error)
+    return rows, failed
+
+
+# ---- report ----
+
+
+def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str]) -> None:
+    """results.csv, cases.csv, summary.csv and summary.md; the summary is printed too."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [title, ""]
+    if rows:
+        by_class = [r for row in rows for r in row["classes"]]
+        table = class_table(by_class)
+        write_table(out / "results.csv", by_class)
+        write_table(out / "cases.csv", [{k: v for k, v in row.items() if k != "classes"} for row in rows])
+        write_table(out / "summary.csv", table)
+        lines += summary_lines(rows, table)
+    lines += [f"failed: {name}: {reason}" for name, reason in failed.items()]
+    (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf8")
+    print("\n".join(lines))
+    print(f"written to {out}")
+
+
+def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
+    """Markdown: a line a class, then what only the whole case tells."""
+    shown = ("dice", "nsd_1mm", "nsd_2mm", "hd95_mm", "assd_mm")
+    lines = [f"| class | {' | '.join(shown)} | cases | missed | hallucinated |"]
+    lines.append("|---" * (len(shown) + 4) + "|")
+    for name in dict.fromkeys(r["name"] for r in table):
+        entries = {r["metric"]: r for r in table if r["name"] == name}
+        values = [f"{e['mean']:.3f} ({e['low']:.3f}-{e['high']:.3f})" for e in (entries[m] for m in shown)]
+        dice = entries["dice"]
+        if dice["n"]:  # a level that no scan shows would be a row of nothing
+            counts = f"{dice['n']} | {dice['missed']} | {dice['hallucinated']}"
+            lines.append(f"| {name} | {' | '.join(values)} | {counts} |")
+    lines += [
+        "",
+        "Means over cases with a 95 % bootstrap interval by patient; a missed vertebra counts Dice 0.",
+    ]
+    if "hits" in rows[0]:
+        hits, targets = sum(r["hits"] for r in rows), sum(r["targets"] for r in rows)
+        lines.append(f"Identification rate {hits} of {targets} vertebrae ({hits / max(targets, 1):.3f})")
+    for key, text in (
+        ("dice_any", "Dice of all vertebrae together"),
+        ("dice_classes", "Dice by name, mean over each case's vertebrae"),
+        ("dice_instance", "Dice of the best matching vertebra, whatever its name"),
+        ("dice_inner", "Dice by name of vertebrae that the scan does not cut"),
+        ("region_recall", "share of vertebra voxels inside the region"),
+    ):
+        values = [r[key] for r in rows if key in r and not np.isnan(r[key])]
+        if values:
+            lines.append(f"{text}: mean {np.mean(values):.4f}, lowest {np.min(values):.4f}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    distributed.init()
+    try:
+        if (args.weights is None) == (args.pred is None):
+            raise ValueError("give either --weights (predict and score) or --pred (score masks in files)")
+        if args.pred:
+            if not args.source:
+                raise ValueError("--pred needs --source, the VerSe folder with the true masks")
+            rows, failed = evaluate_files(Path(args.pred), Path(args.source), args.labels, args.grid)
+            write_report(rows, Path(args.out or args.pred), f"{args.pred}, {args.grid} grid", failed)
+            return 1 if failed else 0
+        device = start_device(args.device, distributed.local_rank())
+        precision = choose_precision(args.amp, device)
+        model = load_trained(args.weights, device, precision, "segmentation")
+        heatmap = (
+            load_trained(args.heatmap_weights, device, precision, "heatmap") if args.heatmap_weights else None
+        )
+        verse = VerSe(args.data_path or model.preprocessing["data_path"])
+        part = args.part or ("test" if verse.split["test"] else "val")
+        if not verse.split[part]:
+            raise ValueError(f"{verse.path}: no case in its part {part}; choose another --part")
+        rows, failed = evaluate_cases(model, verse, verse.split[part], region=args.region, heatmap=heatmap)
+        if distributed.is_main():
+            out = (
+                Path(args.out) if args.out else run_dir_of(args.weights) / f"evaluation_{part}_{args.region}"
+            )
+            title = f"{len(rows)} {part} scans of {verse.path}, region: {args.region}, {precision.name}"
+            write_report(rows, out, title, failed)
+            if part != "train" and set(verse.split[part]) & set(model.split["train"]):
+                print("warning: the model was trained on some of these cases; the scores say little")
+        return 1 if failed else 0
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,110 @@
+"""Networks of this task by name, and a trained network with what it needs to predict."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.hardware import Precision
+from common.runs import load_checkpoint
+from common.swin_unetr import SwinUNETR
+from verse_spine.attention_unet3d import AttentionUNet3D
+from verse_spine.context_res_unet import ContextResUNet
+from verse_spine.segformer3d import SegFormer3D
+from verse_spine.segresnet import SegResNet
+from verse_spine.unet import AttentionUNet, UNet, UNetFull
+
+MODELS = (
+    "UNet",
+    "UNetFull",
+    "AttentionUNet",
+    "AttentionUNet3D",
+    "SegFormer3D",
+    "SwinUNetR",
+    "ContextResUNet",
+    "SegResNet",
+)
+FEATURE_SIZES = (12, 24, 48)  # of SwinUNetR
+INTENSITIES = ("hu", "patch")
+# Flags that decide the shape of the weights; a run can only be resumed with the same ones.
+ARCHITECTURE = ("model", "feature_size", "init_filters")
+
+
+def get_model(config: dict, num_outputs: int = 1) -> nn.Module:
+    """The network that `config` (flag values, as in a checkpoint) names: (N, 1, d, h, w) of any size ->
+    logits (N, num_outputs, d, h, w)."""
+    name, checkpointing = config["model"], config["checkpointing"]
+    if checkpointing is None:  # without it only SwinUNetR would not fit 4 GB
+        checkpointing = name == "SwinUNetR"
+    if name == "SwinUNetR":
+        return SwinUNETR(1, num_outputs, feature_size=config["feature_size"], checkpointing=checkpointing)
+    if name == "SegResNet":
+        return SegResNet(1, num_outputs, init_filters=config["init_filters"], checkpointing=checkpointing)
+    network = {
+        "UNet": UNet,
+        "UNetFull": UNetFull,
+        "AttentionUNet": AttentionUNet,
+        "AttentionUNet3D": AttentionUNet3D,
+        "SegFormer3D": SegFormer3D,
+        "ContextResUNet": ContextResUNet,
+    }[name]
+    return network(1, num_outputs, checkpointing=checkpointing)
+
+
+def scale_hu(image: Tensor) -> Tensor:
+    """HU to network input: [-1000, 2000] -> [-1, 1], clamped; the same for every scan, so HU keep their
+    meaning."""
+    return (image.float().clamp(-1000, 2000) - 500) / 1500
+
+
+def scale_by_range(image: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """[low, high] -> [-1, 1]: what `--intensity patch` does to each patch in training and to whole scans in
+    prediction. HU lose their meaning: one metal implant changes everything. For comparison only."""
+    return 2 * (image.float() - low) / (high - low + 1e-6) - 1
+
+
+def scale_patches(image: Tensor, intensity: str) -> Tensor:
+    """Training patches (N, 1, d, h, w) in HU -> network input, by `--intensity`."""
+    if intensity == "hu":
+        return scale_hu(image)
+    flat = image.float().flatten(1)
+    low, high = (v.view(-1, 1, 1, 1, 1) for v in (flat.amin(1), flat.amax(1)))
+    return scale_by_range(image, low, high)
+
+
+@dataclass
+class TrainedModel:
+    """A network in evaluation mode, and how its input was made.
+
+    Attributes:
+        config: flags of the training run.
+        preprocessing: spacing_mm of the training cases and what else preprocess.py noted.
+        split: {"train", "val", "test"}: case names.
+    """
+
+    network: nn.Module
+    config: dict
+    device: torch.device
+    precision: Precision
+    preprocessing: dict
+    split: dict[str, list[str]]
+
+
+def load_trained(weights: str | Path, device: torch.device, precision: Precision, stage: str) -> TrainedModel:
+    """Rebuild a network from a checkpoint of train_heatmap.py or train_segmentation.py.
+
+    Args:
+        stage: "heatmap" or "segmentation", which the checkpoint must be.
+
+    Raises:
+        FileNotFoundError, ValueError: missing, refused, or a checkpoint of something else.
+    """
+    state = load_checkpoint(weights, device)
+    config = state["config"]
+    if state.get("stage") != stage or config.get("model") not in MODELS:
+        found = state.get("stage", "another task")
+        raise ValueError(f"{weights}: not weights of verse_spine/train_{stage}.py but of {found}")
+    network = get_model(config, state["num_outputs"]).to(device)
+    network.load_state_dict(state["model"])
+    return TrainedModel(network.eval(), config, device, precision, state["preprocessing"], state["split"])

@@ -1,0 +1,162 @@
+"""Slices through the spine with truth, prediction and error, in true proportions."""
+
+from pathlib import Path
+
+import numpy as np
+
+from common.hdf5 import CaseFile
+from common.plots import PRED_COLOR, TRUTH_COLOR, outline, overlay, save_panels
+from common.volumes import resample
+from verse_spine.dataset import spine_box
+from verse_spine.labels import map_labels
+from verse_spine.networks import TrainedModel
+from verse_spine.segment import segment
+
+WINDOW_HU = (-500, 1300)
+PLANES = ("axial", "coronal", "sagittal")  # across z, y, x
+FALSE_POSITIVE, FALSE_NEGATIVE = (255, 160, 0), (60, 120, 255)  # RGB
+LABEL_COLORS = np.array(
+    [[230, 30, 30], [30, 160, 230], [60, 190, 60], [240, 180, 20], [170, 80, 220], [240, 120, 170]], np.uint8
+)
+
+
+def middle(mask: np.ndarray) -> tuple[int, int, int]:
+    """Where the three planes go: the median voxel of the mask, the middle of the volume without one."""
+    centre = []
+    for axis in range(3):
+        below = np.count_nonzero(mask, axis=tuple({0, 1, 2} - {axis})).cumsum()
+        centre.append(int(np.searchsorted(below, below[-1] / 2)) if below[-1] else mask.shape[axis] // 2)
+    return tuple(centre)
+
+
+def plane(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
+    """One plane with the head up, the front up in axial ones, and the patient's right on the left."""
+    picture = np.take(volume, index, axis)
+    # Rows and columns grow with z, y, x; pictures grow downwards. In the sagittal plane the front is left.
+    return picture[::-1, ::-1]
+
+
+def true_plane(
+    volume: np.ndarray, axis: int, index: int, spacing_mm: tuple, voxel_mm: float, labels: bool = False
+) -> np.ndarray:
+    """`plane` with square pixels of `voxel_mm`; image linear, labels nearest. Only this plane is resampled:
+    a body CT would take half a GB."""
+    picture = plane(volume, axis, index)
+    sides_mm = [n * s for n, s in zip(picture.shape, np.delete(spacing_mm, axis), strict=True)]
+    shape = [max(1, round(mm / voxel_mm)) for mm in sides_mm]
+    if not labels:
+        return resample(picture[None], (1, *shape))[0]
+    rows, columns = ((np.arange(n) + 0.5) * m // n for n, m in zip(shape, picture.shape, strict=True))
+    return picture[np.ix_(rows.astype(int), columns.astype(int))]
+
+
+def window(image: np.ndarray) -> np.ndarray:
+    """HU -> grey uint8."""
+    low, high = WINDOW_HU
+    return ((np.clip(image, low, high) - low) * (255 / (high - low))).round().astype(np.uint8)
+
+
+def error_picture(grey: np.ndarray, pred: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Grey (h, w) with false positives in orange and false negatives in blue; another class is both."""
+    rgb = overlay(grey, (pred != target) & (pred > 0), FALSE_POSITIVE, 0.7)
+    missed = (pred != target) & (target > 0) & (pred == 0)
+    rgb[missed] = (0.3 * rgb[missed] + 0.7 * np.array(FALSE_NEGATIVE)).astype(np.uint8)
+    return rgb
+
+
+def color_overlay(grey: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+    """Grey (h, w) with each label in one of six colours; neighbouring levels differ."""
+    rgb = np.repeat(grey[..., None], 3, -1).astype(np.float32)
+    inside = labels > 0
+    rgb[inside] = (1 - alpha) * rgb[inside] + alpha * LABEL_COLORS[(labels[inside] - 1) % len(LABEL_COLORS)]
+    return rgb.round().astype(np.uint8)
+
+
+def save_planes(
+    path: Path,
+    image: np.ndarray,
+    spacing_mm: tuple,
+    pred: np.ndarray,
+    target: np.ndarray | None = None,
+    voxel_mm: float = 1.0,
+    title: str = "",
+) -> None:
+    """Three planes through the spine: the scan, the prediction, with a target also that and the error.
+
+    Args:
+        image: HU (z, y, x); pred, target: labels of the same grid.
+        voxel_mm: of the pictures.
+    """
+    centre = middle(pred if target is None or not target.any() else target)
+    rows, titles = [], []
+    for axis, name in enumerate(PLANES):
+        where = axis, centre[axis], spacing_mm, voxel_mm
+        grey = window(true_plane(image, *where))
+        pred_plane = true_plane(pred, *where, labels=True)
+        row, names = [grey], [f"{name} {title}" if axis == 0 else name]
+        if target is not None:
+            target_plane = true_plane(target, *where, labels=True)
+            row.append(color_overlay(grey, target_plane))
+            names.append("truth")
+        row.append(color_overlay(grey, pred_plane))
+        names.append("prediction")
+        if target is not None:
+            row.append(error_picture(grey, pred_plane, target_plane))
+            names.append("too much (orange), missed (blue)")
+        rows.append(row)
+        titles.append(names)
+    save_panels(path, rows, titles)
+
+
+def save_case_preview(folder: Path, epoch: int, model: TrainedModel, case: CaseFile) -> None:
+    """previews/epoch_NNN.png of one validation case: the middle of its spine, at most two patches high, so
+    that an epoch's preview costs a few windows."""
+    folder.mkdir(exist_ok=True)
+    box = spine_box(case, 20.0) or (np.zeros(3, int), np.array(case.shape))
+    centre = (np.asarray(box[0]) + box[1]) // 2
+    size = np.multiply(model.config["patch_size"], (2, 1.5, 1.5)).astype(int)
+    size = np.minimum(size, case.shape)
+    start = np.clip(centre - size // 2, 0, np.subtract(case.shape, size))
+    image = case.read_image(start, size, -1024)
+    target = map_labels(case.read_label(start, size), model.config["labels"])
+    pred = segment(model, image, case.spacing_mm, on_message=lambda line: None)
+    save_planes(
+        folder / f"epoch_{epoch:03d}.png",
+        image,
+        case.spacing_mm,
+        pred,
+        target,
+        voxel_mm=min(case.spacing_mm),
+        title=f"{case.path.stem}, epoch {epoch}",
+    )
+
+
+def save_heatmap_preview(
+    path: Path, image: np.ndarray, target: np.ndarray, heat: np.ndarray, boxes: dict[str, tuple | None]
+) -> None:
+    """Three planes of the small grid: scan with boxes, target, heat map.
+
+    Args:
+        image: HU; target, heat: [0, 1]; all (z, y, x) on the small grid.
+        boxes: {"truth": (start, stop), "prediction": ...} on the small grid; None is left out.
+    """
+    import matplotlib
+
+    centre = middle(target > 0.5 * target.max()) if target.any() else middle(heat > 0.5 * heat.max())
+    colors = {"truth": TRUTH_COLOR, "prediction": PRED_COLOR}
+    heat_colors = matplotlib.colormaps["inferno"]
+    rows, titles = [], []
+    for axis, name in enumerate(PLANES):
+        picture = np.repeat(window(plane(image, axis, centre[axis]))[..., None], 3, -1)
+        for kind, box in boxes.items():
+            if box is not None:
+                filled = np.zeros(image.shape, bool)
+                filled[tuple(slice(int(a), int(b)) for a, b in zip(*box, strict=True))] = True
+                picture = outline(picture, plane(filled, axis, centre[axis]), colors[kind])
+        maps = [
+            (heat_colors(plane(m, axis, centre[axis]))[..., :3] * 255).astype(np.uint8)
+            for m in (target, heat)
+        ]
+        rows.append([picture, *maps])
+        titles.append([f"{name}, box of truth (green), prediction (red)", "target", "heat map"])
+    save_panels(path, rows, titles)

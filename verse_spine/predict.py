@@ -1,0 +1,338 @@
+"""Segment the vertebrae of CT scans: find the spine, then segment inside its box, on the scan's own grid.
+
+    python verse_spine/predict.py --weights seg/best.pt --heatmap_weights hm/best.pt --source scan.nii.gz
+    python verse_spine/predict.py --weights seg/best.pt --source scans/ --out masks/
+
+Of each scan <name>.nii.gz it writes <name>_mask.nii.gz (its own grid, affine and codes), <name>_ctd.json
+(centres of the vertebral bodies in VerSe's format; VerSe's numbers if the model was trained with levels26,
+else just counted from head to foot), <name>.json (region, seconds, memory) and <name>_preview.png. Without
+--heatmap_weights the whole body is searched. The scan is read where it is needed; class scores exist for a
+few rows at a time, so memory does not grow with its length. For research only.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import distributed
+from common.config import (
+    Switch,
+    add_prediction_flags,
+    fraction,
+    make_parser,
+    parse_args,
+    positive_int,
+    run_script,
+)
+from common.conversion import write_json
+from common.hardware import choose_precision, describe_device, peak_memory_mib, start_device
+from common.inference import prediction_peak_mib
+from common.metrics import write_table
+from common.nifti import NiftiFile, case_name, is_nifti, open_nifti, save_label
+from common.runs import run_dir_of
+from common.splits import natural_key
+from common.volumes import body_box, crop
+from verse_spine.heatmap import small_grid, to_small_grid
+from verse_spine.labels import (
+    Centroids,
+    body_centres,
+    centroids_to_voxels,
+    class_names,
+    num_outputs,
+    unmap_labels,
+    write_centroids,
+)
+from verse_spine.networks import TrainedModel, load_trained
+from verse_spine.pictures import save_planes
+from verse_spine.segment import (
+    AIR_BELOW_HU,
+    Region,
+    clean_up,
+    count_bodies,
+    predict_heatmap,
+    segment,
+    spine_region,
+)
+
+OWN_NAMES = ("_mask",)  # what this script writes itself
+OVERVIEW_MM = 3.0  # voxels of the coarse copy that stage 1 and the body box look at
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--weights", required=True, help="best.pt of train_segmentation.py")
+    parser.add_argument("--heatmap_weights", help="best.pt of train_heatmap.py, to look only at the spine")
+    parser.add_argument("--source", required=True, help="a NIfTI scan, or a folder of them")
+    parser.add_argument("--out", help="folder of the results; default: predictions/ in the run's folder")
+    parser.add_argument("--recursive", action=Switch, default=False, help="also subfolders")
+    parser.add_argument(
+        "--no_roi", action="store_true", help="search the whole scan, also the air around the body"
+    )
+    parser.add_argument("--roi", help="JSON from an earlier run, or {'start': [z, y, x], 'stop': [z, y, x]}")
+    parser.add_argument("--tta", action=Switch, default=False, help="average with the mirrored scan: 2x time")
+    parser.add_argument(
+        "--overlap", type=fraction, default=0.5, help="of neighbouring windows; 0.25 is faster"
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=1, help="windows at a time")
+    parser.add_argument("--clean_up", action=Switch, default=True, help="remove what is no part of a spine")
+    parser.add_argument("--save_preview", action=Switch, default=True, help="a picture of three planes")
+    parser.add_argument(
+        "--save_3d",
+        action=Switch,
+        default=False,
+        help="also a shaded surface and a mesh to open in a browser",
+    )
+    add_prediction_flags(parser)
+    return parser
+
+
+def find_scans(source: str | Path, out: Path, recursive: bool) -> list[Path]:
+    """The file itself, or the NIfTI files of a folder in natural order, without this script's own masks.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or no NIfTI file in it.
+    """
+    source = Path(source)
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"--source {source}: no such file or folder")
+    found = [p for p in (source.rglob("*") if recursive else source.iterdir()) if p.is_file() and is_nifti(p)]
+    found = [p for p in found if not case_name(p).endswith((*OWN_NAMES, "_msk"))]
+    own = out.resolve()
+    if source.resolve() in own.parents:  # else --out might hold the source itself
+        found = [p for p in found if own not in p.resolve().parents]
+    if not found:
+        hint = "" if recursive else "; --recursive also looks into subfolders"
+        raise FileNotFoundError(f"--source {source}: no NIfTI scan in it{hint}")
+    return sorted(found, key=lambda p: natural_key(str(p)))
+
+
+# ---- stage 1 ----
+
+
+def find_region(file: NiftiFile, heatmap: TrainedModel | None, args: Namespace) -> Region:
+    """Where to segment: by --roi, --no_roi, the heat map, or the box of the body."""
+    if args.roi:
+        return Region(read_roi(args.roi, file), "given")
+    if args.no_roi:
+        return Region(((0, 0, 0), file.shape), "whole scan")
+    factors = tuple(max(1, int(OVERVIEW_MM / s)) for s in file.spacing_mm)
+    coarse = file.read_reduced(factors)
+    if heatmap is not None:
+        grid = small_grid(file.shape, file.spacing_mm, tuple(heatmap.config["patch_size"]))
+        heat = predict_heatmap(heatmap, to_small_grid(coarse, grid))
+        if region := spine_region(heat, grid):
+            return region
+        print(
+            f"warning: {file.path.name}: the heat map found no spine (highest value {heat.max():.2f}); "
+            "searching the whole body"
+        )
+    start, stop = body_box(coarse, AIR_BELOW_HU, (1, 1, 1))
+    start = np.multiply(start, factors)
+    stop = np.minimum(np.multiply(stop, factors), file.shape)
+    heat = float(heat.max()) if heatmap is not None else math.nan
+    return Region((tuple(map(int, start)), tuple(map(int, stop))), "body", heat)
+
+
+def read_roi(path: str | Path, file: NiftiFile) -> tuple[tuple, tuple]:
+    """Box in voxels (z y x, RAS) of a JSON file: {"start", "stop"}, or a result of this script.
+
+    Raises:
+        FileNotFoundError, ValueError: missing, or no box inside the scan.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--roi {path}: no such file")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf8"))
+        content = content.get("region", content)
+        start, stop = (tuple(int(v) for v in content[key]) for key in ("start", "stop"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'--roi {path}: expected {{"start": [z, y, x], "stop": [z, y, x]}} in voxels of the scan in RAS'
+        ) from error
+    if (
+        len(start) != 3
+        or len(stop) != 3
+        or not all(0 <= a < b <= n for a, b, n in zip(start, stop, file.shape, strict=True))
+    ):
+        raise ValueError(f"--roi {path}: box {start} to {stop} is not inside {file.path.name} {file.shape}")
+    return start, stop
+
+
+# ---- one scan ----
+
+
+def predict_scan(
+    model: TrainedModel, heatmap: TrainedModel | None, path: Path, out: Path, args: Namespace
+) -> dict:
+    """Everything of one scan; returns its line of results.csv."""
+    started = time.perf_counter()
+    file, labels = open_nifti(path), model.config["labels"]
+    name = case_name(path)
+    region = find_region(file, heatmap, args)
+    start, stop = region.box
+    found_s = time.perf_counter() - started
+    shape = tuple(int(b - a) for a, b in zip(start, stop, strict=True))
+    peak = prediction_peak_mib(
+        shape,
+        file.spacing_mm,
+        model.preprocessing["spacing_mm"],
+        tuple(model.config["patch_size"]),
+        num_outputs(labels),
+        batch_size=args.batch_size,
+        device=model.device,
+    )
+    box_mib = 2 * math.prod(shape) / 2**20
+    print(
+        f"{path.name}: {region.source}, {' x '.join(map(str, shape))} of {' x '.join(map(str, file.shape))} "
+        f"voxels; scores and labels take up to {peak.host_mib + box_mib:,.0f} MiB of RAM, "
+        f"{peak.device_mib:,.0f} MiB of GPU memory, besides the network"
+    )
+    image = file.read_box(start, stop)  # int16 of most files: stage 2 reads it several times
+    with tqdm(desc=path.name, unit="window", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        inside = segment(
+            model,
+            image,
+            file.spacing_mm,
+            mirror=args.tta,
+            overlap=args.overlap,
+            batch_size=args.batch_size,
+            progress=progress,
+            on_message=lambda line: None,
+        )
+    mask = np.zeros(file.shape, np.uint8)
+    crop(mask, start, stop)[...] = inside
+    del inside
+    report = {"removed_ml": 0.0, "filled_ml": 0.0}
+    if args.clean_up:
+        mask, report = clean_up(mask, file.spacing_mm)
+    counts = np.zeros(256, np.int64)
+    for plane in mask:  # plane by plane: as an index the whole mask would take 8 bytes a voxel
+        plane[...] = unmap_labels(plane, labels)
+        counts += np.bincount(plane.ravel(), minlength=256)
+    volumes = {int(v): float(counts[v] * file.voxel_mm3 / 1000) for v in np.flatnonzero(counts) if v}
+    if not volumes:
+        print(f"warning: {path.name}: no vertebra found, its mask is empty")
+    save_label(out / f"{name}_mask.nii.gz", mask, file)
+    write_centroids(out / f"{name}_ctd.json", mask_centroids(mask, file, labels))
+    inside = crop(mask, start, stop)
+    if args.save_preview:
+        save_planes(out / f"{name}_preview.png", image, file.spacing_mm, inside, title=name)
+    if args.save_3d:
+        from verse_spine.views import save_views
+
+        save_views(out / name, inside, file.spacing_mm)
+    seconds = time.perf_counter() - started
+    memory = peak_memory_mib(model.device)
+    write_json(
+        out / f"{name}.json",
+        {
+            "scan": str(path),
+            "labels": labels,
+            "classes": class_names(labels),
+            "volume_ml": volumes,
+            "region": {
+                "source": region.source,
+                "start": list(map(int, start)),
+                "stop": list(map(int, stop)),
+                "axes": "z y x, voxels of the scan in RAS",
+                "max_heat": None if math.isnan(region.heat) else region.heat,
+            },
+            "clean_up": report,
+            "seconds": {"region": found_s, "all": seconds},
+            "predicted_mib": {"host": peak.host_mib + box_mib, "device": peak.device_mib},
+            "peak_mib": None if math.isnan(memory) else memory,
+            "device": describe_device(model.device),
+            "precision": model.precision.name,
+        },
+    )
+    return {
+        "scan": str(path),
+        "region": region.source,
+        "volume_ml": sum(volumes.values()),
+        "labels": " ".join(map(str, volumes)),
+        "removed_ml": report["removed_ml"],
+        "seconds": seconds,
+        "peak_mib": memory,
+    }
+
+
+def mask_centroids(mask: np.ndarray, file: NiftiFile, labels: str) -> Centroids:
+    """Centres of the vertebral bodies: of levels26 by VerSe's number, else counted from head to foot."""
+    if labels == "levels26":
+        return centroids_to_voxels(body_centres(mask, file.affine), file)
+    centres = {}
+    for number, voxel in enumerate(count_bodies(mask, file.spacing_mm), 1):
+        x, y, z = (file.affine @ [*voxel[::-1], 1.0])[:3]
+        centres[number] = (float(z), float(y), float(x))
+    return centroids_to_voxels(centres, file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    distributed.init()
+    try:
+        device = start_device(args.device, distributed.local_rank())
+        precision = choose_precision(args.amp, device)
+        model = load_trained(args.weights, device, precision, "segmentation")
+        heatmap = None
+        if args.heatmap_weights:
+            heatmap = load_trained(args.heatmap_weights, device, precision, "heatmap")
+        out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
+        scans = find_scans(args.source, out, args.recursive)
+        out.mkdir(parents=True, exist_ok=True)
+        if distributed.is_main():
+            print(f"{len(scans)} scan(s) on {describe_device(device)}, {precision.name}")
+        rows, failed, stopped = {}, {}, False
+        taken: dict[str, Path] = {}
+        for path in distributed.my_share(scans):
+            try:
+                if (earlier := taken.setdefault(case_name(path), path)) != path:
+                    raise ValueError(f"its mask would have the name of that of {earlier}; rename one")
+                rows[path] = predict_scan(model, heatmap, path, out, args)
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:  # one bad scan must not cost the others
+                failed[path] = str(error)
+            except KeyboardInterrupt:
+                if distributed.world_size() > 1:
+                    raise
+                stopped = True
+                break
+        for other_rows, other_failed in distributed.gather((rows, failed)):
+            rows |= other_rows
+            failed |= other_failed
+        if not distributed.is_main():
+            return 0
+        for path, row in rows.items():
+            print(f"  {path.name}: {row['volume_ml']:.1f} mL of vertebrae, {row['seconds']:.1f} s")
+        if rows:
+            write_table(out / "results.csv", [rows[p] for p in scans if p in rows])
+            print(f"{len(rows)} of {len(scans)} scan(s) written to {out}{os.sep}")
+        for path, reason in failed.items():
+            print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}")
+        if stopped:
+            print(f"stopped by the user after {len(rows)} of {len(scans)} scan(s)")
+            return 130
+        return 1 if failed else 0
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,307 @@
+"""Convert VerSe to one HDF5 file a case, from which training reads patches directly.
+
+    python verse_spine/preprocess.py --source data/verse --out data/verse_h5
+    python verse_spine/preprocess.py --source data/verse --out data/verse_h5 --spacing 1 1 1 --workers 4
+
+Reads the official layout (rawdata/ and derivatives/, of one edition or of both). Each scan is turned to RAS,
+cropped to the body, resampled to --spacing (z y x) and stored as int16 HU with its vertebra numbers,
+geometry, centroids and an index of places for patches. A case whose mask and centroid file disagree is set
+aside and listed in quarantine.csv. Run it again to go on where it stopped.
+"""
+
+import os
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.config import make_parser, non_negative_int, parse_args, run_script
+from common.conversion import convert_cases, file_stamp, write_json
+from common.hdf5 import CaseFile, location_index, write_case
+from common.metrics import write_table
+from common.nifti import load_label, load_nifti, same_grid
+from common.splits import natural_key
+from common.volumes import (
+    body_box,
+    box_of,
+    crop_affine,
+    resample,
+    resample_labels,
+    resampled_affine,
+    resampled_shape,
+)
+from verse_spine.cases import Case, find_cases
+from verse_spine.labels import (
+    body_centres,
+    centroids_to_mm,
+    check_centroids,
+    class_names,
+    map_labels,
+    read_centroids,
+)
+from verse_spine.phantoms import write_verse_phantoms
+
+HU_RANGE = (-1024, 3071)  # 12 bits: what scanners deliver
+BODY_HU = -500
+BODY_MARGIN_MM = 20.0
+HARD_NEGATIVE_HU = 150  # bright voxels outside the vertebrae: ribs, pelvis, metal
+INDEX_SEED = 0
+MIN_SIDE_MM = 10.0  # a smaller scan holds no vertebra
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the voxels; a case made with other settings is made again."""
+
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--source", default="data/verse", help="VerSe folder, or a folder above both editions"
+    )
+    parser.add_argument("--out", default="data/verse_h5", help="folder of the converted data set")
+    parser.add_argument(
+        "--spacing",
+        type=float,
+        nargs=3,
+        default=[1.0, 1.0, 1.0],
+        metavar=("Z", "Y", "X"),
+        help="voxel size in mm; 1 is the thesis', 2 takes an eighth of the memory and time",
+    )
+    parser.add_argument(
+        "--workers",
+        type=non_negative_int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes; each may take 2 GB for a long scan; 0 = this one only",
+    )
+    return parser
+
+
+class Quarantined(ValueError):
+    """Mask and centroid file of a case do not belong together."""
+
+
+def convert_case(case: Case, out: Path, settings: Settings) -> dict:
+    """Write <out>/cases/<name>.h5; returns its entry of preprocessing.json."""
+    if case.mask is None:
+        raise ValueError(f"{case.image}: has no mask (*_seg-vert_msk.nii.gz under derivatives)")
+    scan, mask = load_nifti(case.image), load_label(case.mask)
+    if not same_grid(scan, mask):
+        raise ValueError(
+            f"{case.mask}: lies on another grid than {case.image.name} (mask {mask.array.shape} "
+            f"{mask.orientation}, scan {scan.array.shape} {scan.orientation}, z y x in RAS); take the mask "
+            "that was drawn on this scan, or resample it to it"
+        )
+    extent_mm = np.multiply(scan.array.shape, scan.spacing_mm)
+    if min(extent_mm) < MIN_SIDE_MM:
+        raise ValueError(
+            f"{case.image}: only {' x '.join(f'{mm:.0f}' for mm in extent_mm)} mm (z y x); a single slice?"
+        )
+    try:
+        map_labels(mask.array, "binary")
+    except ValueError as error:
+        raise ValueError(f"{case.mask}: {error}") from error
+    notes: list[str] = []
+    if not np.isin(mask.array, [0, 26, 27]).all():
+        centres_mm, notes = _centres(case, scan, mask)
+    else:
+        raise ValueError(f"{case.mask}: holds no vertebra; remove the case or its mask")
+
+    # ---- body, spacing ----
+    margin = np.ceil(np.divide(BODY_MARGIN_MM, scan.spacing_mm)).astype(int)
+    start, stop = body_box(scan.array, BODY_HU, tuple(int(m) for m in margin))
+    low, high = box_of(mask.array > 0)  # tissue around them may be blanked out
+    start, stop = np.minimum(start, low), np.maximum(stop, high)
+    block = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    image, label = scan.array[block], mask.array[block]
+    shape = resampled_shape(image.shape, scan.spacing_mm, settings.spacing_mm)
+    affine = resampled_affine(crop_affine(scan.affine, start), image.shape, shape)
+    values = resample(np.clip(image, *HU_RANGE), shape) if shape != image.shape else np.clip(image, *HU_RANGE)
+    image_1mm = np.rint(values).astype(np.int16)
+    label_1mm = resample_labels(label, shape).astype(np.uint8)
+
+    # ---- what training needs to know without reading volumes ----
+    boxes = [
+        [number, *(part.start for part in box), *(part.stop for part in box)]
+        for number, box in enumerate(ndimage.find_objects(label_1mm), 1)
+        if box is not None
+    ]
+    vertebrae = np.where(np.isin(label_1mm, [26, 27]), 0, label_1mm)
+    spacing_mm = tuple(float(v) for v in np.sqrt((affine[:3, :3] ** 2).sum(0))[::-1])
+    attributes = {
+        "name": case.name,
+        "subject": case.subject,
+        "spacing_mm": spacing_mm,
+        "affine": affine,
+        "boxes": np.array([b for b in boxes if b[0] not in (26, 27)], np.int64).reshape(-1, 7),
+        "centroids": np.array([[n, *zyx] for n, zyx in sorted(centres_mm.items())], float).reshape(-1, 4),
+        "source_image": case.image.name,
+        "source_shape": scan.array.shape,
+        "source_spacing_mm": scan.spacing_mm,
+        "source_affine": scan.affine,
+        "source_orientation": scan.orientation,
+        "crop_start": start,
+        "crop_stop": stop,
+        "hu_range": HU_RANGE,
+    }
+    index = location_index(vertebrae, image_1mm, hard_negative_above=HARD_NEGATIVE_HU, seed=INDEX_SEED)
+    used = write_case(
+        out / "cases" / f"{case.name}.h5", image_1mm, vertebrae, attributes=attributes, index=index
+    )
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    return {
+        "name": case.name,
+        "subject": case.subject,
+        "part": case.part,
+        "edition": case.edition,
+        "stamp": _stamp(case),
+        "settings": {"spacing_mm": list(settings.spacing_mm)},
+        "shape": list(shape),
+        "vertebrae": [b[0] for b in boxes],
+        "vertebra_ml": round(float(np.count_nonzero(vertebrae)) * voxel_ml, 1),
+        "compression": used,
+        "notes": "; ".join(notes),
+    }
+
+
+def _centres(case: Case, scan, mask) -> tuple[dict, list[str]]:
+    """Centres of the vertebral bodies in mm: from the centroid file if there is one, else from the mask."""
+    if case.centroids is None:
+        return body_centres(mask.array, mask.affine), ["no centroid file: centres from the mask"]
+    centres_mm = centroids_to_mm(read_centroids(case.centroids), scan)
+    problems, notes = check_centroids(centres_mm, mask.array, mask.affine)
+    if problems:
+        raise Quarantined(f"{case.centroids}: does not fit the mask: {'; '.join(problems)}")
+    return centres_mm, notes
+
+
+def _stamp(case: Case) -> list:
+    return file_stamp([p for p in (case.image, case.mask, case.centroids) if p is not None])
+
+
+def _convert_or_quarantine(case: Case, out: Path, settings: Settings) -> dict:
+    try:
+        return convert_case(case, out, settings)
+    except Quarantined as error:
+        return {"name": case.name, "quarantined": str(error)}
+
+
+def convert(args: Namespace) -> dict[str, str]:
+    """The whole conversion that the flags ask for; returns {failed case: reason}, quarantined ones included.
+
+    Raises:
+        ValueError, OSError: nothing can be converted as asked.
+    """
+    if min(args.spacing) <= 0:
+        raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: millimetres above zero")
+    out, settings = Path(args.out), Settings(tuple(args.spacing))
+    cases = find_cases(args.source)
+    (out / "cases").mkdir(parents=True, exist_ok=True)
+    notes_file = out / "preprocessing.json"
+    done = _finished(notes_file, cases, out, settings)
+    if done:
+        print(f"{len(done)} of {len(cases)} cases are converted already")
+    todo = [case for case in cases if case.name not in done]
+    failed: dict[str, str] = {}
+    quarantined: dict[str, str] = {}
+    results = convert_cases(_convert_or_quarantine, todo, out, settings, workers=args.workers)
+    for case, entry, reason in tqdm(results, "converting", len(todo), unit="case", disable=None):
+        if entry is None:
+            failed[case.name] = reason
+        elif "quarantined" in entry:
+            quarantined[case.name] = entry["quarantined"]
+        else:
+            done[case.name] = entry
+            _write_notes(notes_file, done, settings)
+    (out / "quarantine.csv").unlink(missing_ok=True)
+    if quarantined:
+        rows = [{"case": name, "reason": reason} for name, reason in sorted(quarantined.items())]
+        write_table(out / "quarantine.csv", rows)
+    for title, reasons in (
+        ("could not be converted", failed),
+        ("set aside, see quarantine.csv", quarantined),
+    ):
+        if reasons:
+            print(f"{len(reasons)} case(s) {title}:")
+            for name, reason in reasons.items():
+                print(f"  {name}: {reason}")
+    if done:
+        _write_notes(notes_file, done, settings)
+        columns = ("name", "subject", "part", "edition", "shape", "vertebra_ml", "compression", "notes")
+        rows = [{k: e[k] for k in columns} | {"vertebrae": len(e["vertebrae"])} for e in _ordered(done)]
+        write_table(out / "cases.csv", rows)
+        parts = [e["part"] for e in done.values()]
+        counts = ", ".join(f"{part or 'without a part'} {parts.count(part)}" for part in dict.fromkeys(parts))
+        vertebrae = sum(len(e["vertebrae"]) for e in done.values())
+        print(f"{len(done)} cases in {out}: {counts}; {vertebrae} vertebrae")
+    return failed | quarantined
+
+
+def _finished(notes_file: Path, cases: list[Case], out: Path, settings: Settings) -> dict[str, dict]:
+    """Entries of an earlier, perhaps interrupted conversion that still hold."""
+    if not notes_file.is_file():
+        return {}
+    import json
+
+    known = {e["name"]: e for e in json.loads(notes_file.read_text(encoding="utf8"))["cases"]}
+    wanted = {"spacing_mm": list(settings.spacing_mm)}
+    done = {}
+    for case in cases:
+        entry = known.get(case.name)
+        if entry and entry["settings"] == wanted and entry["stamp"] == _stamp(case):
+            try:
+                CaseFile(out / "cases" / f"{case.name}.h5").shape  # noqa: B018  opens it
+            except (ValueError, OSError):
+                continue
+            done[case.name] = entry
+    return done
+
+
+def _ordered(entries: dict[str, dict]) -> list[dict]:
+    return [entries[name] for name in sorted(entries, key=natural_key)]
+
+
+def _write_notes(path: Path, done: dict[str, dict], settings: Settings) -> None:
+    content = {
+        **asdict(settings),
+        "hu_range": HU_RANGE,
+        "labels": class_names("levels26"),
+        "cases": _ordered(done),
+    }
+    write_json(path, content)
+
+
+def demo_dataset(folder: str | Path = "data/demo/verse_spine") -> Path:
+    """Phantom spines in VerSe's layout, converted by the ordinary route; made once."""
+    folder = Path(folder)
+    source = write_verse_phantoms(folder / "verse")
+    out = folder / "h5"
+    flags = ["--source", str(source), "--out", str(out), "--spacing", *["3"] * 3, "--workers", "0"]
+    if not (out / "cases.csv").is_file() and convert(parse_args(build_parser(), flags)):
+        raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    try:
+        if convert(args):
+            return 1
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    data = shlex.quote(args.out)
+    print(f"next: python verse_spine/train_heatmap.py --data_path {data} --model_name spine_heatmap")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,207 @@
+"""A trained network applied to a whole scan: heat map, box, class labels on the scan's own grid, clean-up."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.hardware import autocast
+from common.inference import predict_labels
+from common.volumes import box_of, crop, expand_box
+from verse_spine.heatmap import AIR_HU, MARGIN_MM, SmallGrid, heatmap_box, scan_box
+from verse_spine.labels import num_outputs
+from verse_spine.networks import TrainedModel, scale_by_range, scale_hu
+
+AIR_BELOW_HU = -500  # windows without a brighter voxel hold no body
+MIN_COMPONENT_ML = 1.0
+MAX_GAP_MM = 60.0  # between neighbouring pieces of one spine: about two vertebrae that were not found
+MAX_HOLE_ML = 0.5
+
+Box = tuple[Sequence[int], Sequence[int]]  # start and stop, z y x
+
+
+# ---- stage 1 ----
+
+
+@torch.inference_mode()
+def predict_heatmap(model: TrainedModel, small: np.ndarray) -> np.ndarray:
+    """HU on the small grid (d, h, w) -> heat map in [0, 1], float32."""
+    image = scale_hu(torch.from_numpy(small)[None, None].to(model.device))
+    with autocast(model.device, model.precision):
+        logits = model.network(image)
+    return logits.float().sigmoid()[0, 0].cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where to look for the spine.
+
+    Attributes:
+        box: (start, stop) in voxels of the scan, z y x.
+        source: "heat map", "body" (the heat map found nothing), "given", "whole scan".
+        heat: the highest value of the heat map; NaN without one.
+    """
+
+    box: Box
+    source: str
+    heat: float = float("nan")
+
+
+def spine_region(heat: np.ndarray, grid: SmallGrid, margin_mm: tuple = MARGIN_MM) -> Region | None:
+    """The box of the heat map with its margin, in voxels of the scan; None where the heat map is faint."""
+    box = heatmap_box(heat)
+    if box is None:
+        return None
+    return Region(scan_box(grid, box, margin_mm), "heat map", float(heat.max()))
+
+
+# ---- stage 2 ----
+
+
+def intensity_scaling(model: TrainedModel, volume) -> Callable[[Tensor], Tensor]:
+    """What the network's training did to HU; with --intensity patch by the range of the whole scan."""
+    if model.config["intensity"] == "hu":
+        return scale_hu
+    values = np.asarray(volume[...])
+    low, high = float(values.min()), float(values.max())
+    return lambda image: scale_by_range(image, low, high)
+
+
+def segment(
+    model: TrainedModel,
+    volume,
+    spacing_mm: Sequence[float],
+    *,
+    box: Box | None = None,
+    mirror: bool = False,
+    overlap: float = 0.5,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    on_message: Callable[[str], None] = print,
+) -> np.ndarray:
+    """Class labels (z, y, x) uint8 of a scan in HU on its own grid; 0 outside of `box`.
+
+    Args:
+        volume: (z, y, x) in HU, an array or what can be sliced like one.
+        mirror: average with the prediction of the left-right mirrored scan; vertebrae look alike both ways.
+    """
+    start_stop = None if box is None else [(int(a), int(b)) for a, b in zip(*box, strict=True)]
+    return predict_labels(
+        model.network,
+        volume,
+        spacing_mm=spacing_mm,
+        working_spacing_mm=model.preprocessing["spacing_mm"],
+        patch_shape=tuple(model.config["patch_size"]),
+        num_classes=num_outputs(model.config["labels"]),
+        prepare=intensity_scaling(model, volume),
+        device=model.device,
+        overlap=overlap,
+        batch_size=batch_size,
+        flips=((), (2,)) if mirror else (),
+        air_below=AIR_BELOW_HU,
+        pad_value=AIR_HU,
+        precision=model.precision,
+        progress=progress,
+        on_message=on_message,
+        box=start_stop,
+    )
+
+
+def clean_up(labels: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarray, dict[str, float]]:
+    """Remove what is no part of the spine's chain, fill small holes; a copy and the volumes changed.
+
+    Components of any label below 1 mL go, unless they touch the border of the scan: a vertebra may be cut
+    there. Of the rest the heaviest chain stays, in which the boxes of neighbours are at most 60 mm apart;
+    never only the largest component, which would break spines that end or are interrupted. Holes below
+    0.5 mL inside of a mask get the label that surrounds them.
+
+    Args:
+        labels: (z, y, x) of the whole scan, since its borders count; uint8 or another integer type.
+
+    Returns:
+        (labels, {"removed_ml", "filled_ml"}).
+    """
+    from scipy import ndimage
+
+    labels = labels.copy()
+    report = {"removed_ml": 0.0, "filled_ml": 0.0}
+    if (box := box_of(labels)) is None:
+        return labels, report
+    ml = float(np.prod(spacing_mm)) / 1000
+    start, stop = expand_box(*box, 1, labels.shape)
+    view = crop(labels, start, stop)  # all below happens in the box of the mask
+
+    components, boxes = _parts(view > 0, np.ones((3, 3, 3)))
+    sizes = np.array([np.count_nonzero(components[at] == k) * ml for k, at in enumerate(boxes, 1)])
+    low, high = (np.array([[getattr(s, end) for s in at] for at in boxes]) for end in ("start", "stop"))
+    at_border = ((low + start == 0) | (high + start == labels.shape)).any(axis=1)
+    kept = np.flatnonzero((sizes >= MIN_COMPONENT_ML) | at_border)
+    kept = kept[_heaviest_chain(low[kept] * spacing_mm, high[kept] * spacing_mm, sizes[kept])]
+    for k in np.setdiff1d(np.arange(len(boxes)), kept):
+        view[boxes[k]][components[boxes[k]] == k + 1] = 0
+        report["removed_ml"] += float(sizes[k])
+    del components
+
+    holes, boxes = _parts(view == 0)
+    for k, at in enumerate(boxes, 1):
+        if any(s.start == 0 or s.stop == n for s, n in zip(at, view.shape, strict=True)):
+            continue  # open to the outside
+        around = tuple(slice(s.start - 1, s.stop + 1) for s in at)
+        hole, part = holes[around] == k, view[around]
+        if (size := np.count_nonzero(hole) * ml) < MAX_HOLE_ML:
+            nearest = ndimage.distance_transform_edt(part == 0, return_distances=False, return_indices=True)
+            part[hole] = part[tuple(nearest[:, hole])]
+            report["filled_ml"] += size
+    return labels, report
+
+
+def _parts(mask: np.ndarray, structure: np.ndarray | None = None) -> tuple[np.ndarray, list[tuple]]:
+    """Connected parts, numbered from 1, and the box of each."""
+    from scipy import ndimage
+
+    parts = np.empty(mask.shape, np.uint16)  # half of int32: a body CT has 260 million voxels
+    try:
+        ndimage.label(mask, structure, output=parts)
+    except RuntimeError:  # more than 65535 of them
+        parts = parts.astype(np.int32)
+        ndimage.label(mask, structure, output=parts)
+    return parts, ndimage.find_objects(parts)
+
+
+def _heaviest_chain(low_mm: np.ndarray, high_mm: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Indices of the group with the largest sum of sizes, when boxes closer than MAX_GAP_MM are joined.
+
+    Between boxes rather than centres: a component may be one vertebra or the whole spine.
+    """
+    if len(sizes) == 0:
+        return np.zeros(0, int)
+    group = np.arange(len(sizes))
+    for i in range(len(sizes)):
+        gap_mm = np.maximum(low_mm[i] - high_mm, low_mm - high_mm[i]).clip(0)
+        near = np.linalg.norm(gap_mm, axis=1) <= MAX_GAP_MM
+        group[np.isin(group, group[near])] = group[i]
+    return np.flatnonzero(group == np.bincount(group, sizes).argmax())
+
+
+def count_bodies(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
+    """Centres of the vertebral bodies in a mask without levels, (n, 3) voxels z y x, from head to foot.
+
+    The bodies are the thickest places: voxels whose depth below the surface is at least 0.7 of the largest
+    within 15 mm, in connected pieces that are at least 3 mm deep. Discs part them; arches are thin.
+    """
+    from scipy import ndimage
+
+    if (box := box_of(mask)) is None:
+        return np.zeros((0, 3))
+    step = np.maximum(2 / np.asarray(spacing_mm), 1).astype(int)  # 2 mm are fine enough
+    coarse = np.pad(crop(mask, *box)[tuple(slice(None, None, n) for n in step)] > 0, 1)
+    sampling = np.multiply(spacing_mm, step)
+    depth = ndimage.distance_transform_edt(coarse, sampling=sampling)
+    size = np.maximum(np.rint(30 / sampling), 1).astype(int)
+    deep = (depth >= 0.7 * ndimage.maximum_filter(depth, tuple(size))) & (depth >= 3)
+    pieces, num = ndimage.label(deep, np.ones((3, 3, 3)))
+    centres = np.array(ndimage.center_of_mass(deep, pieces, np.arange(1, num + 1))).reshape(-1, 3)
+    centres = (centres - 1) * step + box[0]
+    return centres[np.argsort(-centres[:, 0])]
