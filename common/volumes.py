@@ -107,6 +107,8 @@ def resample_slab(
             f"{(first_row, first_row + slab.shape[1])}; see needed_rows"
         )
     slab = slab[:, start - first_row : stop - first_row]
+    if size_in == size_out:  # nothing to weigh along the rows
+        return _resample_planes(slab.float(), plane_out).to(slab.dtype)
     taps = [[(j - start, w) for j, w in row] for row in _taps(rows_out, size_in, size_out)]
     if size_out < size_in:  # the costly in-plane part on the fewer rows, whatever the slab
         return _resample_planes(_weigh_rows(slab, taps, torch.float32), plane_out).to(slab.dtype)

@@ -1,0 +1,478 @@
+"""common/inference.py against sums over the whole volume, against MONAI, and by what it allocates."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from torch import nn
+
+from common.hardware import Precision
+from common.inference import (
+    gaussian_weights,
+    predict_labels,
+    prediction_peak_mib,
+    stream_scores,
+    window_starts,
+)
+from common.memory import StorageCounter
+
+CPU = torch.device("cpu")
+
+
+def as_it_is(x):
+    return x
+
+
+def copy_network(x):
+    """Scores that are the input: stitching must give the image back."""
+    return x.clone()
+
+
+def random_volume(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def conv_network(num_classes, channels=1):
+    torch.manual_seed(0)
+    return nn.Conv3d(channels, num_classes, 3, padding=1).eval()
+
+
+def stitched(network, volume, patch, num_classes, axis=0, **options):
+    """All slabs of stream_scores in one tensor; checks that they follow each other."""
+    options = {"device": CPU, "prepare": as_it_is, "on_message": lambda line: None} | options
+    slabs, end = [], 0
+    for start, stop, slab in stream_scores(network, volume, patch, num_classes, axis=axis, **options):
+        assert start == end < stop and slab.shape[axis + 1] == stop - start
+        slabs.append(slab.clone())
+        end = stop
+    assert end == volume.shape[axis - 3]
+    return torch.cat(slabs, dim=axis + 1)
+
+
+def labels_of(network, volume, num_classes, **options):
+    defaults = dict(spacing_mm=(1, 1, 1), working_spacing_mm=(1, 1, 1), patch_shape=(16, 16, 16))
+    defaults |= dict(prepare=as_it_is, device=CPU, on_message=lambda line: None)
+    return predict_labels(network, volume, num_classes=num_classes, **(defaults | options))
+
+
+def whole_at_once(network, volume, patch, num_classes, overlap, pad_value=-1024.0):
+    """Scores (K, Z, Y, X) from sums that span the volume."""
+    image = torch.from_numpy(volume)[None, None]
+    missing = [max(p - s, 0) for p, s in zip(patch, volume.shape, strict=True)]
+    around = [part for m in reversed(missing) for part in (m // 2, m - m // 2)]
+    image = F.pad(image, around, value=pad_value)
+    weights = gaussian_weights(patch)
+    total, weight_sum = torch.zeros(num_classes, *image.shape[2:]), torch.zeros(image.shape[2:])
+    starts = [window_starts(s, p, overlap) for s, p in zip(volume.shape, patch, strict=True)]
+    with torch.no_grad():
+        for corner in itertools.product(*starts):
+            where = tuple(slice(s, s + p) for s, p in zip(corner, patch, strict=True))
+            total[(slice(None), *where)] += network(image[(..., *where)])[0] * weights
+            weight_sum[where] += weights
+    inner = tuple(slice(m // 2, m // 2 + s) for m, s in zip(missing, volume.shape, strict=True))
+    return (total / weight_sum)[(slice(None), *inner)]
+
+
+# ---- tiling and weights ----
+
+
+def test_window_starts_by_hand():
+    assert window_starts(96, 96, 0.5) == window_starts(20, 96, 0.5) == [0]
+    assert window_starts(97, 96, 0.5) == [0, 1]
+    assert window_starts(200, 96, 0.5) == [0, 34, 69, 104]
+    assert window_starts(30, 10, 0.0) == [0, 10, 20]
+    assert window_starts(12, 10, 0.99) == [0, 1, 2]
+
+
+def test_window_starts_are_flush_even_and_overlap_enough():
+    for size, patch, overlap in itertools.product(range(1, 60), (1, 7, 16), (0.0, 0.25, 0.5, 0.8, 0.95)):
+        starts = window_starts(size, patch, overlap)
+        gaps = np.diff(starts)
+        assert starts[0] == 0 and starts[-1] == max(size - patch, 0)
+        assert len(gaps) == 0 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+        assert all(patch - gap >= min(patch * overlap, patch - 1) - 1e-9 for gap in gaps)
+
+
+@pytest.mark.parametrize("bad", [(0, 4, 0.5), (4, 0, 0.5), (4, 4, 1.0), (4, 4, -0.1)])
+def test_window_starts_refuses(bad):
+    with pytest.raises(ValueError, match=r"patch \d on \d voxels, overlap"):
+        window_starts(*bad)
+
+
+def test_gaussian_weights():
+    weights = gaussian_weights((9, 16, 5))
+    assert weights.shape == (9, 16, 5) and weights.dtype == torch.float32
+    assert weights.min() == pytest.approx(1e-3) and weights.max() <= 1
+    assert torch.equal(weights, weights.flip(0, 1, 2))
+    assert gaussian_weights((9, 9, 9))[4, 4, 4] == 1
+    assert gaussian_weights((9, 9, 9))[4, 4, 5] == pytest.approx(np.exp(-0.5 * (8 / 9) ** 2))
+
+
+@pytest.mark.parametrize("patch", [(16, 16, 16), (8, 12, 9), (3, 2, 1)])
+def test_gaussian_weights_are_monais(patch):
+    utils = pytest.importorskip("monai.data.utils")
+    expected = utils.compute_importance_map(patch, mode="gaussian", sigma_scale=0.125)
+    torch.testing.assert_close(gaussian_weights(patch), expected, rtol=1e-6, atol=0)
+
+
+# ---- scores ----
+
+
+@pytest.mark.parametrize("shape", [(37, 21, 19), (18, 41, 23), (17, 20, 39), (5, 31, 9), (7, 6, 5)])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_copying_network_gives_the_image_back(shape, axis):
+    volume = random_volume(shape)
+    scores = stitched(copy_network, volume, (16, 12, 10), 1, axis, batch_size=3)
+    np.testing.assert_allclose(scores[0].numpy(), volume, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5, 0.75])
+def test_streaming_equals_sums_over_the_whole_volume(axis, overlap):
+    network, patch = conv_network(3), (12, 8, 10)
+    for shape in ((29, 17, 23), (10, 30, 7)):
+        volume = random_volume(shape)
+        expected = whole_at_once(network, volume, patch, 3, overlap)
+        scores = stitched(network, volume, patch, 3, axis, overlap=overlap, batch_size=2)
+        torch.testing.assert_close(scores, expected, atol=2e-3 if min(shape) < 8 else 1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(32, 24, 48), (24, 40, 16), (10, 24, 24)])
+def test_same_as_monai_where_tilings_coincide(shape):
+    inferers = pytest.importorskip("monai.inferers")
+    network, volume = conv_network(3), random_volume(shape)
+    with torch.no_grad():
+        image = torch.from_numpy(volume)[None, None]
+        expected = inferers.sliding_window_inference(
+            image, (16, 16, 16), 2, network, overlap=0.5, mode="gaussian", sigma_scale=0.125
+        )[0]
+    for axis in range(3):
+        scores = stitched(network, volume, (16, 16, 16), 3, axis, pad_value=0.0)
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+    labels = labels_of(network, volume, 3, pad_value=0.0)
+    assert np.array_equal(labels, expected.argmax(dim=0).numpy())
+
+
+def test_channels_go_to_the_network_together():
+    network, volume = conv_network(2, channels=3), random_volume((3, 9, 20, 11))
+    scores = stitched(network, volume, (9, 20, 11), 2)
+    torch.testing.assert_close(
+        scores, network(torch.from_numpy(volume)[None])[0].detach(), atol=1e-5, rtol=1e-5
+    )
+    assert stitched(network, volume, (8, 8, 8), 2, 1).shape == (2, 9, 20, 11)
+
+
+def test_rows_are_read_once_and_in_order():
+    volume, seen = random_volume((40, 9, 11)), []
+
+    class Lazy:
+        shape = volume.shape
+
+        def __getitem__(self, where):
+            seen.extend(range(*where[0].indices(40)))
+            return volume[where]
+
+    scores = stitched(copy_network, Lazy(), (8, 8, 8), 1)
+    np.testing.assert_allclose(scores[0].numpy(), volume, atol=1e-5)
+    assert seen == list(range(40))
+
+
+def test_flips_are_turned_back_and_averaged():
+    """A network that adds its x coordinate: mirrored passes average to the middle, whatever the image."""
+
+    def ramp(x):
+        return x + torch.arange(x.shape[-1]) * 1.0
+
+    volume = random_volume((8, 8, 8))
+    scores = stitched(ramp, volume, (8, 8, 8), 1, flips=((), (2,)))
+    np.testing.assert_allclose(scores[0].numpy(), volume + 3.5, atol=1e-5)
+    scores = stitched(ramp, volume, (8, 8, 8), 1, flips=((2,),))
+    np.testing.assert_allclose(scores[0].numpy(), volume + np.arange(7, -1, -1), atol=1e-5)
+    eight = [c for n in range(4) for c in itertools.combinations(range(3), n)]
+    scores = stitched(
+        as_it_is, volume, (8, 8, 8), 1, flips=eight
+    )  # gives its input back: must not be changed
+    np.testing.assert_allclose(scores[0].numpy(), volume, atol=1e-5)
+
+
+def test_bf16_network_and_float32_sums():
+    network, volume = conv_network(2), random_volume((20, 12, 12))
+    exact = stitched(network, volume, (8, 8, 8), 2)
+    rough = stitched(network, volume, (8, 8, 8), 2, precision=Precision("bf16", torch.bfloat16, False, ""))
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).abs().max() < 0.03
+
+
+def test_network_runs_without_gradients_and_its_caller_keeps_them():
+    for _, _, slab in stream_scores(
+        conv_network(2), random_volume((20, 8, 8)), (8, 8, 8), 2, device=CPU, prepare=as_it_is
+    ):
+        assert not slab.requires_grad and not slab.is_inference()
+        assert torch.ones(1, requires_grad=True).exp().requires_grad
+
+
+# ---- air, memory shortage, bad input ----
+
+
+def test_air_is_skipped_and_counted():
+    volume = np.full((16, 16, 64), -1000, np.int16)
+    volume[:, :, :16] = 40
+    seen, lines = [], []
+
+    def network(x):
+        seen.append(len(x))
+        return torch.cat([torch.zeros_like(x), x], dim=1)
+
+    labels = labels_of(network, volume, 2, air_below=-500, on_message=lines.append)
+    assert sum(seen) == 2, "windows at x = 0 and 8; those at 16, 24, ... 48 hold only air"
+    assert lines[-1] == "5 of 7 windows held only air and were skipped"
+    assert labels[:, :, :16].all() and not labels[:, :, 16:].any()
+    binary = stitched(as_it_is, volume.astype(np.float32), (16, 16, 16), 1, 2, skip=lambda w: w.max() < -500)
+    assert torch.allclose(binary[..., 32:], torch.tensor(-10.0))
+
+
+def test_batch_is_halved_when_memory_runs_out():
+    tried, lines, volume = [], [], random_volume((30, 20, 20))
+
+    def network(x):
+        tried.append(len(x))
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return x.clone()
+
+    options = dict(batch_size=8, on_message=lines.append)
+    scores = stitched(network, volume, (8, 8, 8), 1, **options)
+    np.testing.assert_allclose(scores[0].numpy(), volume, atol=1e-5)
+    assert tried[:4] == [8, 4, 2, 2] and max(tried[3:]) == 2
+    assert lines == [f"cpu is out of memory: going on with {n} windows at a time" for n in (4, 2)]
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory.", "DefaultCPUAllocator: not enough memory: you tried"]
+)
+def test_no_memory_for_one_window_says_what_to_do(words):
+    def network(x):
+        raise RuntimeError(words)
+
+    with pytest.raises(RuntimeError, match=r"one window of \(8, 8, 8\): use a smaller --patch_size$"):
+        stitched(network, random_volume((9, 9, 9)), (8, 8, 8), 1, batch_size=2)
+
+
+def test_other_errors_of_the_network_pass():
+    def network(x):
+        raise RuntimeError("weight has 3 channels")
+
+    with pytest.raises(RuntimeError, match="3 channels"):
+        stitched(network, random_volume((9, 9, 9)), (8, 8, 8), 1)
+
+
+def test_bad_input_is_refused():
+    volume = random_volume((9, 9, 9))
+    with pytest.raises(ValueError, match=r"the network gives \(1, 1, 8, 8, 8\) .* expected 2 classes"):
+        stitched(copy_network, volume, (8, 8, 8), 2)
+    with pytest.raises(ValueError, match="NaN or infinite scores in rows 0 to 1 of axis 0"):
+        stitched(lambda x: x / 0, volume, (8, 8, 8), 1)
+    with pytest.raises(ValueError, match=r"volume \(9, 9\), patch"):
+        next(stream_scores(copy_network, volume[0], (8, 8, 8), 1, device=CPU, prepare=as_it_is))
+    with pytest.raises(ValueError, match="threshold 0.5: labels hold"):
+        labels_of(copy_network, volume, 2, threshold=0.5)
+    with pytest.raises(ValueError, match="box .* not inside"):
+        labels_of(copy_network, volume, 1, box=((0, 0, 0), (9, 9, 10)))
+
+
+# ---- labels on the scan's grid ----
+
+
+def ball(shape, spacing_mm):
+    """Smooth int16 bump in the middle of the field of view; above 0 within 60 % of its shortest side."""
+    axes = [(np.arange(n) + 0.5) * s - n * s / 2 for n, s in zip(shape, spacing_mm, strict=True)]
+    radius_mm = 0.3 * min(n * s for n, s in zip(shape, spacing_mm, strict=True))
+    z, y, x = np.meshgrid(*axes, indexing="ij", sparse=True)
+    return (1000 * (1 - np.sqrt(z**2 + y**2 + x**2) / radius_mm)).astype(np.int16)
+
+
+def dice(a, b):
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+@pytest.mark.parametrize(
+    "shape,spacing_mm",
+    [
+        ((40, 56, 50), (1.5, 0.9, 1.0)),
+        ((22, 60, 50), (3.0, 1.0, 1.0)),  # thick slices: the working grid has more rows
+        ((52, 22, 50), (1.0, 3.0, 1.0)),
+        ((120, 50, 51), (0.6, 0.9, 0.9)),
+        ((50, 40, 131), (1.0, 1.0, 0.6)),
+        ((24, 90, 90), (5.0, 0.8, 0.8)),
+    ],
+)
+def test_labels_lie_on_the_scans_grid(shape, spacing_mm):
+    volume = ball(shape, spacing_mm)
+    labels = labels_of(copy_network, volume, 1, spacing_mm=spacing_mm, working_spacing_mm=(1.2, 1.2, 1.2))
+    assert labels.shape == shape and labels.dtype == np.uint8
+    assert dice(labels > 0, volume > 0) > 0.99
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 2, 0)])
+def test_thick_rows_need_rows_of_several_slabs(order):
+    """6 mm rows from a 1 mm working grid in slabs of 4 rows: equal to the interpolation of all scores."""
+    from common.volumes import resample, resampled_shape
+
+    shape, spacing_mm = (tuple(np.array(v)[list(order)]) for v in ((15, 24, 24), (6.0, 1.0, 1.0)))
+    volume, network = random_volume(shape), conv_network(3)
+    patch = (8, 8, 8)
+    labels = labels_of(
+        network, volume, 3, spacing_mm=spacing_mm, working_spacing_mm=(1, 1, 1), patch_shape=patch
+    )
+    working = resample(volume, resampled_shape(shape, spacing_mm, (1, 1, 1)))
+    scores = whole_at_once(network, working, patch, 3, 0.5)
+    native = np.stack([resample(part.numpy(), shape) for part in scores])
+    top = np.sort(native, axis=0)
+    decided = top[-1] - top[-2] > 1e-4
+    assert decided.mean() > 0.99
+    assert np.array_equal(labels[decided], native.argmax(axis=0)[decided])
+
+
+def test_threshold_is_of_the_sigmoid():
+    volume = random_volume((20, 16, 16))
+    for threshold in (0.2, 0.5, 0.9):
+        labels = labels_of(copy_network, volume, 1, threshold=threshold)
+        assert np.array_equal(labels, 1 / (1 + np.exp(-volume)) > threshold)
+    assert np.array_equal(labels_of(copy_network, volume, 1), volume > 0)
+
+
+def test_only_the_box_is_predicted():
+    volume, box = ball((40, 40, 60), (1, 1, 1)), ((5, 10, 20), (30, 40, 50))
+    inside = tuple(slice(a, b) for a, b in zip(*box, strict=True))
+    labels = labels_of(copy_network, volume, 1, box=box)
+    assert np.array_equal(labels[inside], volume[inside] > 0) and labels.any()
+    labels[inside] = 0
+    assert not labels.any() and labels.shape == volume.shape
+
+
+def test_hdf5_and_channels_are_read_where_they_lie(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    volume = random_volume((2, 12, 14, 33))
+    network, options = conv_network(3, channels=2), dict(spacing_mm=(2, 1, 1), working_spacing_mm=(1, 1, 1))
+    expected = labels_of(network, volume, 3, **options)
+    with h5py.File(tmp_path / "scan.h5", "w") as file:
+        file["image"] = volume
+        assert np.array_equal(labels_of(network, file["image"], 3, **options), expected)
+        options["box"] = (2, 0, 1), (12, 13, 30)
+        assert np.array_equal(
+            labels_of(network, file["image"], 3, **options), labels_of(network, volume, 3, **options)
+        )
+
+
+def test_progress_and_peak_are_told():
+    lines, steps = [], []
+    labels_of(
+        copy_network,
+        random_volume((40, 16, 16)),
+        1,
+        progress=lambda done, total: steps.append((done, total)),
+        on_message=lines.append,
+    )
+    assert steps == [(i, 4) for i in range(1, 5)]
+    assert lines[0].startswith("predicting 40 x 16 x 16 voxels takes up to ")
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("working_mm", [1.0, 1.6, 0.7])
+@pytest.mark.parametrize("num_classes,flips", [(1, ()), (12, ()), (12, ((), (2,)))])
+def test_peak_is_an_upper_bound_and_close(working_mm, num_classes, flips):
+    volume = np.zeros((100, 60, 70), np.int16)
+
+    def network(x):
+        return x.new_zeros(len(x), num_classes, *x.shape[2:])
+
+    spacing = dict(spacing_mm=(1, 1, 1), working_spacing_mm=(working_mm,) * 3, patch_shape=(24, 24, 24))
+    with StorageCounter(hollow=False) as counter:
+        labels_of(network, volume, num_classes, **spacing, flips=flips, batch_size=2)
+    peak = prediction_peak_mib(volume.shape, *spacing.values(), num_classes, batch_size=2)
+    measured_mib = counter.peak / 2**20 + volume.size / 2**20  # the labels are no tensor
+    assert measured_mib < peak.host_mib < 2 * measured_mib
+    assert peak.device_mib == 0
+
+
+def test_peak_does_not_grow_with_length_but_for_the_labels():
+    options = dict(
+        spacing_mm=(1, 1, 1), working_spacing_mm=(1, 1, 1), patch_shape=(96, 96, 96), num_classes=16
+    )
+    short, long = (prediction_peak_mib((n, 300, 300), **options).host_mib for n in (400, 1600))
+    assert long - short == pytest.approx(1200 * 300 * 300 / 2**20)
+    assert prediction_peak_mib((400, 300, 300), **options, network_mib=500).host_mib > short
+
+
+@pytest.mark.parametrize("shape,patch,axis", [((30, 40, 50), (8, 8, 8), 2), ((40, 50, 60), (8, 16, 24), 0)])
+def test_it_streams_along_the_axis_longest_in_patches(shape, patch, axis):
+    seen = []
+
+    class Lazy:
+        def __getitem__(self, where):
+            seen.append([part != slice(None) for part in where].index(True))
+            return np.zeros(shape, np.int16)[where]
+
+    Lazy.shape = shape
+    labels_of(copy_network, Lazy(), 1, patch_shape=patch)
+    assert set(seen) == {axis}
+
+
+def test_peak_knows_which_device_holds_the_sums():
+    options = dict(
+        spacing_mm=(1, 1, 1), working_spacing_mm=(1, 1, 1), patch_shape=(96, 96, 96), num_classes=16
+    )
+    sums_mib = 17 * 96 * 300 * 300 * 4 / 2**20
+    on_cpu = prediction_peak_mib((400, 300, 300), **options, device="cuda", accumulate_on="cpu")
+    on_gpu = prediction_peak_mib((400, 300, 300), **options, device="cuda", accumulate_on="cuda")
+    assert on_cpu.host_mib > sums_mib > on_cpu.device_mib > 2 * 16 * 96**3 * 4 / 2**20
+    assert on_gpu.device_mib > sums_mib > on_gpu.host_mib
+
+
+def test_a_longer_scan_needs_no_more_memory():
+    """Peak of the process above its imports, for 100 and for 800 slices of 12 classes."""
+    code = """
+import sys
+import numpy as np, torch
+from common.hardware import peak_memory_mib
+from common.inference import predict_labels
+torch.set_num_threads(1)
+before = peak_memory_mib(torch.device("cpu"))
+volume = np.zeros((int(sys.argv[1]), 100, 100), np.int16)
+network = lambda x: x.new_zeros(len(x), 12, *x.shape[2:])
+predict_labels(network, volume, spacing_mm=(1, 1, 1), working_spacing_mm=(1, 1, 1), patch_shape=(32, 96, 96),
+               num_classes=12, prepare=lambda x: x, device="cpu", overlap=0.25)
+print(peak_memory_mib(torch.device("cpu")) - before)
+"""
+    peaks = []
+    for slices in (100, 800):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(slices)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        peaks.append(float(done.stdout.splitlines()[-1]))
+    labels_and_scan_mib = 700 * 100 * 100 * 3 / 2**20
+    whole_sums_mib = 12 * 700 * 100 * 100 * 4 / 2**20
+    assert peaks[1] - peaks[0] - labels_and_scan_mib < 0.1 * whole_sums_mib
+
+
+@pytest.mark.slow
+def test_benchmark_script(tmp_path, monkeypatch, capsys):
+    from benchmarks import sliding_window
+
+    monkeypatch.setattr(sliding_window, "find_spec", lambda name: None)
+    flags = ["--slices", 20, "--plane", 24, "--patch", 16, "--classes", 3, "--repeats", 2, "--threads", 1]
+    content = sliding_window.main([*map(str, flags), "--out", str(tmp_path)])
+    assert "not measured" in capsys.readouterr().out
+    scan = content["scans"][0]
+    assert list(scan["runs"]) == ["ours"] and len(scan["runs"]["ours"]) == 2 and scan["equal_labels"] == 1
+    assert all(run[key] > 0 for run in scan["runs"]["ours"] for key in ("seconds", "cpu_s", "peak_mib"))
+    assert "| 20 x 24 x 24 | ours | 2 |" in (tmp_path / "sliding_window.md").read_text()
+    with pytest.raises(ValueError, match=r"--repeats \[2\] does not fit"):
+        sliding_window.main(["--slices", "1", "2", "--repeats", "2"])
