@@ -104,9 +104,8 @@ def score_case(
         if surfaces:
             found = body_centres(unmap_labels(pred, labels), affine)
             # Some centroid files hold the sacrum too, which the masks do not.
-            summary |= identification_rate(
-                found, {label: zyx for label, zyx in true_centres.items() if label in VERTEBRAE}
-            )
+            known = {label: zyx for label, zyx in true_centres.items() if label in VERTEBRAE}
+            summary |= identification_rate(found, known)
     return rows, summary
 
 
@@ -119,7 +118,8 @@ def instance_scores(pred: np.ndarray, target: np.ndarray) -> dict[str, float]:
     size = int(max(pred.max(), target.max())) + 1
     joint = np.zeros(size * size, np.int64)
     for true_plane, pred_plane in zip(target, pred, strict=True):  # bincount works in int64
-        joint += np.bincount(true_plane.astype(np.intp).ravel() * size + pred_plane.ravel(), minlength=size**2)
+        both = true_plane.astype(np.intp) * size + pred_plane
+        joint += np.bincount(both.ravel(), minlength=size * size)
     joint = joint.reshape(size, size)
     totals_target, totals_pred = joint.sum(1), joint.sum(0)
     dice = 2 * joint / np.maximum(totals_target[:, None] + totals_pred[None], 1)
@@ -220,6 +220,8 @@ def evaluate_files(pred: Path, source: Path, labels: str, grid: str) -> tuple[li
     Raises:
         FileNotFoundError: no mask in `pred` belongs to a case of `source`.
     """
+    if not pred.is_dir():
+        raise FileNotFoundError(f"--pred {pred}: no such folder")
     cases = {c.name: c for c in find_cases(source) if c.mask is not None}
     files = {case_name(p).removesuffix("_mask").removesuffix("_ct"): p for p in pred.iterdir() if is_nifti(p)}
     names = sorted(cases.keys() & files.keys(), key=natural_key)
@@ -276,8 +278,7 @@ def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str]
         lines += summary_lines(rows, table)
     lines += [f"failed: {name}: {reason}" for name, reason in failed.items()]
     (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf8")
-    print("\n".join(lines))
-    print(f"written to {out}")
+    print("\n".join([*lines, f"written to {out}"]))
 
 
 def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
@@ -292,10 +293,7 @@ def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
         if dice["n"]:  # a level that no scan shows would be a row of nothing
             counts = f"{dice['n']} | {dice['missed']} | {dice['hallucinated']}"
             lines.append(f"| {name} | {' | '.join(values)} | {counts} |")
-    lines += [
-        "",
-        "Means over cases with a 95 % bootstrap interval by patient; a missed vertebra counts Dice 0.",
-    ]
+    lines += ["", "Means with a 95 % bootstrap interval by patient; a missed vertebra counts Dice 0."]
     if "hits" in rows[0]:
         hits, targets = sum(r["hits"] for r in rows), sum(r["targets"] for r in rows)
         lines.append(f"Identification rate {hits} of {targets} vertebrae ({hits / max(targets, 1):.3f})")
@@ -336,9 +334,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{verse.path}: no case in its part {part}; choose another --part")
         rows, failed = evaluate_cases(model, verse, verse.split[part], region=args.region, heatmap=heatmap)
         if distributed.is_main():
-            out = (
-                Path(args.out) if args.out else run_dir_of(args.weights) / f"evaluation_{part}_{args.region}"
-            )
+            out = Path(args.out or run_dir_of(args.weights) / f"evaluation_{part}_{args.region}")
             title = f"{len(rows)} {part} scans of {verse.path}, region: {args.region}, {precision.name}"
             write_report(rows, out, title, failed)
             if part != "train" and set(verse.split[part]) & set(model.split["train"]):

@@ -43,6 +43,7 @@ from common.splits import natural_key
 from common.volumes import body_box, crop
 from verse_spine.heatmap import small_grid, to_small_grid
 from verse_spine.labels import (
+    LABEL_NAMES,
     Centroids,
     body_centres,
     centroids_to_voxels,
@@ -277,7 +278,8 @@ def mask_centroids(mask: np.ndarray, file: NiftiFile, labels: str) -> Centroids:
     if labels == "levels26":
         return centroids_to_voxels(body_centres(mask, file.affine), file)
     centres = {}
-    for number, voxel in enumerate(count_bodies(mask, file.spacing_mm), 1):
+    bodies = count_bodies(mask, file.spacing_mm)[: max(LABEL_NAMES)]  # the format has no number above
+    for number, voxel in enumerate(bodies, 1):
         x, y, z = (file.affine @ [*voxel[::-1], 1.0])[:3]
         centres[number] = (float(z), float(y), float(x))
     return centroids_to_voxels(centres, file)
@@ -305,8 +307,8 @@ def main(argv: list[str] | None = None) -> int:
                 if (earlier := taken.setdefault(case_name(path), path)) != path:
                     raise ValueError(f"its mask would have the name of that of {earlier}; rename one")
                 rows[path] = predict_scan(model, heatmap, path, out, args)
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:  # one bad scan must not cost the others
-                failed[path] = str(error)
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
+                failed[path] = str(error)  # one bad scan must not cost the others
             except KeyboardInterrupt:
                 if distributed.world_size() > 1:
                     raise

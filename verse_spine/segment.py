@@ -18,6 +18,7 @@ AIR_BELOW_HU = -500  # windows without a brighter voxel hold no body
 MIN_COMPONENT_ML = 1.0
 MAX_GAP_MM = 60.0  # between neighbouring pieces of one spine: about two vertebrae that were not found
 MAX_HOLE_ML = 0.5
+BODY_DEPTH = 0.7  # share of the depth of neighbouring bodies from which on a piece counts as one
 
 Box = tuple[Sequence[int], Sequence[int]]  # start and stop, z y x
 
@@ -87,7 +88,7 @@ def segment(
         volume: (z, y, x) in HU, an array or what can be sliced like one.
         mirror: average with the prediction of the left-right mirrored scan; vertebrae look alike both ways.
     """
-    start_stop = None if box is None else [(int(a), int(b)) for a, b in zip(*box, strict=True)]
+    start_stop = None if box is None else tuple(tuple(int(v) for v in corner) for corner in box)
     return predict_labels(
         model.network,
         volume,
@@ -188,8 +189,12 @@ def _heaviest_chain(low_mm: np.ndarray, high_mm: np.ndarray, sizes: np.ndarray) 
 def count_bodies(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     """Centres of the vertebral bodies in a mask without levels, (n, 3) voxels z y x, from head to foot.
 
-    The bodies are the thickest places: voxels whose depth below the surface is at least 0.7 of the largest
-    within 15 mm, in connected pieces that are at least 3 mm deep. Discs part them; arches are thin.
+    Bodies are the thickest places: connected pieces whose depth below the surface is at least BODY_DEPTH of
+    the largest within 25 mm up or down, and 3 mm. Discs part them. At one height only the deepest counts:
+    arch and processes are thinner than the body in front of them.
+
+    Tried on the true masks of seven phantoms and four real scans, 2 to 24 vertebrae each: wrong by two or
+    less; what is missed is mostly vertebrae that the scan cuts.
     """
     from scipy import ndimage
 
@@ -198,10 +203,16 @@ def count_bodies(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     step = np.maximum(2 / np.asarray(spacing_mm), 1).astype(int)  # 2 mm are fine enough
     coarse = np.pad(crop(mask, *box)[tuple(slice(None, None, n) for n in step)] > 0, 1)
     sampling = np.multiply(spacing_mm, step)
-    depth = ndimage.distance_transform_edt(coarse, sampling=sampling)
-    size = np.maximum(np.rint(30 / sampling), 1).astype(int)
-    deep = (depth >= 0.7 * ndimage.maximum_filter(depth, tuple(size))) & (depth >= 3)
+    depth = ndimage.distance_transform_edt(coarse, sampling=sampling).astype(np.float32)
+    deepest = ndimage.maximum_filter1d(depth.max(axis=(1, 2)), 2 * int(25 / sampling[0]) + 1)
+    deep = (depth >= BODY_DEPTH * deepest[:, None, None]) & (depth >= 3)
     pieces, num = ndimage.label(deep, np.ones((3, 3, 3)))
-    centres = np.array(ndimage.center_of_mass(deep, pieces, np.arange(1, num + 1))).reshape(-1, 3)
-    centres = (centres - 1) * step + box[0]
+    index = np.arange(1, num + 1)
+    centres = np.array(ndimage.center_of_mass(deep, pieces, index)).reshape(-1, 3)
+    depths_mm, bodies = np.array(ndimage.maximum(depth, pieces, index)), []
+    for k in np.argsort(-depths_mm):
+        # A body is at least twice its depth high, and may lean.
+        if all(abs(centres[k, 0] - centres[b, 0]) * sampling[0] > 1.2 * depths_mm[b] for b in bodies):
+            bodies.append(k)
+    centres = (centres[bodies] - 1) * step + box[0]
     return centres[np.argsort(-centres[:, 0])]

@@ -1,0 +1,275 @@
+"""verse_spine/segment.py and pictures.py: clean-up, counted bodies, planes; boxes of a stubbed heat map."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import REAL_DATA
+
+from common.hardware import Precision
+from common.nifti import load_label
+from verse_spine import pictures
+from verse_spine.heatmap import small_grid
+from verse_spine.networks import TrainedModel
+from verse_spine.phantoms import spine_phantom
+from verse_spine.pictures import color_overlay, error_picture, middle, plane, save_planes, true_plane, window
+from verse_spine.segment import clean_up, count_bodies, predict_heatmap, segment, spine_region
+
+CPU = torch.device("cpu")
+FP32 = Precision("fp32", None, False, "test")
+
+
+def block(labels, start, size, value=1):
+    labels[tuple(slice(a, a + n) for a, n in zip(start, np.broadcast_to(size, 3), strict=True))] = value
+
+
+# ---- clean-up ----
+
+
+def test_crumbs_go_unless_the_scan_cuts_them():
+    """2 mm voxels: 5 x 5 x 5 are 1 mL."""
+    labels = np.zeros((60, 40, 40), np.uint8)
+    block(labels, (20, 10, 10), 10)  # 8 mL
+    block(labels, (22, 30, 30), (5, 5, 4), 7)  # 0.8 mL
+    block(labels, (36, 12, 12), (5, 5, 5), 3)  # 1 mL
+    block(labels, (0, 12, 12), (2, 5, 5), 2)  # 0.4 mL at the lower end
+    block(labels, (10, 12, 38), (3, 3, 2), 4)  # at the right border
+    before = labels.copy()
+    cleaned, report = clean_up(labels, (2, 2, 2))
+    assert np.array_equal(labels, before), "a copy"
+    expected = before.copy()
+    expected[before == 7] = 0
+    assert np.array_equal(cleaned, expected)
+    assert report == {"removed_ml": pytest.approx(0.8), "filled_ml": 0.0}
+
+
+def test_the_limit_is_in_ml_not_voxels():
+    labels = np.zeros((40, 40, 40), np.uint8)
+    block(labels, (5, 5, 5), 10)
+    block(labels, (25, 25, 25), 5)
+    assert clean_up(labels, (2, 2, 2))[0][26, 26, 26] and not clean_up(labels, (1.9, 2, 2))[0][26, 26, 26]
+
+
+@pytest.mark.parametrize("gap_mm, kept", [(20, True), (55, True), (70, False), (200, False)])
+def test_chain(gap_mm, kept):
+    """Pieces up to 60 mm apart are one spine; beyond that the lighter part goes, whatever its own size."""
+    labels = np.zeros((200, 20, 20), np.uint8)
+    for k in range(3):
+        block(labels, (10 + 12 * k, 5, 5), (10, 8, 8), 20 - k)
+    top = 10 + 24 + 10 + gap_mm // 2
+    block(labels, (top, 5, 5), (10, 8, 8), 12)
+    block(labels, (top + 12, 5, 5), (10, 8, 8), 11)
+    cleaned, report = clean_up(labels, (2, 2, 2))
+    assert np.array_equal(np.unique(cleaned), [0, 11, 12, 18, 19, 20] if kept else [0, 18, 19, 20])
+    assert report["removed_ml"] == pytest.approx(0 if kept else 2 * 640 * 8 / 1000)
+
+
+def test_not_only_the_largest():
+    """A long fused piece and single vertebrae above it; a hip 90 mm beside it goes."""
+    labels = np.zeros((150, 40, 100), np.uint8)
+    block(labels, (5, 10, 5), (80, 10, 12))
+    for k in range(3):
+        block(labels, (95 + 15 * k, 10, 5), (9, 10, 12))
+    block(labels, (5, 10, 62), (20, 20, 20))
+    cleaned, _ = clean_up(labels, (2, 2, 2))
+    assert cleaned[:, :, :40].sum() == labels[:, :, :40].sum() and not cleaned[:, :, 40:].any()
+
+
+def test_small_holes_take_the_label_around_them():
+    labels = np.zeros((40, 40, 40), np.uint8)
+    block(labels, (5, 5, 5), (30, 30, 14), 19)
+    block(labels, (5, 5, 19), (30, 30, 14), 20)
+    block(labels, (10, 10, 10), 3, 0)  # 0.216 mL inside 19
+    block(labels, (20, 10, 25), 3, 0)  # inside 20
+    block(labels, (12, 22, 22), (4, 4, 4), 0)  # 0.512 mL: too large
+    block(labels, (30, 30, 30), (5, 2, 2), 0)  # open to the outside
+    cleaned, report = clean_up(labels, (2, 2, 2))
+    expected = labels.copy()
+    block(expected, (10, 10, 10), 3, 19)
+    block(expected, (20, 10, 25), 3, 20)
+    assert np.array_equal(cleaned, expected) and report["filled_ml"] == pytest.approx(2 * 27 * 8 / 1000)
+
+
+def test_hole_between_two_labels_takes_the_nearest():
+    labels = np.zeros((10, 10, 12), np.uint8)
+    block(labels, (1, 1, 1), (8, 8, 5), 3)
+    block(labels, (1, 1, 6), (8, 8, 5), 4)
+    labels[4, 4, 5], labels[4, 4, 6] = 0, 0
+    cleaned, _ = clean_up(labels, (3, 3, 3))
+    assert cleaned[4, 4, 5] == 3 and cleaned[4, 4, 6] == 4
+
+
+def test_nothing_is_left_of_crumbs_and_of_nothing():
+    labels = np.zeros((20, 20, 20), np.uint8)
+    cleaned, report = clean_up(labels, (1, 1, 1))
+    assert not cleaned.any() and report == {"removed_ml": 0.0, "filled_ml": 0.0}
+    labels[10, 10, 10] = 1
+    cleaned, report = clean_up(labels, (1, 1, 1))
+    assert not cleaned.any() and report["removed_ml"] == pytest.approx(0.001)
+    full = np.ones((9, 9, 9), np.uint8)
+    assert np.array_equal(clean_up(full, (1, 1, 1))[0], full)
+
+
+def test_many_crumbs():
+    """More parts than uint16 can number."""
+    labels = np.zeros((90, 90, 90), np.uint8)
+    labels[1:-1:2, 1:-1:2, 1:-1:2] = 1
+    labels[0] = 0
+    block(labels, (30, 30, 30), 20)
+    cleaned, _ = clean_up(labels, (1, 1, 1))
+    assert cleaned[40, 40, 40] and cleaned[1, 1, 1] == 0 and cleaned.sum() < 21**3
+
+
+@pytest.mark.slow
+def test_cost_of_a_large_mask():
+    """300 x 300 x 500 with noise all over it. No limit on time: it is printed, for the record."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros((500, 300, 300), np.uint8)
+    for z in range(20, 460, 30):
+        block(labels, (z, 130, 130), (24, 40, 40), 1)
+    for place in rng.integers(5, (490, 290, 290), (3000, 3)):
+        block(labels, place, 3)
+    started = time.perf_counter()
+    cleaned, _ = clean_up(labels, (1, 1, 1))
+    print(f"clean_up took {time.perf_counter() - started:.1f} s")
+    assert not cleaned[:15].any() and cleaned[30, 150, 150]
+
+
+# ---- counted bodies ----
+
+PHANTOMS = [((1, 24), (2, 2, 2)), ((8, 19), (2, 2, 2)), ((16, 24), (2, 2, 3)), ((19, 24), (3, 2, 2))]
+
+
+@pytest.mark.parametrize("levels, spacing", PHANTOMS)
+def test_bodies_of_phantoms(levels, spacing):
+    _, label, centres = spine_phantom(levels[0], spacing_mm=spacing, levels=levels, field_mm=(120, 110))
+    found = count_bodies((label > 0).astype(np.uint8), spacing) * spacing
+    assert abs(len(found) - len(centres)) <= 1 and (np.diff(found[:, 0]) < 0).all()
+    distance = np.linalg.norm(np.array(list(centres.values()))[:, None] - found, axis=2)
+    assert (distance.min(0) < 9).sum() >= len(found) - 1, "each is the body of a vertebra, not its arch"
+
+
+@pytest.mark.parametrize("case, least", [("sub-verse901", 6), ("sub-verse903", 2), ("sub-verse004", 8)])
+def test_bodies_of_real_masks(case, least):
+    if not (REAL_DATA / "spine_ct").is_dir():
+        pytest.skip("the real scans are not on this machine")
+    mask = load_label(next((REAL_DATA / "spine_ct").rglob(f"{case}_seg-vert_msk.nii.gz")))
+    true = np.count_nonzero(np.unique(mask.array))
+    found = len(count_bodies((mask.array > 0).astype(np.uint8), mask.spacing_mm))
+    assert least <= found <= true + 1
+
+
+def test_no_bodies():
+    assert count_bodies(np.zeros((4, 5, 6), np.uint8), (1, 1, 1)).shape == (0, 3)
+    assert count_bodies(np.pad(np.ones((1, 1, 1), np.uint8), 3), (1, 1, 1)).shape == (0, 3)
+
+
+# ---- stage 1 and 2 ----
+
+
+class Steady(torch.nn.Module):
+    def __init__(self, heat: torch.Tensor) -> None:
+        super().__init__()
+        self.heat = heat
+
+    def forward(self, image):
+        assert image.min() >= -1 and image.max() <= 1, "HU are scaled before the network"
+        return torch.logit(self.heat, eps=1e-6)[None, None]
+
+
+def test_heat_map_to_region():
+    grid = small_grid((100, 60, 60), (2.0, 2.0, 2.0), (50, 30, 30))
+    heat = torch.zeros(50, 30, 30)
+    heat[20:30, 10:15, 12:16] = 0.9
+    model = TrainedModel(Steady(heat), {"patch_size": [50, 30, 30]}, CPU, FP32, {}, {})
+    predicted = predict_heatmap(model, np.full((50, 30, 30), 5000.0, np.float32))
+    assert predicted.dtype == np.float32 and np.allclose(predicted, heat.numpy(), atol=1e-5)
+    region = spine_region(predicted, grid)
+    margin = np.array([15, 10, 10])  # 30, 20, 20 mm
+    assert region.source == "heat map" and region.heat == pytest.approx(0.9, abs=1e-4)
+    assert np.array_equal(region.box[0], np.array([40, 20, 24]) - margin)
+    assert np.array_equal(region.box[1], np.array([60, 30, 32]) + margin)
+    assert spine_region(0.3 * predicted, grid) is None
+
+
+def test_intensity_by_range_uses_the_whole_scan():
+    """--intensity patch: [lowest, highest] of the scan -> [-1, 1], also where a box leaves them out."""
+    hu = np.full((12, 12, 12), 100, np.int16)
+    hu[0, 0, 0], hu[11, 11, 11], hu[4:8, 4:8, 4:8] = -1000, 3000, 1200
+    seen = []
+
+    class Watch(torch.nn.Module):
+        def forward(self, image):
+            seen.append((float(image.min()), float(image.max())))
+            return image
+
+    config = {"patch_size": [12, 12, 12], "labels": "binary", "intensity": "patch"}
+    model = TrainedModel(Watch(), config, CPU, FP32, {"spacing_mm": [1, 1, 1]}, {})
+    pred = segment(model, hu, (1, 1, 1), on_message=lambda line: None)
+    assert seen == [(pytest.approx(-1, abs=1e-4), pytest.approx(1, abs=1e-4))]
+    assert pred.sum() == 64 + 1, "above the middle, 1000 HU"
+    segment(model, hu, (1, 1, 1), box=((2, 2, 2), (10, 10, 10)), on_message=lambda line: None)
+    assert seen[1][1] == pytest.approx(0.1, abs=1e-3), "1200 HU is 0.1 of -1000..3000"
+
+
+# ---- planes ----
+
+
+def test_orientation_of_planes():
+    """RAS+: z up, y to the front, x to the patient's right."""
+    volume = np.zeros((10, 20, 30))
+    volume[9], volume[:, 19], volume[:, :, 29] = 1, 2, 4  # head, front, right; later ones win
+    coronal = plane(volume, 1, 5)
+    assert coronal.shape == (10, 30) and (coronal[0, 1:] == 1).all(), "head up"
+    assert (coronal[:, 0] == 4).all() and (coronal[:, -1] != 4).all(), "patient's right on the left"
+    axial = plane(volume, 0, 5)
+    assert (axial[0, 1:] == 2).all() and (axial[:, 0] == 4).all(), "front up, right on the left"
+    sagittal = plane(volume, 2, 5)
+    assert (sagittal[0, 1:] == 1).all() and (sagittal[:, 0] == 2).all(), "head up, front on the left"
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_true_proportions(labels):
+    volume = np.zeros((10, 40, 30), np.int16)
+    volume[5:, 20:, 15:] = 7
+    spacing = (4.0, 0.5, 1.0)
+    shapes = [true_plane(volume, axis, 7, spacing, 1.0, labels).shape for axis in range(3)]
+    assert shapes == [(20, 30), (40, 30), (40, 20)]
+    picture = true_plane(volume, 2, 20, spacing, 1.0, labels)
+    assert (picture[:18, :8] == 7).all() and not picture[22:].any() and not picture[:, 12:].any()
+    if labels:
+        assert picture.dtype == volume.dtype and set(np.unique(picture)) == {0, 7}
+
+
+def test_middle_and_colours():
+    mask = np.zeros((20, 30, 40), bool)
+    assert middle(mask) == (10, 15, 20)
+    mask[4:7, 10:13, 30:33] = True
+    mask[19, 29, 0] = True
+    assert middle(mask) == (5, 11, 31), "the median, which a speck does not move"
+    assert window(np.array([-5000, -500, 400, 1300, 9999])).tolist() == [0, 0, 128, 255, 255]
+    grey = np.full((1, 5), 100, np.uint8)
+    error = error_picture(grey, np.array([[0, 1, 1, 0, 2]]), np.array([[0, 1, 0, 1, 1]]))
+    assert (error[0, 0] == 100).all() and (error[0, 1] == 100).all()
+    assert error[0, 2, 0] > 180 > error[0, 2, 2] and error[0, 3, 2] > 180 > error[0, 3, 0]
+    assert error[0, 4, 0] > 180, "the wrong class counts as too much"
+    colours = {tuple(color_overlay(grey, np.full((1, 5), k))[0, 0]) for k in range(1, 7)}
+    assert len(colours) == 6
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+def test_panels(with_target, tmp_path, monkeypatch):
+    """Three rows; scan and prediction, or scan, truth, prediction and error; resampled once a plane."""
+    seen = []
+    monkeypatch.setattr(pictures, "save_panels", lambda path, rows, titles: seen.append((rows, titles)))
+    hu, pred = np.zeros((5, 20, 24), np.int16), np.zeros((5, 20, 24), np.uint8)
+    pred[2:4, 5:9, 6:12] = 2
+    save_planes(tmp_path / "p.png", hu, (4, 1, 1), pred, pred if with_target else None, title="case")
+    rows, titles = seen[0]
+    assert [len(row) for row in rows] == [4 if with_target else 2] * 3
+    assert [row[0].shape for row in rows] == [(20, 24), (20, 24), (20, 20)]
+    assert titles[0][0] == "axial case" and titles[1][0] == "coronal" and "prediction" in titles[2]
+    assert all(len(row) == len(names) for row, names in zip(rows, titles, strict=True))
+    coloured = (rows[0][-2 if with_target else -1].std(axis=-1) > 0).sum()
+    assert coloured == 24, "the prediction is drawn: 4 x 6 pixels"
