@@ -15,7 +15,8 @@ def convert_cases(
 ) -> Iterator[tuple[Any, Any, str]]:
     """Yield (case, `convert(case, *arguments)`, "") or (case, None, reason) in the order of completion.
 
-    A case that raises ValueError or OSError costs the others nothing. Ctrl-C ends after the cases in work.
+    A case that raises ValueError, OSError or MemoryError costs the others nothing. Ctrl-C ends after the
+    cases in work.
 
     Args:
         convert: a function of a module (it is pickled when `workers` > 1); never returns None.
@@ -25,7 +26,7 @@ def convert_cases(
         for case in cases:
             try:
                 yield case, convert(case, *arguments), ""
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, MemoryError) as error:
                 yield case, None, str(error)
         return
     with ProcessPoolExecutor(min(workers, len(cases)), initializer=_ignore_interrupt) as pool:
@@ -37,7 +38,7 @@ def convert_cases(
                 except BrokenProcessPool:
                     reason = "its process was ended from outside, most likely for lack of memory: --workers 0"
                     yield futures[future], None, reason
-                except (ValueError, OSError) as error:
+                except (ValueError, OSError, MemoryError) as error:
                     yield futures[future], None, str(error)
         finally:
             pool.shutdown(cancel_futures=True)  # Ctrl-C ends after the cases in work, not after all

@@ -76,6 +76,51 @@ def trained_run(phantom_slices, tmp_path_factory) -> Path:
     return out / "tiny"
 
 
+TINY_VERSE = ["--batch_size", "2", "--workers", "0", "--amp", "off", "--device", "cpu"]
+TINY_HEATMAP = ["--input_shape", "32", "16", "16", *TINY_VERSE]
+TINY_SEGMENTATION = ["--input_shape", "32", "32", "32", "--patches", "4", "--val_every", "1", *TINY_VERSE]
+
+
+@pytest.fixture(scope="session")
+def verse_source(tmp_path_factory) -> Path:
+    """Six phantom spines of 5 mm voxels in VerSe's layout."""
+    from verse_spine.phantoms import write_verse_phantoms
+
+    return write_verse_phantoms(tmp_path_factory.mktemp("spines") / "verse", 6, spacing_scale=2.0)
+
+
+@pytest.fixture(scope="session")
+def verse_h5(verse_source, tmp_path_factory) -> Path:
+    """The phantom spines converted at 5 mm: train 4, val 1, test 1."""
+    from verse_spine.preprocess import main
+
+    out = tmp_path_factory.mktemp("spines_h5") / "h5"
+    flags = ["--source", str(verse_source), "--out", str(out), "--spacing", "5", "5", "5", "--workers", "0"]
+    assert main(flags) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def verse_runs(verse_h5, tmp_path_factory) -> dict[str, Path]:
+    """{"heatmap", "segmentation"}: run folders of two epochs on the phantom spines."""
+    from verse_spine import train_heatmap, train_segmentation
+
+    out = tmp_path_factory.mktemp("spine_runs")
+    flags = ["--data_path", str(verse_h5), "--out", str(out), "--epochs", "2"]
+    train_heatmap.main([*flags, "--model_name", "heatmap", *TINY_HEATMAP])
+    train_segmentation.main([*flags, "--model_name", "segmentation", *TINY_SEGMENTATION])
+    return {stage: out / stage for stage in ("heatmap", "segmentation")}
+
+
+@pytest.fixture(scope="session")
+def real_spine_ct() -> Path:
+    """Three real CT with vertebra masks and centroids in VerSe's layout; skips where they are not."""
+    folder = REAL_DATA / "spine_ct"
+    if not folder.is_dir():
+        pytest.skip("the real scans are not on this machine")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def real_lung_ct() -> Path:
     """Two real chest CT with tumour masks; skips where they are not."""

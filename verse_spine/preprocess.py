@@ -110,19 +110,18 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
         map_labels(mask.array, "binary")
     except ValueError as error:
         raise ValueError(f"{case.mask}: {error}") from error
-    notes: list[str] = []
-    if not np.isin(mask.array, [0, 26, 27]).all():
-        centres_mm, notes = _centres(case, scan, mask)
-    else:
+    vertebrae = np.where(np.isin(mask.array, [26, 27]), 0, mask.array)  # sacrum, coccyx: not annotated
+    if not vertebrae.any():
         raise ValueError(f"{case.mask}: holds no vertebra; remove the case or its mask")
+    centres_mm, notes = _centres(case, scan, mask)
 
     # ---- body, spacing ----
     margin = np.ceil(np.divide(BODY_MARGIN_MM, scan.spacing_mm)).astype(int)
     start, stop = body_box(scan.array, BODY_HU, tuple(int(m) for m in margin))
-    low, high = box_of(mask.array > 0)  # tissue around them may be blanked out
+    low, high = box_of(vertebrae > 0)  # tissue around them may be blanked out
     start, stop = np.minimum(start, low), np.maximum(stop, high)
     block = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-    image, label = scan.array[block], mask.array[block]
+    image, label = scan.array[block], vertebrae[block]
     shape = resampled_shape(image.shape, scan.spacing_mm, settings.spacing_mm)
     affine = resampled_affine(crop_affine(scan.affine, start), image.shape, shape)
     values = resample(np.clip(image, *HU_RANGE), shape) if shape != image.shape else np.clip(image, *HU_RANGE)
@@ -135,14 +134,13 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
         for number, box in enumerate(ndimage.find_objects(label_1mm), 1)
         if box is not None
     ]
-    vertebrae = np.where(np.isin(label_1mm, [26, 27]), 0, label_1mm)
     spacing_mm = tuple(float(v) for v in np.sqrt((affine[:3, :3] ** 2).sum(0))[::-1])
     attributes = {
         "name": case.name,
         "subject": case.subject,
         "spacing_mm": spacing_mm,
         "affine": affine,
-        "boxes": np.array([b for b in boxes if b[0] not in (26, 27)], np.int64).reshape(-1, 7),
+        "boxes": np.array(boxes, np.int64).reshape(-1, 7),
         "centroids": np.array([[n, *zyx] for n, zyx in sorted(centres_mm.items())], float).reshape(-1, 4),
         "source_image": case.image.name,
         "source_shape": scan.array.shape,
@@ -153,9 +151,9 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
         "crop_stop": stop,
         "hu_range": HU_RANGE,
     }
-    index = location_index(vertebrae, image_1mm, hard_negative_above=HARD_NEGATIVE_HU, seed=INDEX_SEED)
+    index = location_index(label_1mm, image_1mm, hard_negative_above=HARD_NEGATIVE_HU, seed=INDEX_SEED)
     used = write_case(
-        out / "cases" / f"{case.name}.h5", image_1mm, vertebrae, attributes=attributes, index=index
+        out / "cases" / f"{case.name}.h5", image_1mm, label_1mm, attributes=attributes, index=index
     )
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     return {
@@ -167,7 +165,7 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
         "settings": {"spacing_mm": list(settings.spacing_mm)},
         "shape": list(shape),
         "vertebrae": [b[0] for b in boxes],
-        "vertebra_ml": round(float(np.count_nonzero(vertebrae)) * voxel_ml, 1),
+        "vertebra_ml": round(float(np.count_nonzero(label_1mm)) * voxel_ml, 1),
         "compression": used,
         "notes": "; ".join(notes),
     }

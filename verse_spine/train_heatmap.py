@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import distributed, hardware, runs
-from common.augment import Augmentation3d, augment_batch
+from common.augment import augment_batch
 from common.config import Switch, fraction, make_parser, parse_args, resolved_config, run_script
 from common.memory import fit_plan, limit_cuda_memory, plan_table
 from common.metrics import summary, write_table
@@ -38,7 +38,9 @@ from verse_spine.heatmap import AIR_HU, LOSSES, TARGETS, heatmap_loss
 from verse_spine.networks import ARCHITECTURE, TrainedModel, get_model, load_trained, scale_hu
 from verse_spine.training import (
     add_training_flags,
+    get_augmentation,
     get_optimizer,
+    load_resumed,
     no_validation_note,
     open_data,
     optimizer_notes,
@@ -113,9 +115,9 @@ def train(args: Namespace, resumed: dict | None = None, run_dir: Path | None = N
 
     # ---- data ----
     shape = plan.patch_size
-    watched = validation_names(verse)
+    names = [verse.split["train"], validation_names(verse)]
     train_set, val_set = distributed.main_first(
-        lambda: [HeatmapDataset(verse, names, shape, args.target) for names in (verse.split["train"], watched)]
+        lambda: [HeatmapDataset(verse, of_part, shape, args.target) for of_part in names]
     )
     loader, sampler = distributed.make_loader(
         train_set, plan.batch_size, seed=args.seed, workers=args.workers, device=device
@@ -123,10 +125,7 @@ def train(args: Namespace, resumed: dict | None = None, run_dir: Path | None = N
     num_batches = sampler.num_batches
     # Rotations need proportions only, and voxels of the small grid are nearly cubes.
     grid_mm = (4.0, 4.0, 4.0)
-    # Only left-right flips: upside down there is no spine. Thick slices do not show on this grid.
-    augmentation = Augmentation3d(
-        flip_probability=(0, 0, 0.5), low_resolution_probability=args.low_resolution
-    )
+    augmentation = get_augmentation(args)
 
     # ---- optimiser, resuming ----
     optimizer = get_optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
@@ -314,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(parser, argv)
     distributed.init()
     try:
-        found = runs.load_resumed(args.resume, args.out, args.model_name)
+        found = load_resumed(args, "heatmap")
         if found is None:
             train(args)
         else:

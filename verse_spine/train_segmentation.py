@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import distributed, hardware, runs
-from common.augment import Augmentation3d, augment_batch
+from common.augment import augment_batch
 from common.config import Switch, make_parser, parse_args, positive_int, resolved_config, run_script
 from common.losses import dice_ce_loss
 from common.memory import fit_plan, limit_cuda_memory, plan_table
@@ -47,7 +47,9 @@ from verse_spine.networks import (
 from verse_spine.pictures import save_case_preview
 from verse_spine.training import (
     add_training_flags,
+    get_augmentation,
     get_optimizer,
+    load_resumed,
     no_validation_note,
     open_data,
     optimizer_notes,
@@ -125,9 +127,7 @@ def train(args: Namespace, resumed: dict | None = None, run_dir: Path | None = N
         train_set, plan.batch_size, seed=args.seed, workers=args.workers, device=device
     )
     num_batches = sampler.num_batches
-    augmentation = Augmentation3d(
-        flip_probability=(0, 0, 0.5), low_resolution_probability=args.low_resolution
-    )  # only left-right: upside down there is no spine
+    augmentation = get_augmentation(args)
 
     # ---- optimiser, resuming ----
     optimizer = get_optimizer(args.optimizer, network.parameters(), args.lr, args.weight_decay)
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(parser, argv)
     distributed.init()
     try:
-        found = runs.load_resumed(args.resume, args.out, args.model_name)
+        found = load_resumed(args, "segmentation")
         if found is None:
             train(args)
         else:

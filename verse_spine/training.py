@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import distributed
+from common import distributed, runs
+from common.augment import Augmentation3d
 from common.config import Switch, add_length_flags, add_machine_flags, fraction, positive_int
 from common.memory import Plan, training_peak_mib
 from verse_spine import download, preprocess
@@ -57,9 +58,16 @@ def add_training_flags(parser: ArgumentParser, *, input_shape: tuple, model: str
     )
     optim.add_argument("--weight_decay", type=float, default=0.0, help="decoupled from the gradient")
     optim.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 = any")
-    optim.add_argument("--augment", action=Switch, default=True, help="random changes of training items")
-    optim.add_argument(
-        "--low_resolution", type=fraction, default=0.2, help="probability of simulated thick slices"
+    augment = parser.add_argument_group("augmentation, probabilities for each item")
+    augment.add_argument("--augment", action=Switch, default=True, help="random changes of training items")
+    augment.add_argument("--flip", type=fraction, default=0.5, help="left-right; levels have no sides")
+    augment.add_argument(
+        "--rotate_scale", type=fraction, default=0.5, help="15 degrees about each axis, 15 %%"
+    )
+    augment.add_argument("--elastic", type=fraction, default=0.2, help="smooth deformation up to 7.5 mm")
+    augment.add_argument("--low_resolution", type=fraction, default=0.2, help="simulated thick slices")
+    augment.add_argument(
+        "--grey_values", type=fraction, default=0.15, help="noise, blur, brightness, contrast, gamma, each"
     )
     add_length_flags(parser, epochs=200, early_stopping=30)
     add_machine_flags(parser)
@@ -90,8 +98,8 @@ def no_validation_note(verse: VerSe) -> str:
     if verse.split["val"]:
         return ""
     return (
-        f"warning: {verse.path} has no validation scan: {verse.split['train'][0]}, a training scan, stands in "
-        "for it, and best.pt is that of the last validation"
+        f"warning: {verse.path} has no validation scan: the training scan {verse.split['train'][0]} stands "
+        "in for one, and best.pt is that of the last validation"
     )
 
 
@@ -104,6 +112,31 @@ def download_and_convert(data_path: Path, edition: int) -> None:
         raise ValueError(f"VerSe{edition} could not be downloaded; see the steps above")
     if preprocess.main(["--source", str(raw), "--out", str(data_path)]):
         print("some cases could not be converted, see above; going on with the others")
+
+
+def load_resumed(args: Namespace, stage: str) -> tuple[dict, Path] | None:
+    """(checkpoint, run folder) that --resume means, of a run of this stage; None without --resume."""
+    found = runs.load_resumed(args.resume, args.out, args.model_name)
+    if found and found[0].get("stage") != stage:
+        raise ValueError(
+            f"--resume: {found[1]} is no run of verse_spine/train_{stage}.py; choose another name"
+        )
+    return found
+
+
+def get_augmentation(args: Namespace) -> Augmentation3d:
+    """What the flags ask for. Only left-right flips: upside down there is no spine."""
+    return Augmentation3d(
+        flip_probability=(0, 0, args.flip),
+        spatial_probability=args.rotate_scale,
+        elastic_probability=args.elastic,
+        low_resolution_probability=args.low_resolution,
+        noise_probability=args.grey_values,
+        blur_probability=args.grey_values,
+        brightness_probability=args.grey_values,
+        contrast_probability=args.grey_values,
+        gamma_probability=args.grey_values,
+    )
 
 
 def get_optimizer(name: str, parameters: Iterable, lr: float, weight_decay: float) -> torch.optim.Optimizer:
