@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _check(logits: Tensor, target: Tensor) -> None:
-    if logits.shape[1] < 2 or logits.shape[:1] + logits.shape[2:] != target.shape:
+def _check(logits: Tensor, target: Tensor, least_classes: int = 2) -> None:
+    if logits.shape[1] < least_classes or logits.shape[:1] + logits.shape[2:] != target.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} do not fit target {tuple(target.shape)}; "
-            "expected (N, C >= 2, *spatial) and (N, *spatial)"
+            f"expected (N, C >= {least_classes}, *spatial) and (N, *spatial)"
         )
 
 
@@ -91,6 +91,7 @@ def batch_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> 
 
     Source: Milletari et al. 2016, arXiv:1606.04797. Differs: over the batch, denominator not squared.
     """
+    _check(logits, target, least_classes=1)
     probs = logits.float().sigmoid() if logits.shape[1] == 1 else logits.float().softmax(dim=1)[:, 1:]
     lost_and_present = []
     for k in range(probs.shape[1]):  # one class at a time: no one-hot target of all classes
@@ -106,6 +107,7 @@ def dice_ce_loss(
     logits: Tensor, target: Tensor, *, dice_weight: float = 1.0, ce_weight: float = 1.0
 ) -> Tensor:
     """`batch_dice_loss` + mean cross-entropy (binary cross-entropy for a single logit)."""
+    _check(logits, target, least_classes=1)
     if logits.shape[1] == 1:
         ce = F.binary_cross_entropy_with_logits(logits[:, 0].float(), target.float())
     else:

@@ -6,40 +6,111 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 MIB = 2**20
 # What a card holds besides tensors: the CUDA context (300 to 500 MiB) and workspaces of convolutions.
 RESERVED_MIB = 600
+META = torch.device("meta")  # PyTorch's device whose tensors have shapes and no data
 
 
-class _StorageCounter(TorchDispatchMode):
-    """Sums the bytes of all living storages that operations make, and remembers the peak."""
+class _Hollow(Tensor):
+    """To autograd and autocast a tensor on the CPU; what it holds is on the device "meta"."""
 
-    def __init__(self) -> None:
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, meta: Tensor) -> "_Hollow":
+        hollow = Tensor._make_wrapper_subclass(
+            cls,
+            meta.shape,
+            strides=meta.stride(),
+            storage_offset=meta.storage_offset(),
+            dtype=meta.dtype,
+            device="cpu",
+        )
+        hollow.meta = meta
+        return hollow
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(f"{function}: a tensor without data was used outside of StorageCounter")
+
+
+class StorageCounter(TorchDispatchMode):
+    """Sums the bytes of all living storages that operations make, and remembers the peak.
+
+    Args:
+        hollow: compute shapes only and allocate nothing; every number read from a tensor is 1. PyTorch's
+            FakeTensorMode does so too, with the same sums in float32 and some 3 times slower.
+
+    Raises:
+        ValueError: hollow, an operation that changes the shape of a tensor in place, such as `squeeze_`.
+
+    Attributes:
+        bytes: alive now.
+        peak: the most that were alive at a time.
+    """
+
+    def __init__(self, *, hollow: bool) -> None:
         super().__init__()
+        self.hollow = hollow
         self.bytes = self.peak = 0
         self._seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._count, result)
-        return result
+        kwargs = kwargs or {}
+        if not self.hollow:
+            return _map_tensors(self._counted, function(*args, **kwargs))
+        schema = function._schema
+        if torch.Tag.inplace_view in function.tags:
+            raise ValueError(
+                f"{schema.name} changes a tensor's shape in place; use {schema.name.rstrip('_')}"
+            )
+        if schema.is_mutable and schema.name.endswith("_"):
+            return args[0] if schema.returns else None  # in place: nothing new; half of all operations
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1  # .item(), as AdamW does with its count of steps
 
-    def _count(self, tensor: Tensor) -> None:
+        given: dict[int, _Hollow] = {}
+
+        def emptied(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, _Hollow):
+                return tensor.to(META)  # a constant, made before
+            given[id(tensor.meta)] = tensor
+            return tensor.meta
+
+        def wrapped(tensor: Tensor) -> Tensor:
+            return given[id(tensor)] if id(tensor) in given else _Hollow(self._counted(tensor))
+
+        args = _map_tensors(emptied, args)
+        kwargs = {key: _map_tensors(emptied, value) for key, value in kwargs.items()}
+        makes_new = not given and any(a.name == "device" for a in schema.arguments)
+        if makes_new or kwargs.get("device") is not None:
+            kwargs["device"] = META
+        return _map_tensors(wrapped, function(*args, **kwargs))
+
+    def _counted(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._release, size)
+        if storage not in self._seen:
+            self._seen.add(storage)
+            size = storage.nbytes()
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._release, size)
+        return tensor
 
     def _release(self, size: int) -> None:
         self.bytes -= size
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value):
+    """`function` of each tensor in a tensor, list, tuple or something else."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map_tensors(function, v) for v in value])
+    return value
 
 
 def training_peak_mib(
@@ -49,12 +120,16 @@ def training_peak_mib(
     *,
     make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     dtype: torch.dtype | None = None,
+    hollow: bool = True,
 ) -> float:
-    """Peak memory in MiB of the second training step: weights, gradients, optimiser state, kept and passing
+    """Peak memory in MiB of a training step: weights, gradients, optimiser state, kept and passing
     activations.
 
-    The step runs on fake tensors, which have shapes but no data. Not included: the CUDA context (300 to
-    500 MiB), workspaces of the convolution library and fragmentation; leave a margin of about 0.5 GiB.
+    The step runs on tensors which have shapes but no data, as it would on a CPU. Not included: the CUDA
+    context (300 to 500 MiB), workspaces of the convolution library and fragmentation; leave a margin of about
+    0.5 GiB. AdamW on a card updates all weights together and takes another copy of them. Attention
+    (F.scaled_dot_product_attention) is the CPU's here: like CUDA's memory-efficient kernel it keeps no matrix
+    of all pairs, but the buffers beside its result, and gradients of a mask, may differ.
 
     Args:
         make_network: builds the network; called once.
@@ -62,19 +137,22 @@ def training_peak_mib(
         image_shape: (N, C, *spatial); the target is (N, *spatial) int64.
         make_optimizer: parameters -> optimiser.
         dtype: of autocast; None for fp32.
+        hollow: False really computes the step on the CPU, to check the prediction.
     """
-    with FakeTensorMode(), _StorageCounter() as counter:
+    with StorageCounter(hollow=hollow) as counter:
         network = make_network().train()
         optimizer = make_optimizer(network.parameters())
-        for _ in range(2):  # the first makes the optimiser's state
-            image = torch.empty(image_shape)
-            target = torch.empty((image_shape[0], *image_shape[2:]), dtype=torch.long)
-            with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                logits = network(image)
-            loss_function(logits, target).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            del logits
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # the first makes the optimiser's state
+        optimizer.zero_grad(set_to_none=True)
+
+        image = torch.zeros(image_shape)
+        target = torch.zeros((image_shape[0], *image_shape[2:]), dtype=torch.long)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            logits = network(image)
+        loss_function(logits, target).backward()
+        optimizer.step()
     return counter.peak / MIB
 
 
@@ -102,12 +180,15 @@ class Plan:
         return f"patch {sides}, batch {self.batch_size} x {self.accumulate}, {recompute}, {self.precision}"
 
 
-def candidates(wanted: Plan, *, step: int = 16, smallest: int = 48) -> Iterator[Plan]:
+def candidates(
+    wanted: Plan, *, shrink_patch: bool = True, step: int = 16, smallest: int = 48
+) -> Iterator[Plan]:
     """`wanted` and what to give up for memory, the least loss first.
 
     Checkpointing costs a second forward pass and nothing else; smaller batches with more accumulation cost
-    speed (and, with BatchNorm, statistics of fewer items); only then the patch shrinks, its longest sides
-    first, by `step` voxels and not below `smallest` (a side that is smaller already stays).
+    speed (and, with BatchNorm, statistics of fewer items); only then, and only if `shrink_patch`, the patch
+    shrinks, its longest sides first, by `step` voxels and not below `smallest` (a side that is smaller
+    already stays).
     """
     patch = wanted.patch_size
     while True:
@@ -121,30 +202,33 @@ def candidates(wanted: Plan, *, step: int = 16, smallest: int = 48) -> Iterator[
                 yield replace(plan, checkpointing=True)
             batch //= 2
         longest = max(patch)
-        if longest <= smallest:
+        if longest <= smallest or not shrink_patch:
             return
         patch = tuple(max(smallest, side - step) if side == longest else side for side in patch)
 
 
-def fit_plan(wanted: Plan, peak_mib: Callable[[Plan], float], vram_gib: float) -> tuple[Plan, list]:
+def fit_plan(
+    wanted: Plan, peak_mib: Callable[[Plan], float], vram_gib: float, *, shrink_patch: bool = True
+) -> tuple[Plan, list[tuple[Plan, float]]]:
     """The first of `candidates` that a card of `vram_gib` holds, and [(plan, MiB), ...] of all tried.
 
     Args:
         peak_mib: predicted peak of a training step, e.g. by `training_peak_mib`.
+        shrink_patch: False leaves the patch as it is.
 
     Raises:
         ValueError: not even the smallest fits.
     """
     limit_mib = vram_gib * 1024 - RESERVED_MIB
     tried: list[tuple[Plan, float]] = []
-    for plan in candidates(wanted):
+    for plan in candidates(wanted, shrink_patch=shrink_patch):
         tried.append((plan, peak_mib(plan)))
         if tried[-1][1] <= limit_mib:
             return plan, tried
     least = min(tried, key=lambda entry: entry[1])
     raise ValueError(
         f"--vram {vram_gib:g}: even {least[0]} needs {least[1]:.0f} MiB of tensors, more than the "
-        f"{limit_mib:.0f} that a card of this size leaves; choose a smaller network"
+        f"{limit_mib:.0f} that a card of this size leaves; choose a smaller network or input"
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common import losses
 from common.hardware import Precision, autocast
+from common.memory import Plan, fit_plan, training_peak_mib
 from common.networks import AttentionUNet, UNet
 from common.runs import load_checkpoint
 from lung_tumor.slices import fit_to_square, normalise, probs_from_square
@@ -88,6 +89,32 @@ def training_trial(
         loss_function(logits, torch.zeros_like(image[:, 0], dtype=torch.long)).backward()
 
     return trial
+
+
+def plan_memory(
+    config: dict, precision: Precision, loss_function: Callable[..., Tensor]
+) -> tuple[Plan, list[tuple[Plan, float]]]:
+    """What the flags ask for, or with `vram` the next best that fits a card of so many GiB; and
+    [(plan, predicted MiB of a step), ...] of all that were considered. The image size stays.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+
+    def peak_mib(plan: Plan) -> float:
+        return training_peak_mib(
+            lambda: get_model(config | {"checkpointing": plan.checkpointing}),
+            loss_function,
+            (plan.batch_size, 1, *plan.patch_size),
+            dtype=precision.dtype,
+        )
+
+    sides = (config["image_size"],) * 2
+    batch = config["batch_size"], config["accumulate"]
+    wanted = Plan(sides, *batch, config["checkpointing"], precision.name)
+    if config["vram"]:
+        return fit_plan(wanted, peak_mib, config["vram"], shrink_patch=False)
+    return wanted, [(wanted, peak_mib(wanted))]
 
 
 @dataclass

@@ -37,7 +37,7 @@ from common.config import (
     run_script,
 )
 from common.ema import WeightAverage
-from common.memory import training_peak_mib
+from common.memory import limit_cuda_memory, plan_table
 from common.plots import save_curves
 from common.schedules import SCHEDULES, learning_rate, plateau_drops
 from lung_tumor.augmentations import Augmentation
@@ -51,6 +51,7 @@ from lung_tumor.model import (
     get_loss,
     get_model,
     load_trained,
+    plan_memory,
     training_trial,
 )
 from lung_tumor.preprocess import demo_dataset
@@ -103,6 +104,9 @@ def build_parser() -> ArgumentParser:
     augment.add_argument("--brightness_contrast", type=fraction, default=0.15, help="share of the range")
     add_length_flags(parser, epochs=150, early_stopping=30)
     add_machine_flags(parser)
+    parser.add_argument(
+        "--vram", type=float, help="GiB of the card: fit batch and checkpointing to it and keep to it"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--model_name", "--experiment_name", default="lung_tumor_ds512", help="name of the run")
     run.add_argument("--out", default="runs", help="folder of all runs")
@@ -126,10 +130,6 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
     )
     train_set = SliceDataset(packed, split["train"], augmentation if args.augment else None)
     val_set = SliceDataset(packed, split["val"])
-    loader, sampler = distributed.make_loader(
-        train_set, args.batch_size, seed=args.seed, workers=args.workers, device=device
-    )
-    num_batches = sampler.num_batches
 
     # ---- model and optimiser ----
     config = resolved_config(args) | {"fold": None if fold is None else str(fold)}
@@ -141,7 +141,16 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
     # Timed once a run: its second half is computed like its first, and config.yaml repeats it.
     amp = resumed["config"]["amp"] if resumed and args.amp == "auto" else args.amp
     precision = distributed.on_main(lambda: hardware.choose_precision(amp, device, trial))
-    config["amp"] = precision.amp
+    plan, tried = plan_memory(config, precision, loss_function)
+    if args.vram:
+        limit_cuda_memory(args.vram, device)
+        network.checkpointing = plan.checkpointing
+    config |= dict(amp=precision.amp, checkpointing=plan.checkpointing)
+    config |= dict(batch_size=plan.batch_size, accumulate=plan.accumulate)
+    loader, sampler = distributed.make_loader(
+        train_set, plan.batch_size, seed=args.seed, workers=args.workers, device=device
+    )
+    num_batches = sampler.num_batches
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     parts = dict(model=network, optimizer=optimizer, scaler=scaler, ema=average)
     # Where the run stands; all of it goes into every checkpoint.
@@ -168,17 +177,17 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
     last, best = run_dir / "weights" / "last.pt", run_dir / "weights" / "best.pt"
     log = runs.start_log(run_dir, config, at.history)
     log(f"device: {hardware.describe_device(device)}; {distributed.world_size()} process(es)")
-    shape = (args.batch_size, 1, args.image_size, args.image_size)
-    peak_mib = training_peak_mib(lambda: get_model(config), loss_function, shape, dtype=precision.dtype)
-    for warning in hardware.startup_warnings(device, peak_mib):
+    for warning in hardware.startup_warnings(device, tried[-1][1]):
         log(f"warning: {warning}")
     log(f"precision: {precision.name} ({precision.reason})")
     num_parameters = sum(p.numel() for p in network.parameters())
-    log(f"{args.model}: {num_parameters:,} parameters; a step will take {peak_mib:.0f} MiB of tensors")
+    log(f"{args.model}: {num_parameters:,} parameters; a step will take {tried[-1][1]:.0f} MiB of tensors")
+    if args.vram:
+        log(plan_table(tried, args.vram))
     log(
         f"slices: {len(train_set)} training of {len(split['train'])} volumes, {len(val_set)} validation of "
         f"{len(split['val'])}; test volumes: {len(split['test'])}; {num_batches} steps an epoch, effective "
-        f"batch {args.batch_size * args.accumulate * distributed.world_size()}"
+        f"batch {plan.batch_size * plan.accumulate * distributed.world_size()}"
     )
     if packed.num_unclean:
         log(f"warning: {packed.num_unclean} masks hold grey values besides 0 and 255; above 127 is tumour")
@@ -186,7 +195,6 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
         log(f"resumed at epoch {at.epoch}, batch {at.batch}")
     wandb_run = runs.open_wandb("lung_tumor", run_dir.name, config) if args.use_wandb else None
     kept = dict(config=config, preprocessing=preprocessing, split=split)
-
     again = [*sys.argv, "--resume"] if args.fold == "all" else [sys.argv[0], "--resume", str(last)]
     resume_command = shlex.join(again)
 
@@ -206,8 +214,8 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
                 wait_s += time.perf_counter() - waiting_since
                 image = image.to(device, memory_format=torch.channels_last, non_blocking=True)  # (N, 1, h, w)
                 target = target.to(device, non_blocking=True)  # (N, h, w)
-                group_start = at.batch - at.batch % args.accumulate
-                group_size = min(args.accumulate, num_batches - group_start)  # the last group may be smaller
+                group_start = at.batch - at.batch % plan.accumulate
+                group_size = min(plan.accumulate, num_batches - group_start)  # the last group may be smaller
                 is_update = at.batch + 1 == group_start + group_size
                 with nullcontext() if is_update or model is network else model.no_sync():
                     with hardware.autocast(device, precision):
@@ -250,16 +258,13 @@ def train(args: Namespace, fold: int | None = None, resumed: dict | None = None,
             if average:
                 judged.load_state_dict(average.average)
             row = dict(epoch=at.epoch, lr=lr, train_loss=at.loss_sum / at.batch)
-            distributed.share_buffers(
-                judged
-            )  # else each process would validate with its own BatchNorm statistics
+            distributed.share_buffers(judged)  # else each process has its own BatchNorm statistics
             row |= validate(trained, val_set, loss_function)
             now = time.perf_counter()
             validation_s = distributed.from_main(now - validation_started)
             seconds = now - epoch_started
-            row |= dict(
-                seconds=seconds, data_wait=wait_s / seconds, peak_mib=hardware.peak_memory_mib(device)
-            )
+            row |= dict(seconds=seconds, data_wait=wait_s / seconds)
+            row["peak_mib"] = hardware.peak_memory_mib(device)
             is_best = row["val_dice"] > at.best
             if is_best:
                 at.best, at.best_epoch = row["val_dice"], at.epoch
@@ -330,13 +335,10 @@ def main(argv: list[str] | None = None) -> None:
         rows = [row for fold in folds for row in resume_or_train(parser, args, argv, fold)]
         if args.fold == "all" and distributed.is_main():
             out = Path(args.out) / f"{args.model_name}_all_folds"
-            write_report(
-                rows, out, f"all {args.folds} folds, each volume scored by a model that never saw it"
-            )
+            title = f"all {args.folds} folds, each volume scored by a model that never saw it"
+            write_report(rows, out, title)
     except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"error: out of GPU memory; halve --batch_size, double --accumulate ({error})"
-        ) from error
+        raise SystemExit(f"error: out of GPU memory; --vram fits the run to a card ({error})") from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     finally:

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.losses import balanced_cross_entropy, cross_entropy, dice_loss, focal_tversky_loss
+from common.losses import (
+    balanced_cross_entropy,
+    batch_dice_loss,
+    cross_entropy,
+    dice_ce_loss,
+    dice_loss,
+    focal_tversky_loss,
+)
 
 LOSSES = [dice_loss, balanced_cross_entropy, cross_entropy, focal_tversky_loss]
 SHAPES = [(3, 2, 6, 5), (2, 3, 6, 5), (2, 2, 3, 4, 5), (3, 4, 3, 4, 5)]  # (N, C, *spatial), 2-D and 3-D
@@ -226,6 +233,115 @@ def test_shapes_that_do_not_fit_are_refused(loss):
             loss(torch.zeros(shape), target)
         assert str(error.value) == (
             f"logits {shape} do not fit target (2, 8, 8); expected (N, C >= 2, *spatial) and (N, *spatial)"
+        )
+
+
+# ---- Dice over the batch, and with cross-entropy; also for a single logit ----
+
+batch_losses = pytest.mark.parametrize("loss", [batch_dice_loss, dice_ce_loss], ids=lambda f: f.__name__)
+
+
+@all_shapes
+def test_batch_dice_equals_a_loop(shape):
+    logits, target = random_pair(shape)
+    target[target == shape[1] - 1] = 0  # the last class is absent: left out
+    voxels = [v for image in images_by_voxel(logits, target) for v in image]
+    terms = []
+    for c in range(1, shape[1] - 1):
+        overlap = sum(p[c] for p, t in voxels if t == c)
+        terms.append(1 - 2 * overlap / sum(p[c] + (t == c) for p, t in voxels))
+    expected = sum(terms) / max(1, len(terms))
+    assert batch_dice_loss(logits, target).item() == pytest.approx(expected, abs=1e-6)
+
+
+@batch_losses
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_single_logit_is_a_softmax_against_zero(loss, empty):
+    logits, target = random_pair((3, 1, 4, 5, 6), scale=3.0)
+    target = torch.zeros_like(target) if empty else (logits[:, 0] > 1).long()
+    two = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    one_leaf, two_leaf = logits.clone().requires_grad_(), two.clone().requires_grad_()
+    one, both = loss(one_leaf, target), loss(two_leaf, target)
+    torch.testing.assert_close(one, both, atol=1e-6, rtol=1e-5)
+    one.backward()
+    both.backward()
+    torch.testing.assert_close(one_leaf.grad[:, 0], two_leaf.grad[:, 1], atol=1e-7, rtol=1e-4)
+
+
+def test_batch_dice_and_ce_by_hand():
+    """Two images of two voxels, probabilities 3/4 1/2 | 1/4 1/2 of class 1, target 1 0 | 1 0."""
+    probs = torch.tensor([[[0.75, 0.5]], [[0.25, 0.5]]])
+    target = torch.tensor([[1, 0], [1, 0]])
+    dice = 1 - 2 * (0.75 + 0.25) / (2 + 2)
+    ce = -(math.log(0.75) + math.log(0.25) + 2 * math.log(0.5)) / 4
+    assert batch_dice_loss(probs.logit(), target).item() == pytest.approx(dice, abs=1e-5)
+    assert dice_ce_loss(probs.logit(), target).item() == pytest.approx(dice + ce, abs=1e-5)
+    weighted = dice_ce_loss(probs.logit(), target, dice_weight=3.0, ce_weight=0.5)
+    assert weighted.item() == pytest.approx(3 * dice + 0.5 * ce, abs=1e-5)
+    # `smooth` voxels above and below.
+    smoothed = batch_dice_loss(probs.logit(), target, smooth=4.0)
+    assert smoothed.item() == pytest.approx(1 - (2 * 1 + 4) / (4 + 4), abs=1e-6)
+
+
+def test_absent_classes_do_not_count_whatever_is_predicted():
+    logits, target = random_pair((2, 4, 6, 5))
+    target[target == 2] = 0
+    without = logits.clone().requires_grad_()
+    batch_dice_loss(without, target).backward()
+    kept = [batch_dice_loss(logits, torch.where(target == c, target, 0)) for c in (1, 3)]
+    assert batch_dice_loss(logits, target).item() == pytest.approx(sum(kept).item() / 2, abs=1e-6)
+    empty = torch.zeros_like(target)
+    leaf = logits.clone().requires_grad_()
+    loss = batch_dice_loss(leaf, empty)
+    loss.backward()
+    assert loss.item() == 0 and not leaf.grad.any()
+    assert dice_ce_loss(logits, empty).item() == pytest.approx(cross_entropy(logits, empty).item())
+
+
+def test_dice_is_of_the_batch_and_ce_the_mean_of_its_items():
+    logits, target = random_pair((3, 1, 6, 5))
+    target = (logits[:, 0] > 0).long()
+    target[2] = 0  # alone it has no Dice; in the batch its false positives count
+
+    def ce(images):
+        return dice_ce_loss(logits[images], target[images], dice_weight=0).item()
+
+    assert ce([0, 1, 2]) == pytest.approx(sum(ce([i]) for i in range(3)) / 3, abs=1e-6)
+    assert batch_dice_loss(logits[2:], target[2:]).item() == 0
+    assert batch_dice_loss(logits, target).item() > batch_dice_loss(logits[:2], target[:2]).item() + 0.01
+
+
+@batch_losses
+@pytest.mark.parametrize("num_logits", [1, 4])
+def test_batch_losses_vanish_at_the_truth_only(loss, num_logits):
+    _, target = random_pair((2, max(2, num_logits), 8, 8))
+    signs = 2.0 * target[:, None] - 1
+    truth = 40 * signs if num_logits == 1 else certain(target, num_logits, 40.0)
+    assert loss(truth, target).item() == pytest.approx(0, abs=1e-5)
+    assert loss(-truth, target).item() > 0.9
+
+
+@batch_losses
+@pytest.mark.parametrize("num_logits", [1, 3])
+@pytest.mark.parametrize("margin", [0.0, 1e4])
+def test_batch_losses_of_bfloat16_are_float32_with_finite_gradients(loss, num_logits, margin):
+    _, target = random_pair((2, max(2, num_logits), 8, 8))
+    logits = torch.full((2, num_logits, 8, 8), margin, dtype=torch.bfloat16)
+    logits[:, :, ::2] *= -1
+    logits.requires_grad_()
+    value = loss(logits, target)
+    value.backward()
+    assert value.dtype == torch.float32 and value.isfinite() and logits.grad.isfinite().all()
+
+
+@batch_losses
+def test_batch_losses_refuse_shapes_that_do_not_fit(loss):
+    target = torch.zeros(2, 8, 8, dtype=torch.int64)
+    for shape in [(2, 1, 8, 9), (1, 2, 8, 8), (2, 2, 8), (2, 0, 8, 8), (2, 1, 1, 8)]:
+        with pytest.raises(ValueError) as error:
+            loss(torch.zeros(shape), target)
+        assert str(error.value) == (
+            f"logits {shape} do not fit target (2, 8, 8); expected (N, C >= 1, *spatial) and (N, *spatial)"
         )
 
 

@@ -235,6 +235,31 @@ def test_defaults_fit_a_4_gb_card():
     assert 1000 < peak_mib < 3.5 * 1024 < kept + 100, "and checkpointing is why"
 
 
+def test_vram_fits_batch_and_checkpointing_but_never_the_image(phantom_slices, tmp_path, monkeypatch):
+    config = vars(train.build_parser().parse_args([]))
+    config |= {"image_size": 48, "base_features": 8, "batch_size": 4, "checkpointing": False}
+
+    def needs_mib(batch: int, checkpointing: bool) -> float:
+        shape, now = (batch, 1, 48, 48), config | {"checkpointing": checkpointing}
+        return training_peak_mib(lambda: get_model(now), get_loss("dice_bce"), shape)
+
+    order = [(4, False), (4, True), (2, False), (2, True)]
+    needs = [needs_mib(*choice) for choice in order]
+    assert needs[2] < needs[1] < needs[0]
+    limited = []
+    monkeypatch.setattr(train, "limit_cuda_memory", lambda vram_gib, device: limited.append(vram_gib))
+    vram_gib = (600 + (needs[1] + needs[2]) / 2) / 1024
+    start(phantom_slices, tmp_path, "--epochs", 1, "--vram", vram_gib)
+    assert limited == [vram_gib]
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (written["batch_size"], written["accumulate"], written["checkpointing"]) == (2, 4, False)
+    assert written["image_size"] == 48
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "patch 48x48, batch 2 x 4, no checkpointing, fp32  <- taken" in log
+    assert f"a step will take {needs[2]:.0f} MiB" in log and "effective batch 8" in log
+    refused("--vram 0.59: even patch 48x48, batch 1 x 8", phantom_slices, tmp_path / "b", "--vram", 0.59)
+
+
 # ---- bad input ----
 
 

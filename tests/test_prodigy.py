@@ -307,8 +307,8 @@ def test_state_takes_16_bytes_a_parameter():
     )
 
 
-def test_memory_is_predicted_without_data():
-    """`step` reads no number from the device, so it also runs on tensors without data."""
+def test_memory_is_predicted():
+    """Its four copies of the parameters are in the prediction."""
 
     def loss(logits, target):
         return (logits.squeeze(1) - target).square().mean()
@@ -349,3 +349,20 @@ def test_different_learning_rates_are_refused():
     with pytest.raises(ValueError, match=r"learning rates \[1.0, 0.5\] differ"):
         optimizer.step()
     assert torch.equal(first, torch.ones(2))
+
+
+def test_step_reads_no_number_from_the_device(monkeypatch):
+    """Reading one would make the GPU wait in every step."""
+    network = nn.Linear(3, 2)
+    optimizer = Prodigy(network.parameters())
+
+    def refuse(tensor):
+        raise AssertionError("read from the device")
+
+    network(torch.ones(1, 3)).sum().backward()
+    monkeypatch.setattr(torch.Tensor, "item", refuse)
+    monkeypatch.setattr(torch.Tensor, "__float__", refuse)
+    monkeypatch.setattr(torch.Tensor, "__bool__", refuse)
+    optimizer.step()
+    monkeypatch.undo()
+    assert optimizer.d >= 1e-6
