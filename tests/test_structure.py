@@ -109,7 +109,7 @@ def test_commands_in_the_documents_exist():
 
 def test_requirements_name_what_is_imported():
     """Nothing is imported, lazily or not, that requirements.txt or that of the benchmarks does not bring."""
-    names = {"cv2": "opencv-python-headless", "yaml": "PyYAML"}
+    names = {"cv2": "opencv-python-headless", "yaml": "PyYAML", "PIL": "pillow"}
     optional = {"wandb", "kagglehub"}
     core = set(re.findall(r"^([A-Za-z][\w-]*)", (ROOT / "requirements.txt").read_text(), re.M))
     peers = set(re.findall(r"^([A-Za-z][\w-]*)", (ROOT / "benchmarks/requirements.txt").read_text(), re.M))
@@ -123,7 +123,7 @@ def test_requirements_name_what_is_imported():
 
 def test_heavy_packages_are_imported_on_use():
     """Importing the modules must not need albumentations, OpenCV, matplotlib, kagglehub or nibabel."""
-    lazy = {"albumentations", "cv2", "matplotlib", "kagglehub", "nibabel", "wandb", "monai"}
+    lazy = {"albumentations", "cv2", "matplotlib", "kagglehub", "nibabel", "wandb", "monai", "PIL"}
     for path in MODULES:
         if path.parent.name == "benchmarks":
             continue

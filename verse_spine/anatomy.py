@@ -292,7 +292,7 @@ def paint_vertebrae(rng, image, axes_mm, labels, levels, frames, size, edge_mm) 
     bone = np.maximum(nearest, (nearest - second) / 2 + 0.5)  # 1 mm of joint space between two vertebrae
     texture = ndimage.gaussian_filter(rng.standard_normal(image.shape, np.float32), 1)
     _paint(image, bone, rng.uniform(430, 620), edge_mm)
-    _paint(image, bone + 1.3, rng.uniform(110, 260) + 25 * texture / texture.std(), edge_mm)
+    _paint(image, bone + 1.3, rng.uniform(160, 280) + 25 * texture / texture.std(), edge_mm)
     return np.where(bone < 0, label, 0).astype(np.uint8)
 
 

@@ -283,7 +283,7 @@ def demo_dataset(folder: str | Path = "data/demo/verse_spine") -> Path:
     folder = Path(folder)
     source = write_verse_phantoms(folder / "verse")
     out = folder / "h5"
-    flags = ["--source", str(source), "--out", str(out), "--spacing", *["3"] * 3, "--workers", "0"]
+    flags = ["--source", str(source), "--out", str(out), "--spacing", *["3"] * 3, "--workers", "2"]
     if not (out / "cases.csv").is_file() and convert(parse_args(build_parser(), flags)):
         raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
     return out

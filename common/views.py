@@ -1,0 +1,224 @@
+"""Three-dimensional structures as files: views, turntables, errors in mm, straightened planes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.mesh import check_labels
+from common.plots import save_figure
+from common.render import Scene, drawn_grid, make_scene, render_scene, scene_of
+from common.volumes import box_of, resample
+
+MISSED = (60, 120, 255)  # RGB
+PIXELS_PER_INCH = 100  # of `save_figure`
+
+
+def save_pictures(
+    path: str | Path, pictures: Sequence[np.ndarray], titles: Sequence[str], bar: tuple | None = None
+) -> None:
+    """Pictures (h, w, 3) uint8 of one height side by side, pixel by pixel, a title above each.
+
+    Args:
+        bar: (colour map, highest value, label) of a colour bar on the right.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    top, gap, right = 30, 24, 90 if bar else 0
+    height, width = pictures[0].shape[0], sum(p.shape[1] + gap for p in pictures) + gap
+    total = np.array([width + right, height + top + gap])
+    figure = Figure(figsize=tuple(total / PIXELS_PER_INCH))
+    left = gap
+    for picture, title in zip(pictures, titles, strict=True):
+        place = [left, gap, picture.shape[1], height] / np.tile(total, 2)
+        axis = figure.add_axes(place)
+        axis.imshow(picture, interpolation="nearest", aspect="auto")
+        axis.axis("off")
+        axis.set_title(title, fontsize=11)
+        left += picture.shape[1] + gap
+    if bar:
+        axis = figure.add_axes([left, gap + height * 0.2, 14, height * 0.6] / np.tile(total, 2))
+        figure.colorbar(ScalarMappable(Normalize(0, bar[1]), bar[0]), cax=axis, extend="max", label=bar[2])
+    save_figure(figure, path)
+
+
+def trimmed(pictures: Sequence[np.ndarray], margin: int = 8) -> list[np.ndarray]:
+    """Each white picture without its empty columns; rows that are empty in all of them go as well."""
+    rows = np.any([(p < 255).any(axis=(1, 2)) for p in pictures], axis=0).nonzero()[0]
+    top, bottom = (max(rows[0] - margin, 0), rows[-1] + 1 + margin) if len(rows) else (0, None)
+    result = []
+    for picture in pictures:
+        columns = (picture < 255).any(axis=(0, 2)).nonzero()[0]
+        left, right = (max(columns[0] - margin, 0), columns[-1] + 1 + margin) if len(columns) else (0, None)
+        result.append(picture[top:bottom, left:right])
+    return result
+
+
+def save_turntable(
+    path: str | Path,
+    labels: np.ndarray,
+    spacing_mm: Sequence[float],
+    *,
+    colors: np.ndarray,
+    frames: int = 36,
+    size: tuple[int, int] = (420, 240),
+    elevation_deg: float = 10.0,
+    frame_s: float = 0.1,
+) -> None:
+    """An animated GIF of one full turn that repeats for ever; 36 frames of a spine have 0.5 to 0.8 MB.
+
+    Args:
+        labels, spacing_mm, colors: as `make_scene`.
+        size: (h, w) pixels.
+    """
+    from PIL import Image
+
+    scene = make_scene(labels, spacing_mm, colors, voxel_mm=1.5)  # coarser: the pictures are small
+    angles = [360 * i / frames for i in range(frames)]
+    pictures = [render_scene(scene, angle, elevation_deg, size) for angle in angles]
+    # One palette for all, or colours would flicker; no dithering, which LZW cannot compress.
+    sheet = Image.fromarray(np.concatenate(pictures[:: max(1, frames // 6)], axis=1))
+    palette = sheet.quantize(256)
+    images = [Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
+    path = Path(path)
+    partial = path.with_name(f".partial_{path.name}")
+    try:
+        images[0].save(
+            partial,
+            format="GIF",
+            save_all=True,
+            append_images=images[1:],
+            duration=round(frame_s * 1000),
+            loop=0,
+        )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_triptych(
+    path: str | Path,
+    target: np.ndarray,
+    pred: np.ndarray,
+    spacing_mm: Sequence[float],
+    *,
+    colors: np.ndarray,
+    azimuth_deg: float = 90.0,
+    highest_mm: float = 5.0,
+    missed_mm: float = 2.0,
+    height: int = 800,
+) -> None:
+    """Truth, prediction, and the prediction coloured by its distance to the true surface, in mm.
+
+    The third part treats both as one structure, whatever the labels; a wrong label shows in the colours of
+    the first two. Target voxels farther than `missed_mm` (at least 1.5 drawn voxels) from the prediction are
+    added to it in blue.
+
+    Args:
+        target, pred: (z, y, x) of one shape, bool or integers.
+        colors: as `make_scene`, for the labels of both.
+        highest_mm: where the colour scale ends; larger distances have its last colour.
+
+    Raises:
+        ValueError: two shapes, and as `make_scene`.
+    """
+    if target.shape != pred.shape:
+        raise ValueError(f"target {target.shape} and prediction {pred.shape} are not of one shape")
+    check_labels(target, spacing_mm)
+    check_labels(pred, spacing_mm)
+    both = np.minimum(target, 1) | np.minimum(pred, 1)
+    if (box := box_of(both)) is None:
+        raise ValueError(f"{path}: neither the target nor the prediction holds a voxel")
+    scenes = [make_scene(m, spacing_mm, colors, box=box) for m in (target, pred)]
+    wrong, color_map = _error_scene(
+        *(m[tuple(map(slice, *box))] > 0 for m in (target, pred)), spacing_mm, highest_mm, missed_mm
+    )
+    size = (height, height)
+    pictures = [render_scene(scene, azimuth_deg, 0, size) for scene in (*scenes, wrong)]
+    titles = ("truth", "prediction", "error (blue: missed)")
+    save_pictures(
+        path, trimmed(pictures), titles, (color_map, highest_mm, "distance to the true surface, mm")
+    )
+
+
+def _error_scene(
+    target: np.ndarray, pred: np.ndarray, spacing_mm: Sequence[float], highest_mm: float, missed_mm: float
+) -> tuple[Scene, object]:
+    """(the prediction coloured by distance with missed parts in blue, the colour map)."""
+    import matplotlib
+    from scipy import ndimage
+
+    shape, drawn_mm = drawn_grid(target.shape, spacing_mm, 1.0)
+    truth, found = (resample(m, shape) for m in (target, pred))
+    inside = truth >= 0.5
+    edge = inside & ~ndimage.binary_erosion(inside)
+    off_mm = ndimage.distance_transform_edt(~edge, drawn_mm) if edge.any() else np.full(shape, np.inf)
+    color_map = matplotlib.colormaps["YlOrRd"]
+    table = np.rint(color_map(np.arange(256))[:, :3] * 255).astype(np.uint8)
+    rgb = table[np.rint(np.clip(off_mm / highest_mm, 0, 1) * 255).astype(np.uint8)]
+    if (found >= 0.5).any():
+        limit_mm = max(missed_mm, 1.5 * max(drawn_mm))
+        inside &= ndimage.distance_transform_edt(found < 0.5, drawn_mm) > limit_mm
+    rgb[inside] = MISSED
+    density = np.maximum(found, np.where(inside, truth, 0))
+    weight = np.where(density >= 0.5, np.uint8(255), np.uint8(1))
+    return scene_of(density, np.divide(shape, target.shape), rgb, weight, drawn_mm), color_map
+
+
+def curved_planar(
+    volume: np.ndarray,
+    points_zyx: np.ndarray,
+    spacing_mm: Sequence[float],
+    half_width_mm: float = 60.0,
+    *,
+    plane: str = "sagittal",
+    pixel_mm: float = 1.0,
+    beyond_mm: float = 25.0,
+    order: int = 1,
+    fill: float = -1024,
+) -> np.ndarray:
+    """A curved structure as if it were straight: each row lies across a smooth curve through the points.
+
+    Args:
+        volume: (z, y, x) image, or labels with order=0.
+        points_zyx: (n, 3) voxels, two or more along the structure, from either end.
+        half_width_mm: on both sides of the curve.
+        plane: sagittal (the front is left) or coronal (the patient's right is left).
+        beyond_mm: the curve goes on straight for so long at both ends.
+        order: of the interpolation; 0 takes the nearest voxel, 1 is linear.
+        fill: value outside the volume.
+
+    Returns:
+        (h, w) of the volume's type; the upper end of the curve is at the top.
+
+    Raises:
+        ValueError: fewer than two points, points at one place, or an unknown plane.
+    """
+    from scipy import ndimage
+    from scipy.interpolate import CubicSpline
+
+    if plane not in ("sagittal", "coronal"):
+        raise ValueError(f"plane {plane!r} is unknown; use sagittal or coronal")
+    points_mm = np.asarray(points_zyx, float).reshape(-1, 3) * spacing_mm
+    lengths = np.linalg.norm(np.diff(points_mm, axis=0), axis=1)
+    if len(points_mm) < 2 or not lengths.all():
+        raise ValueError(f"a curve needs two or more points, all at different places, got {len(points_mm)}")
+    if points_mm[0, 0] < points_mm[-1, 0]:
+        points_mm, lengths = points_mm[::-1], lengths[::-1]
+    knots = np.concatenate([[0], np.cumsum(lengths)])
+    # Natural: no bend at the ends, where the curve goes on straight.
+    spline = CubicSpline(knots, points_mm, bc_type="natural")
+    along = np.arange(-beyond_mm, knots[-1] + beyond_mm, pixel_mm)
+    within = np.clip(along, 0, knots[-1])
+    tangents = spline(within, 1)
+    tangents /= np.linalg.norm(tangents, axis=1, keepdims=True)
+    centres = spline(within) + (along - within)[:, None] * tangents
+    across = np.array([0.0, -1, 0] if plane == "sagittal" else [0.0, 0, -1])
+    across = across - (tangents @ across)[:, None] * tangents  # at right angles to the curve
+    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    sideways = np.arange(-half_width_mm, half_width_mm + pixel_mm / 2, pixel_mm)
+    places = (centres[:, None] + sideways[:, None] * across[:, None]) / spacing_mm
+    return ndimage.map_coordinates(volume, places.transpose(2, 0, 1), order=order, cval=fill, prefilter=False)
