@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import numpy as np
@@ -148,3 +149,23 @@ def test_slice_loading(tmp_path):
     assert content["speedup"] == pytest.approx(np.divide(rates["packed"], rates["png"]).tolist())
     assert min(content["packing_ms_per_slice"]) > 0
     assert [row[0] for row in table] == ["png", "packed"]
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("patch_reading", ["--shape", "40", "40", "40", "--patch_sizes", "16", "--reads", "2"]),
+        ("surface_metrics", ["--ways", "ours", "--shape", "20", "64", "64", "--repeats", "1"]),
+        ("training_memory", ["--models", "UNet", "--patch_size", "16", "16", "16", "--device", "cpu"]),
+        pytest.param("resampling", ["--ct_shape", "8", "32", "32", "--cube", "12", "--repeats", "1"],
+                     marks=pytest.mark.slow),  # fmt: skip
+        pytest.param("augmentation", ["--patch_size", "16", "--batches", "1", "--default_batches", "1",
+                     "--repeats", "1"], marks=pytest.mark.slow),  # fmt: skip
+    ],
+)  # fmt: skip
+def test_benchmarks_of_the_3d_core_write_their_table(tmp_path, name, flags):
+    """At toy sizes, without the peers where they are not installed."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    module.main([*flags, "--out", str(tmp_path)])
+    content, table = read_results(tmp_path, name)
+    assert table and content["command"].startswith(f"python benchmarks/{name}.py")
