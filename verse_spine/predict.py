@@ -237,7 +237,7 @@ def predict_scan(
     if args.save_3d:
         from verse_spine.views import save_views
 
-        save_views(out / name, inside, file.spacing_mm)
+        save_views(out / name, inside, file.spacing_mm, image=image)
     seconds = time.perf_counter() - started
     memory = peak_memory_mib(model.device)
     write_json(
