@@ -77,11 +77,13 @@ def parse_args(
     flags = mapping_to_flags(parser, base, "checkpoint") if base else []
     for path in finder.parse_known_args(argv)[0].config:
         flags += mapping_to_flags(parser, read_yaml(parser, path), path)
+    valid = [option for action in parser._actions for option in action.option_strings]
+    for word in argv:  # before argparse complains of a required flag, which may be the misspelled one
+        if word.startswith("--") and (wrong := word.split("=")[0]) not in valid:
+            parser.error(f"unknown option {word}{_nearest(wrong, valid)}; --help lists them all")
     args, unknown = parser.parse_known_args(flags + argv)
     if unknown:
-        wrong = next((u for u in unknown if u.startswith("-")), unknown[0])
-        valid = [option for action in parser._actions for option in action.option_strings]
-        parser.error(f"unknown option {wrong}{_nearest(wrong.split('=')[0], valid)}; --help lists them all")
+        parser.error(f"unknown option {unknown[0]}{_nearest(unknown[0], valid)}; --help lists them all")
     return args
 
 

@@ -273,11 +273,12 @@ def prediction_peak_mib(
     sums = (num_classes + 1) * block + patch
     batch = batch_size * (2 * channels + 3 * num_classes) * patch + network_mib  # 3: sums over flips
     # From grid to grid: rows as they are, in order, half-way and as they become; two more at the borders.
+    copies = 4 if tuple(working) != tuple(shape) else 2
     near, far = _first(shape, axis), _first(working, axis)
     read_row, row = _row_bytes(channels, near, far) / MIB, _row_bytes(num_classes, far, near) / MIB
-    reading = 4 * (min(READ_ROWS, far[0]) + 2) * read_row
+    reading = copies * (min(READ_ROWS, far[0]) + 2) * read_row
     slab_rows = math.ceil(min(patch_shape[axis] / far[0], 1) * near[0])
-    reducing = 4 * (min(max(CHUNK_BYTES / MIB, row), slab_rows * row) + 2 * row)
+    reducing = copies * (min(max(CHUNK_BYTES / MIB, row), slab_rows * row) + 2 * row)
     host, others = math.prod(shape) / MIB + image, max(reducing, block)  # labels; a class being moved
     if home.type != "cpu":
         return PredictionPeak(host + reading, sums + max(batch, others))

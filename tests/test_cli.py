@@ -29,6 +29,18 @@ def test_help(script, tmp_path):
         ("lung_tumor/predict.py", ["--weights", "a.pt", "--source", "b"], "a.pt: no such checkpoint"),
         ("lung_tumor/evaluate.py", ["--weights", "a.pt"], "a.pt: no such checkpoint"),
         ("lung_tumor/overfit_test.py", [], "data/lung_tumor: no folder images/"),
+        ("verse_spine/train_heatmap.py", [], "--data_path, --model_name"),
+        (
+            "verse_spine/train_segmentation.py",
+            ["--data_path", "h5", "--model_name", "a"],
+            "preprocess.py --source",
+        ),
+        ("verse_spine/train_segmentation.py", ["--patch_sise", "4"], "did you mean --patch_size?"),
+        ("verse_spine/preprocess.py", [], "data/verse: no such folder; verse_spine/download.py fetches"),
+        ("verse_spine/predict.py", ["--weights", "a.pt", "--source", "b"], "a.pt: no such checkpoint"),
+        ("verse_spine/evaluate.py", [], "either --weights"),
+        ("verse_spine/stats.py", ["--source", "b"], "b: no such"),
+        ("verse_spine/views.py", ["--mask", "m.nii.gz"], "m.nii.gz: no such file"),
     ],
 )
 def test_mistakes_end_in_one_clear_line(script, flags, message, tmp_path):
@@ -64,6 +76,30 @@ def test_demo(tmp_path):
     flags = command[2].split("--source")[0].split()
     predicted = run_script(command[1], *flags, "--source", source, cwd=tmp_path)
     assert predicted.returncode == 0 and "mL" in predicted.stdout, predicted.stdout + predicted.stderr
+
+
+@pytest.mark.slow
+def test_spine_demo(tmp_path):
+    """Both stages as in the task's README, then prediction with both on a test phantom."""
+    all_cores = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    outputs = []
+    for stage in ("heatmap", "segmentation"):
+        config = ROOT / "verse_spine" / ("demo_heatmap.yaml" if stage == "heatmap" else "demo.yaml")
+        done = run_script(f"verse_spine/train_{stage}.py", "--config", config, cwd=tmp_path, env=all_cores)
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append(done.stdout)
+    assert float(re.search(r"in the box: mean [\d.]+, lowest ([\d.]+)", outputs[0])[1]) >= 0.99
+    # 0.85 and more for three seeds; sums differ between processors.
+    assert float(re.search(r"all vertebrae together: mean ([\d.]+)", outputs[1])[1]) >= 0.82
+    runs, source = tmp_path / "runs/verse_spine", tmp_path / "data/demo/verse_spine/verse/dataset-03test"
+    flags = ["--weights", runs / "demo/weights/best.pt"]
+    flags += ["--heatmap_weights", runs / "demo_heatmap/weights/best.pt", "--source", source / "rawdata"]
+    done = run_script("verse_spine/predict.py", *flags, "--recursive", cwd=tmp_path)
+    assert done.returncode == 0 and "4 of 4 scan(s) written" in done.stdout, done.stdout + done.stderr
+    flags = ["--pred", runs / "demo/predictions", "--source", source]
+    done = run_script("verse_spine/evaluate.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert float(re.search(r"all vertebrae together: mean ([\d.]+)", done.stdout)[1]) >= 0.75
 
 
 def test_git_ignores_what_scripts_write():
