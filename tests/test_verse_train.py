@@ -119,9 +119,12 @@ def test_missing_folder_names_the_command(tmp_path, verse_h5):
 def test_splits_json_wins_and_is_checked(verse_h5, tmp_path):
     data = without(verse_h5, tmp_path)
     names = sorted(VerSe(data).cases)
-    split = {"train": names[:2], "val": names[2:3], "test": [*names[3:], "sub-verse999"]}
+    split = {"train": names[:2], "val": names[2:3], "test": names[3:]}
     (data / "splits.json").write_text(json.dumps(split))
-    assert VerSe(data).split == {"train": names[:2], "val": names[2:3], "test": names[3:]}
+    assert VerSe(data).split == split
+    (data / "splits.json").write_text(json.dumps(split | {"test": [*names[3:], "sub-verse999"]}))
+    with pytest.raises(ValueError, match="names sub-verse999, which .* does not hold"):
+        VerSe(data)
     (data / "splits.json").write_text(json.dumps({"train": names[:2], "val": names[1:2], "test": []}))
     with pytest.raises(ValueError, match="stands in train .* and in val"):
         VerSe(data)

@@ -50,7 +50,8 @@ class VerSe:
             )
         self.preprocessing = json.loads(notes.read_text(encoding="utf8"))
         entries = {e["name"]: e for e in self.preprocessing.pop("cases")}
-        self.preprocessing["data_path"] = str(path)
+        self.preprocessing["data_path"] = str(self.path.resolve())
+        self.entries = entries
         kept = {
             f.stem: f
             for f in files
@@ -66,8 +67,18 @@ class VerSe:
         """splits.json if the user wrote one, else VerSe's own parts; without those, drawn by subject."""
         if (file := self.path / "splits.json").is_file():
             split, _ = read_splits(file)
+            named = [name for part in PARTS for name in split[part]]
+            if unknown := [name for name in named if name not in entries]:
+                raise ValueError(f"{file}: names {', '.join(unknown[:5])}, which {self.path} does not hold")
+            if unlisted := sorted(set(self.cases) - set(named)):
+                print(f"{file}: leaves out {len(unlisted)} case(s): {', '.join(unlisted[:5])} ...")
             split = {part: [n for n in split[part] if n in self.cases] for part in PARTS}
-        elif all(entries[name]["part"] for name in self.cases):
+        elif any(entries[name]["part"] for name in self.cases):
+            if without := [name for name in self.cases if not entries[name]["part"]]:
+                raise ValueError(
+                    f"{self.path}: {', '.join(without[:5])} lie(s) outside of VerSe's dataset-0X... folders, "
+                    f"the other cases inside; write {file} with the lists train, val and test"
+                )
             split = {
                 part: [n for n in self.cases if entries[n]["part"].startswith(part[:3])] for part in PARTS
             }
@@ -131,7 +142,7 @@ class _Foreground:
 class HeatmapDataset(Dataset):
     """Item (index, seed) -> image HU (1, d, h, w) int16, target (1, d, h, w) float32, seed.
 
-    All items are held in memory: 2 MB a case at 128 x 64 x 64.
+    All items are held in memory: 5 MB a case at 128 x 64 x 64.
     """
 
     def __init__(self, verse: VerSe, names: list[str], shape: tuple[int, int, int], target: str) -> None:

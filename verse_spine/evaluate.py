@@ -10,6 +10,7 @@ With --pred the files of verse_spine/predict.py are scored on the scans' own gri
 script). Writes results.csv (a row a case and class), cases.csv, summary.csv and summary.md.
 """
 
+import json
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -24,14 +25,14 @@ from common import distributed
 from common.config import add_prediction_flags, make_parser, parse_args, run_script
 from common.hardware import choose_precision, start_device
 from common.hdf5 import CaseFile
-from common.metrics import binary_counts, case_metrics, class_table, dice_from_counts, write_table
+from common.metrics import binary_counts, case_metrics, dice_from_counts
 from common.nifti import case_name, is_nifti, load_label, same_grid
 from common.runs import run_dir_of
 from common.splits import natural_key
 from common.volumes import resample_labels, resampled_affine, resampled_shape
 from verse_spine.cases import find_cases
 from verse_spine.dataset import SmallScan, VerSe, spine_box
-from verse_spine.heatmap import box_recall
+from verse_spine.heatmap import MARGIN_MM, box_recall
 from verse_spine.labels import (
     MODES,
     VERTEBRAE,
@@ -44,6 +45,7 @@ from verse_spine.labels import (
     unmap_labels,
 )
 from verse_spine.networks import TrainedModel, load_trained
+from verse_spine.report import write_report
 from verse_spine.segment import Region, clean_up, predict_heatmap, segment, spine_region
 
 REGIONS = ("none", "heatmap", "oracle")
@@ -146,7 +148,7 @@ def case_region(case: CaseFile, region: str, heatmap: TrainedModel | None, folde
     if region == "none":
         return None
     if region == "oracle":
-        box = spine_box(case, (30.0, 20.0, 20.0))
+        box = spine_box(case, MARGIN_MM)
         return None if box is None else Region(box, "oracle")
     small = SmallScan(case, tuple(heatmap.config["patch_size"]), folder)
     return spine_region(predict_heatmap(heatmap, small.image), small.grid)
@@ -171,7 +173,7 @@ def evaluate_cases(
         raise ValueError("--region heatmap needs --heatmap_weights")
     rows: dict[str, dict] = {}
     failed: dict[str, str] = {}
-    folder = verse.path / "evaluation_grids"
+    folder = verse.path / "small_grids"
     if region == "heatmap":
         folder.mkdir(exist_ok=True)
     bar = tqdm(distributed.my_share(names), "evaluating", unit="case", disable=None, leave=False)
@@ -195,8 +197,10 @@ def evaluate_cases(
                 surfaces=surfaces,
             )
             own = {"case": name, "patient": verse.subjects[name]}
+            source = where.source if where else "whole scan" + ", heat map faint" * (region == "heatmap")
             recall = 1.0 if box is None else box_recall(target > 0, box)
-            rows[name] = own | summary | {"region_recall": recall, "classes": [own | r for r in classes]}
+            rows[name] = own | summary | {"region": source, "region_recall": recall}
+            rows[name]["classes"] = [own | r for r in classes]
         except (ValueError, OSError) as error:  # one damaged case must not cost the others
             failed[name] = str(error)
     for other_rows, other_failed in distributed.gather((rows, failed)):
@@ -230,12 +234,11 @@ def evaluate_files(pred: Path, source: Path, labels: str, grid: str) -> tuple[li
             f"{pred}: none of its {len(files)} masks has the name of one of the {len(cases)} cases of "
             f"{source} (e.g. {next(iter(cases), 'sub-verse004')}_mask.nii.gz)"
         )
-    for name in sorted(cases.keys() - files.keys(), key=natural_key):
-        print(f"  no prediction for {name}")
     rows, failed = [], {}
     for name in tqdm(names, "evaluating", unit="case", disable=None, leave=False):
         case = cases[name]
         try:
+            check_labels_flag(files[name], labels)
             found, truth = load_label(files[name]), load_label(case.mask)
             if not same_grid(found, truth):
                 raise ValueError(
@@ -262,52 +265,29 @@ def evaluate_files(pred: Path, source: Path, labels: str, grid: str) -> tuple[li
     return rows, failed
 
 
-# ---- report ----
+def check_labels_flag(mask: Path, labels: str) -> None:
+    """Refuse to score, say, a binary mask as levels: predict.py noted beside the mask what it holds."""
+    note = mask.with_name(f"{case_name(mask).removesuffix('_mask')}.json")
+    if note.is_file():
+        held = json.loads(note.read_text(encoding="utf8")).get("labels", labels)
+        if held != labels:
+            raise ValueError(f"{mask}: holds {held} labels; score it with --labels {held}")
 
 
-def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str]) -> None:
-    """results.csv, cases.csv, summary.csv and summary.md; the summary is printed too."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [title, ""]
-    if rows:
-        by_class = [r for row in rows for r in row["classes"]]
-        table = class_table(by_class)
-        write_table(out / "results.csv", by_class)
-        write_table(out / "cases.csv", [{k: v for k, v in row.items() if k != "classes"} for row in rows])
-        write_table(out / "summary.csv", table)
-        lines += summary_lines(rows, table)
-    lines += [f"failed: {name}: {reason}" for name, reason in failed.items()]
-    (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf8")
-    print("\n".join([*lines, f"written to {out}"]))
+def missing_notes(source: Path, scored: list[str]) -> tuple[str, ...]:
+    """Cases of the truth that nothing was predicted for: they are in no mean."""
+    missing = [c.name for c in find_cases(source) if c.mask is not None and c.name not in scored]
+    if not missing:
+        return ()
+    return (f"no prediction for {len(missing)} case(s), left out of all means: {', '.join(missing[:5])} ...",)
 
 
-def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
-    """Markdown: a line a class, then what only the whole case tells."""
-    shown = ("dice", "nsd_1mm", "nsd_2mm", "hd95_mm", "assd_mm")
-    lines = [f"| class | {' | '.join(shown)} | cases | missed | hallucinated |"]
-    lines.append("|---" * (len(shown) + 4) + "|")
-    for name in dict.fromkeys(r["name"] for r in table):
-        entries = {r["metric"]: r for r in table if r["name"] == name}
-        values = [f"{e['mean']:.3f} ({e['low']:.3f}-{e['high']:.3f})" for e in (entries[m] for m in shown)]
-        dice = entries["dice"]
-        if dice["n"]:  # a level that no scan shows would be a row of nothing
-            counts = f"{dice['n']} | {dice['missed']} | {dice['hallucinated']}"
-            lines.append(f"| {name} | {' | '.join(values)} | {counts} |")
-    lines += ["", "Means with a 95 % bootstrap interval by patient; a missed vertebra counts Dice 0."]
-    if "hits" in rows[0]:
-        hits, targets = sum(r["hits"] for r in rows), sum(r["targets"] for r in rows)
-        lines.append(f"Identification rate {hits} of {targets} vertebrae ({hits / max(targets, 1):.3f})")
-    for key, text in (
-        ("dice_any", "Dice of all vertebrae together"),
-        ("dice_classes", "Dice by name, mean over each case's vertebrae"),
-        ("dice_instance", "Dice of the best matching vertebra, whatever its name"),
-        ("dice_inner", "Dice by name of vertebrae that the scan does not cut"),
-        ("region_recall", "share of vertebra voxels inside the region"),
-    ):
-        values = [r[key] for r in rows if key in r and not np.isnan(r[key])]
-        if values:
-            lines.append(f"{text}: mean {np.mean(values):.4f}, lowest {np.min(values):.4f}")
-    return lines
+def part_notes(part: str, subjects: set[str], model: TrainedModel, verse: VerSe) -> tuple[str, ...]:
+    """What makes the scores of a part flattering."""
+    trained = {verse.subjects.get(name, name) for name in model.split["train"]}
+    if part == "train" or subjects & trained:
+        return ("the model was trained on some of these scans, so the scores say little",)
+    return ("these scans also chose the epoch, which flatters a little",) if part == "val" else ()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -320,7 +300,9 @@ def main(argv: list[str] | None = None) -> int:
             if not args.source:
                 raise ValueError("--pred needs --source, the VerSe folder with the true masks")
             rows, failed = evaluate_files(Path(args.pred), Path(args.source), args.labels, args.grid)
-            write_report(rows, Path(args.out or args.pred), f"{args.pred}, {args.grid} grid", failed)
+            notes = missing_notes(Path(args.source), [row["case"] for row in rows] + list(failed))
+            title = f"{len(rows)} masks of {args.pred}, {args.grid} grid"
+            write_report(rows, Path(args.out or args.pred), title, failed, notes)
             return 1 if failed else 0
         device = start_device(args.device, distributed.local_rank())
         precision = choose_precision(args.amp, device)
@@ -329,16 +311,18 @@ def main(argv: list[str] | None = None) -> int:
             load_trained(args.heatmap_weights, device, precision, "heatmap") if args.heatmap_weights else None
         )
         verse = VerSe(args.data_path or model.preprocessing["data_path"])
-        part = args.part or ("test" if verse.split["test"] else "val")
-        if not verse.split[part]:
+        same = verse.path.resolve() == Path(model.preprocessing["data_path"]).resolve()
+        split = model.split if same else verse.split  # the run's own, which its --seed may have drawn
+        part = args.part or ("test" if split["test"] else "val")
+        names = [name for name in split[part] if name in verse.cases]
+        if not names:
             raise ValueError(f"{verse.path}: no case in its part {part}; choose another --part")
-        rows, failed = evaluate_cases(model, verse, verse.split[part], region=args.region, heatmap=heatmap)
+        notes = part_notes(part, {verse.subjects[name] for name in names}, model, verse)
+        rows, failed = evaluate_cases(model, verse, names, region=args.region, heatmap=heatmap)
         if distributed.is_main():
             out = Path(args.out or run_dir_of(args.weights) / f"evaluation_{part}_{args.region}")
             title = f"{len(rows)} {part} scans of {verse.path}, region: {args.region}, {precision.name}"
-            write_report(rows, out, title, failed)
-            if part != "train" and set(verse.split[part]) & set(model.split["train"]):
-                print("warning: the model was trained on some of these cases; the scores say little")
+            write_report(rows, out, title, failed, notes)
         return 1 if failed else 0
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -59,8 +59,8 @@ def scale_hu(image: Tensor) -> Tensor:
 
 
 def scale_by_range(image: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """[low, high] -> [-1, 1]: what `--intensity patch` does to each patch in training and to whole scans in
-    prediction. HU lose their meaning: one metal implant changes everything. For comparison only."""
+    """[low, high] -> [-1, 1]: what `--intensity patch` does to each patch in training, and in prediction to
+    all that is searched. HU lose their meaning: one metal implant changes everything. For comparison only."""
     return 2 * (image.float() - low) / (high - low + 1e-6) - 1
 
 
@@ -104,7 +104,7 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
     config = state["config"]
     if state.get("stage") != stage or config.get("model") not in MODELS:
         found = state.get("stage", "another task")
-        raise ValueError(f"{weights}: not weights of verse_spine/train_{stage}.py but of {found}")
+        raise ValueError(f"{weights}: not weights of verse_spine/train_{stage}.py but of {found}; swapped?")
     network = get_model(config, state["num_outputs"]).to(device)
     network.load_state_dict(state["model"])
     return TrainedModel(network.eval(), config, device, precision, state["preprocessing"], state["split"])

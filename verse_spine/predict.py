@@ -4,17 +4,17 @@
     python verse_spine/predict.py --weights seg/best.pt --source scans/ --out masks/
 
 Of each scan <name>.nii.gz it writes <name>_mask.nii.gz (its own grid, affine and codes), <name>_ctd.json
-(centres of the vertebral bodies in VerSe's format; VerSe's numbers if the model was trained with levels26,
-else just counted from head to foot), <name>.json (region, seconds, memory) and <name>_preview.png. Without
---heatmap_weights the whole body is searched. The scan is read where it is needed; class scores exist for a
-few rows at a time, so memory does not grow with its length. For research only.
+(centres of the vertebral bodies in VerSe's format; of models trained without levels26 they are only counted
+from head to foot, in <name>_bodies.json), <name>.json (region, seconds, memory) and <name>_preview.png.
+Without --heatmap_weights the whole body is searched. The scan is read where it is needed, and class scores
+exist for a few rows at a time. For research only.
 """
 
 import json
 import math
-import os
 import sys
 import time
+import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -54,6 +54,7 @@ from verse_spine.labels import (
 )
 from verse_spine.networks import TrainedModel, load_trained
 from verse_spine.pictures import save_planes
+from verse_spine.preprocess import BODY_MARGIN_MM
 from verse_spine.segment import (
     AIR_BELOW_HU,
     Region,
@@ -65,6 +66,7 @@ from verse_spine.segment import (
 )
 
 OWN_NAMES = ("_mask",)  # what this script writes itself
+NO_CT_ABOVE_HU = -200
 OVERVIEW_MM = 3.0  # voxels of the coarse copy that stage 1 and the body box look at
 
 
@@ -96,8 +98,8 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def find_scans(source: str | Path, out: Path, recursive: bool) -> list[Path]:
-    """The file itself, or the NIfTI files of a folder in natural order, without this script's own masks.
+def find_scans(source: str | Path, recursive: bool) -> list[Path]:
+    """The file itself, or the NIfTI files of a folder in natural order, without masks (*_mask, *_msk).
 
     Raises:
         FileNotFoundError: no such file or folder, or no NIfTI file in it.
@@ -109,9 +111,6 @@ def find_scans(source: str | Path, out: Path, recursive: bool) -> list[Path]:
         raise FileNotFoundError(f"--source {source}: no such file or folder")
     found = [p for p in (source.rglob("*") if recursive else source.iterdir()) if p.is_file() and is_nifti(p)]
     found = [p for p in found if not case_name(p).endswith((*OWN_NAMES, "_msk"))]
-    own = out.resolve()
-    if source.resolve() in own.parents:  # else --out might hold the source itself
-        found = [p for p in found if own not in p.resolve().parents]
     if not found:
         hint = "" if recursive else "; --recursive also looks into subfolders"
         raise FileNotFoundError(f"--source {source}: no NIfTI scan in it{hint}")
@@ -129,20 +128,25 @@ def find_region(file: NiftiFile, heatmap: TrainedModel | None, args: Namespace) 
         return Region(((0, 0, 0), file.shape), "whole scan")
     factors = tuple(max(1, int(OVERVIEW_MM / s)) for s in file.spacing_mm)
     coarse = file.read_reduced(factors)
-    if heatmap is not None:
-        grid = small_grid(file.shape, file.spacing_mm, tuple(heatmap.config["patch_size"]))
-        heat = predict_heatmap(heatmap, to_small_grid(coarse, grid))
-        if region := spine_region(heat, grid):
-            return region
-        print(
-            f"warning: {file.path.name}: the heat map found no spine (highest value {heat.max():.2f}); "
-            "searching the whole body"
-        )
-    start, stop = body_box(coarse, AIR_BELOW_HU, (1, 1, 1))
-    start = np.multiply(start, factors)
-    stop = np.minimum(np.multiply(stop, factors), file.shape)
-    heat = float(heat.max()) if heatmap is not None else math.nan
-    return Region((tuple(map(int, start)), tuple(map(int, stop))), "body", heat)
+    if coarse.min() > NO_CT_ABOVE_HU:
+        print(f"warning: {file.path.name}: nothing below {NO_CT_ABOVE_HU} HU, so hardly a CT")
+    margin = tuple(map(int, np.ceil(BODY_MARGIN_MM / np.multiply(file.spacing_mm, factors))))
+    low, high = body_box(coarse, AIR_BELOW_HU, margin)  # the field of view that preprocessing leaves
+    start = np.multiply(low, factors)
+    stop = np.minimum(np.multiply(high, factors), file.shape)
+    body = (tuple(map(int, start)), tuple(map(int, stop)))
+    if heatmap is None:
+        return Region(body, "body")
+    grid = small_grid(tuple(map(int, stop - start)), file.spacing_mm, tuple(heatmap.config["patch_size"]))
+    heat = predict_heatmap(heatmap, to_small_grid(crop(coarse, low, high), grid))
+    if region := spine_region(heat, grid):
+        box = tuple(tuple(int(v) for v in np.add(corner, start)) for corner in region.box)
+        return Region(box, region.source, region.heat)
+    print(
+        f"warning: {file.path.name}: the heat map found no spine (highest value {heat.max():.2f}); "
+        "searching the whole body"
+    )
+    return Region(body, "body", float(heat.max()))
 
 
 def read_roi(path: str | Path, file: NiftiFile) -> tuple[tuple, tuple]:
@@ -230,7 +234,9 @@ def predict_scan(
     if not volumes:
         print(f"warning: {path.name}: no vertebra found, its mask is empty")
     save_label(out / f"{name}_mask.nii.gz", mask, file)
-    write_centroids(out / f"{name}_ctd.json", mask_centroids(mask, file, labels))
+    # Without levels the numbers only count: a name of its own, lest they be taken for C1, C2 ...
+    centres = out / f"{name}_{'ctd' if labels == 'levels26' else 'bodies'}.json"
+    write_centroids(centres, mask_centroids(mask, file, labels))
     inside = crop(mask, start, stop)
     if args.save_preview:
         save_planes(out / f"{name}_preview.png", image, file.spacing_mm, inside, title=name)
@@ -296,16 +302,20 @@ def main(argv: list[str] | None = None) -> int:
         if args.heatmap_weights:
             heatmap = load_trained(args.heatmap_weights, device, precision, "heatmap")
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
-        scans = find_scans(args.source, out, args.recursive)
+        if args.roi and args.no_roi:
+            raise ValueError("--roi and --no_roi contradict each other")
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of code
+        scans = find_scans(args.source, args.recursive)
         out.mkdir(parents=True, exist_ok=True)
         if distributed.is_main():
             print(f"{len(scans)} scan(s) on {describe_device(device)}, {precision.name}")
         rows, failed, stopped = {}, {}, False
-        taken: dict[str, Path] = {}
+        taken: dict[str, Path] = {}  # of all processes: two masks of one name would be one
+        clashes = {p: o for p in scans if (o := taken.setdefault(case_name(p), p)) != p}
         for path in distributed.my_share(scans):
             try:
-                if (earlier := taken.setdefault(case_name(path), path)) != path:
-                    raise ValueError(f"its mask would have the name of that of {earlier}; rename one")
+                if path in clashes:
+                    raise ValueError(f"its mask would have the name of that of {clashes[path]}; rename one")
                 rows[path] = predict_scan(model, heatmap, path, out, args)
             except (ValueError, OSError, RuntimeError, MemoryError) as error:
                 failed[path] = str(error)  # one bad scan must not cost the others
@@ -322,8 +332,8 @@ def main(argv: list[str] | None = None) -> int:
         for path, row in rows.items():
             print(f"  {path.name}: {row['volume_ml']:.1f} mL of vertebrae, {row['seconds']:.1f} s")
         if rows:
-            write_table(out / "results.csv", [rows[p] for p in scans if p in rows])
-            print(f"{len(rows)} of {len(scans)} scan(s) written to {out}{os.sep}")
+            write_table(out / "predictions.csv", [rows[p] for p in scans if p in rows])
+            print(f"{len(rows)} of {len(scans)} scan(s) written to {out}")
         for path, reason in failed.items():
             print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}")
         if stopped:

@@ -9,6 +9,7 @@ geometry, centroids and an index of places for patches. A case whose mask and ce
 aside and listed in quarantine.csv. Run it again to go on where it stopped.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -125,13 +126,13 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
     shape = resampled_shape(image.shape, scan.spacing_mm, settings.spacing_mm)
     affine = resampled_affine(crop_affine(scan.affine, start), image.shape, shape)
     values = resample(np.clip(image, *HU_RANGE), shape) if shape != image.shape else np.clip(image, *HU_RANGE)
-    image_1mm = np.rint(values).astype(np.int16)
-    label_1mm = resample_labels(label, shape).astype(np.uint8)
+    voxels = np.rint(values).astype(np.int16)
+    numbers = resample_labels(label, shape).astype(np.uint8)
 
     # ---- what training needs to know without reading volumes ----
     boxes = [
         [number, *(part.start for part in box), *(part.stop for part in box)]
-        for number, box in enumerate(ndimage.find_objects(label_1mm), 1)
+        for number, box in enumerate(ndimage.find_objects(numbers), 1)
         if box is not None
     ]
     spacing_mm = tuple(float(v) for v in np.sqrt((affine[:3, :3] ** 2).sum(0))[::-1])
@@ -151,10 +152,8 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
         "crop_stop": stop,
         "hu_range": HU_RANGE,
     }
-    index = location_index(label_1mm, image_1mm, hard_negative_above=HARD_NEGATIVE_HU, seed=INDEX_SEED)
-    used = write_case(
-        out / "cases" / f"{case.name}.h5", image_1mm, label_1mm, attributes=attributes, index=index
-    )
+    index = location_index(numbers, voxels, hard_negative_above=HARD_NEGATIVE_HU, seed=INDEX_SEED)
+    used = write_case(out / "cases" / f"{case.name}.h5", voxels, numbers, attributes=attributes, index=index)
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     return {
         "name": case.name,
@@ -165,7 +164,7 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
         "settings": {"spacing_mm": list(settings.spacing_mm)},
         "shape": list(shape),
         "vertebrae": [b[0] for b in boxes],
-        "vertebra_ml": round(float(np.count_nonzero(label_1mm)) * voxel_ml, 1),
+        "vertebra_ml": round(float(np.count_nonzero(numbers)) * voxel_ml, 1),
         "compression": used,
         "notes": "; ".join(notes),
     }
@@ -208,6 +207,8 @@ def convert(args: Namespace) -> dict[str, str]:
     done = _finished(notes_file, cases, out, settings)
     if done:
         print(f"{len(done)} of {len(cases)} cases are converted already")
+    if again := [c.name for c in cases if c.name not in done and (out / "cases" / f"{c.name}.h5").is_file()]:
+        print(f"{len(again)} case(s) were made with other settings or from other files, and are made again")
     todo = [case for case in cases if case.name not in done]
     failed: dict[str, str] = {}
     quarantined: dict[str, str] = {}
@@ -232,7 +233,10 @@ def convert(args: Namespace) -> dict[str, str]:
             print(f"{len(reasons)} case(s) {title}:")
             for name, reason in reasons.items():
                 print(f"  {name}: {reason}")
-    if done:
+    if not done:  # what an earlier conversion noted does not hold any more
+        notes_file.unlink(missing_ok=True)
+        (out / "cases.csv").unlink(missing_ok=True)
+    else:
         _write_notes(notes_file, done, settings)
         columns = ("name", "subject", "part", "edition", "shape", "vertebra_ml", "compression", "notes")
         rows = [{k: e[k] for k in columns} | {"vertebrae": len(e["vertebrae"])} for e in _ordered(done)]
@@ -248,8 +252,6 @@ def _finished(notes_file: Path, cases: list[Case], out: Path, settings: Settings
     """Entries of an earlier, perhaps interrupted conversion that still hold."""
     if not notes_file.is_file():
         return {}
-    import json
-
     known = {e["name"]: e for e in json.loads(notes_file.read_text(encoding="utf8"))["cases"]}
     wanted = {"spacing_mm": list(settings.spacing_mm)}
     done = {}
@@ -284,8 +286,10 @@ def demo_dataset(folder: str | Path = "data/demo/verse_spine") -> Path:
     source = write_verse_phantoms(folder / "verse")
     out = folder / "h5"
     flags = ["--source", str(source), "--out", str(out), "--spacing", *["3"] * 3, "--workers", "2"]
-    if not (out / "cases.csv").is_file() and convert(parse_args(build_parser(), flags)):
-        raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
+    if not (out / "complete").is_file():
+        if convert(parse_args(build_parser(), flags)):
+            raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
+        (out / "complete").touch()
     return out
 
 
@@ -296,8 +300,12 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    editions = {
+        e["edition"] for e in json.loads((Path(args.out) / "preprocessing.json").read_text())["cases"]
+    }
+    more = " --dataset_edition 20" if 20 in editions else ""
     data = shlex.quote(args.out)
-    print(f"next: python verse_spine/train_heatmap.py --data_path {data} --model_name spine_heatmap")
+    print(f"next: python verse_spine/train_heatmap.py --data_path {data} --model_name spine_heatmap{more}")
     return 0
 
 

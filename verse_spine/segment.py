@@ -62,7 +62,7 @@ def spine_region(heat: np.ndarray, grid: SmallGrid, margin_mm: tuple = MARGIN_MM
 
 
 def intensity_scaling(model: TrainedModel, volume) -> Callable[[Tensor], Tensor]:
-    """What the network's training did to HU; with --intensity patch by the range of the whole scan."""
+    """What the network's training did to HU; with --intensity patch by the range of the volume."""
     if model.config["intensity"] == "hu":
         return scale_hu
     values = np.asarray(volume[...])

@@ -38,6 +38,7 @@ from verse_spine.heatmap import AIR_HU, LOSSES, TARGETS, heatmap_loss
 from verse_spine.networks import ARCHITECTURE, TrainedModel, get_model, load_trained, scale_hu
 from verse_spine.training import (
     add_training_flags,
+    check_same_data,
     get_augmentation,
     get_optimizer,
     load_resumed,
@@ -135,8 +136,7 @@ def train(args: Namespace, resumed: dict | None = None, run_dir: Path | None = N
     at = Namespace(epoch=0, batch=0, loss_sum=0.0, best=math.inf, best_epoch=-1, elapsed_s=0.0, history=[])
     at.num_batches = num_batches
     if resumed:
-        if resumed["split"] != verse.split:
-            raise ValueError(f"--resume: the split of {verse.path} is not the one that this run began with")
+        check_same_data(resumed, verse)
         at = runs.restore_training_state(resumed, **parts)
         if at.batch and at.num_batches != num_batches:
             raise ValueError(

@@ -34,7 +34,7 @@ from common.patches import histogram
 from common.plots import save_curves
 from common.schedules import learning_rate
 from verse_spine.dataset import STRATA, UNIFORM, PatchDataset
-from verse_spine.evaluate import evaluate_cases, mean_dice, write_report
+from verse_spine.evaluate import evaluate_cases, mean_dice, part_notes
 from verse_spine.labels import MODES, num_outputs
 from verse_spine.networks import (
     ARCHITECTURE,
@@ -45,8 +45,10 @@ from verse_spine.networks import (
     scale_patches,
 )
 from verse_spine.pictures import save_case_preview
+from verse_spine.report import write_report
 from verse_spine.training import (
     add_training_flags,
+    check_same_data,
     get_augmentation,
     get_optimizer,
     load_resumed,
@@ -137,8 +139,7 @@ def train(args: Namespace, resumed: dict | None = None, run_dir: Path | None = N
     at = Namespace(epoch=0, batch=0, loss_sum=0.0, best=-1.0, best_epoch=-1, elapsed_s=0.0, history=[])
     at.num_batches, at.drawn = num_batches, {}
     if resumed:
-        if resumed["split"] != verse.split:
-            raise ValueError(f"--resume: the split of {verse.path} is not the one that this run began with")
+        check_same_data(resumed, verse)
         at = runs.restore_training_state(resumed, **parts)
         if at.batch and at.num_batches != num_batches:
             raise ValueError(
@@ -311,9 +312,11 @@ def train(args: Namespace, resumed: dict | None = None, run_dir: Path | None = N
         )
         if distributed.is_main():
             title = f"{len(verse.split[part])} {part} scans of {verse.path}, no region, {precision.name}"
-            write_report(rows, run_dir / "evaluation", title, failed)
+            notes = part_notes(part, set(), trained, verse)
+            write_report(rows, run_dir / "evaluation", title, failed, notes)
     log(f"written: {run_dir}/ with log.txt, metrics.csv, training_curves.png, previews/, weights/")
     log(f"next: python verse_spine/predict.py --weights {shlex.quote(str(best))} --source <scan or folder>")
+    log("      and --heatmap_weights <best.pt of train_heatmap.py>, to search around the spine only")
     return rows
 
 

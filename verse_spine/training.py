@@ -86,7 +86,10 @@ def open_data(args: Namespace) -> VerSe:
         return VerSe(preprocess.demo_dataset(), seed=args.seed)
     if args.download and not (Path(args.data_path) / "preprocessing.json").is_file():
         download_and_convert(Path(args.data_path), args.dataset_edition)
-    return VerSe(args.data_path, args.dataset_edition, args.seed)
+    verse = VerSe(args.data_path, args.dataset_edition, args.seed)
+    if distributed.is_main() and (left_out := len(verse.entries) - len(verse.cases)):
+        print(f"--dataset_edition {args.dataset_edition}: leaves out {left_out} case(s) of VerSe20")
+    return verse
 
 
 def validation_names(verse: VerSe) -> list[str]:
@@ -204,7 +207,14 @@ def training_trial(
     return trial
 
 
-def mean_over_processes(total: float, count: int, device: torch.device) -> float:
-    """Sum of the totals of all processes / sum of their counts; NaN for none."""
-    both = distributed.all_sum(torch.tensor([total, float(count)], dtype=torch.float64, device=device))
-    return float(both[0] / both[1]) if both[1] else float("nan")
+def check_same_data(resumed: dict, verse: VerSe) -> None:
+    """Refuse to go on with a run on other cases or other voxels than it began with.
+
+    Raises:
+        ValueError: naming both.
+    """
+    began, now = (p["spacing_mm"] for p in (resumed["preprocessing"], verse.preprocessing))
+    if list(began) != list(now):
+        raise ValueError(f"--resume: the run began with voxels of {began} mm, {verse.path} now has {now}")
+    if resumed["split"] != verse.split:
+        raise ValueError(f"--resume: the split of {verse.path} is not the one that this run began with")

@@ -1,0 +1,71 @@
+"""Tables and the readable summary of an evaluation."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from common.metrics import class_table, write_table
+
+FILES = ("results.csv", "cases.csv", "summary.csv", "summary.md")
+
+
+def write_report(
+    rows: list[dict], out: Path, title: str, failed: dict[str, str], notes: tuple[str, ...] = ()
+) -> None:
+    """results.csv, cases.csv, summary.csv and summary.md; the summary, with `notes`, is printed too."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # of an earlier evaluation, which must not stand beside this one's
+        (out / name).unlink(missing_ok=True)
+    lines = [title, *(f"NOTE: {note}" for note in notes), ""]
+    if rows:
+        by_class = [r for row in rows for r in row["classes"]]
+        table = class_table(by_class)
+        write_table(out / "results.csv", by_class)
+        write_table(out / "cases.csv", [{k: v for k, v in row.items() if k != "classes"} for row in rows])
+        write_table(out / "summary.csv", table)
+        lines += summary_lines(rows, table)
+    lines += [f"failed: {name}: {reason}" for name, reason in failed.items()]
+    (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf8")
+    print("\n".join([*lines, f"written to {out}"]))
+
+
+def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
+    """Markdown: a line a class, then what only the whole case tells."""
+    shown = ("dice", "nsd_1mm", "nsd_2mm", "hd95_mm", "assd_mm")
+    lines = [f"| class | {' | '.join(shown)} | cases | missed | hallucinated |"]
+    lines.append("|---" * (len(shown) + 4) + "|")
+    for name in dict.fromkeys(r["name"] for r in table):
+        entries = {r["metric"]: r for r in table if r["name"] == name}
+        values = [mean_and_interval(entries[metric]) for metric in shown]
+        dice = entries["dice"]
+        if dice["n"]:  # a level that no scan shows would be a row of nothing
+            counts = f"{dice['n']} | {dice['missed']} | {dice['hallucinated']}"
+            lines.append(f"| {name} | {' | '.join(values)} | {counts} |")
+    lines += [
+        "",
+        "Means, with a 95 % bootstrap interval by patient where there are several; a missed class counts "
+        "Dice 0, and so does one in a scan that does not have it (hallucinated).",
+    ]
+    if without := sum(row.get("region") == "whole scan, heat map faint" for row in rows):
+        lines.append(f"In {without} scan(s) the heat map found no spine and the whole scan was searched.")
+    if "hits" in rows[0]:
+        hits, targets = sum(r["hits"] for r in rows), sum(r["targets"] for r in rows)
+        lines.append(f"Identification rate {hits} of {targets} vertebrae ({hits / max(targets, 1):.3f})")
+    for key, text in (
+        ("dice_any", "Dice of all vertebrae together"),
+        ("dice_classes", "Dice by name, mean over the classes that each case's truth has"),
+        ("dice_instance", "Dice of the best matching vertebra, whatever its name"),
+        ("dice_inner", "Dice by name of vertebrae that the scan does not cut"),
+        ("region_recall", "share of vertebra voxels inside the region"),
+    ):
+        values = [r[key] for r in rows if key in r and not np.isnan(r[key])]
+        if values:
+            lines.append(f"{text}: mean {np.mean(values):.4f}, lowest {np.min(values):.4f}")
+    return lines
+
+
+def mean_and_interval(entry: dict) -> str:
+    """0.853 (0.820-0.880) of an entry of `class_table`; without an interval the mean alone."""
+    interval = "" if math.isnan(entry["low"]) else f" ({entry['low']:.3f}-{entry['high']:.3f})"
+    return f"{entry['mean']:.3f}{interval}"
