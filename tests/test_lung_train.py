@@ -132,6 +132,7 @@ def test_killed_and_resumed_equals_unbroken(number, six_epochs, phantom_slices, 
     assert_same_run(six_epochs, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(phantom_slices, tmp_path):
     """Same global batch, GroupNorm: the weights after two epochs agree, rank 0 alone writes and prints."""
     flags = [
@@ -197,6 +198,7 @@ def test_all_folds_score_every_volume_once(phantom_slices, tmp_path):
         assert not set(split["train"]) & set(split["test"]) and not set(split["val"]) & set(split["test"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
