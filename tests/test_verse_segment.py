@@ -206,10 +206,10 @@ def test_intensity_by_range_uses_the_whole_scan():
 
     config = {"patch_size": [12, 12, 12], "labels": "binary", "intensity": "patch"}
     model = TrainedModel(Watch(), config, CPU, FP32, {"spacing_mm": [1, 1, 1]}, {})
-    pred = segment(model, hu, (1, 1, 1), on_message=lambda line: None)
+    pred = segment(model, hu, (1, 1, 1))
     assert seen == [(pytest.approx(-1, abs=1e-4), pytest.approx(1, abs=1e-4))]
     assert pred.sum() == 64 + 1, "above the middle, 1000 HU"
-    segment(model, hu, (1, 1, 1), box=((2, 2, 2), (10, 10, 10)), on_message=lambda line: None)
+    segment(model, hu, (1, 1, 1), box=((2, 2, 2), (10, 10, 10)))
     assert seen[1][1] == pytest.approx(0.1, abs=1e-3), "1200 HU is 0.1 of -1000..3000"
 
 
@@ -273,3 +273,23 @@ def test_panels(with_target, tmp_path, monkeypatch):
     assert all(len(row) == len(names) for row, names in zip(rows, titles, strict=True))
     coloured = (rows[0][-2 if with_target else -1].std(axis=-1) > 0).sum()
     assert coloured == 24, "the prediction is drawn: 4 x 6 pixels"
+
+
+def test_out_of_memory_is_told_and_gone_on_with(capsys):
+    """Half the windows at a time, the same mask; sizes and skipped air are not repeated for every scan."""
+
+    class Small(torch.nn.Module):
+        def forward(self, image):
+            if len(image) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return 50 * image
+
+    config = {"patch_size": [8, 8, 8], "labels": "binary", "intensity": "hu"}
+    precision = Precision("fp32", None, False, "test")
+    model = TrainedModel(Small(), config, torch.device("cpu"), precision, {"spacing_mm": [1, 1, 1]}, {})
+    hu = np.random.default_rng(0).integers(-1000, 2000, (24, 20, 20)).astype(np.int16)
+    pred = segment(model, hu, (1, 1, 1), batch_size=4)
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["warning: cpu is out of memory: going on with 2 windows at a time"]
+    assert np.array_equal(pred, segment(model, hu, (1, 1, 1), batch_size=1))
+    assert capsys.readouterr().out == ""

@@ -183,7 +183,7 @@ def evaluate_cases(
             target = case.label[...]
             where = case_region(case, region, heatmap, folder)
             box = None if where is None else where.box
-            pred = segment(model, case.image, case.spacing_mm, box=box, on_message=lambda line: None)
+            pred = segment(model, case.image, case.spacing_mm, box=box)
             pred, _ = clean_up(pred, case.spacing_mm)
             centroids = np.asarray(case.attributes["centroids"]).reshape(-1, 4)
             centres = {int(n): tuple(zyx) for n, *zyx in centroids}

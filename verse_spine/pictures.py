@@ -119,7 +119,7 @@ def save_case_preview(folder: Path, epoch: int, model: TrainedModel, case: CaseF
     start = np.clip(centre - size // 2, 0, np.subtract(case.shape, size))
     image = case.read_image(start, size, -1024)
     target = map_labels(case.read_label(start, size), model.config["labels"])
-    pred = segment(model, image, case.spacing_mm, on_message=lambda line: None)
+    pred = segment(model, image, case.spacing_mm)
     save_planes(
         folder / f"epoch_{epoch:03d}.png",
         image,

@@ -218,7 +218,6 @@ def predict_scan(
             overlap=args.overlap,
             batch_size=args.batch_size,
             progress=progress,
-            on_message=lambda line: None,
         )
     mask = np.zeros(file.shape, np.uint8)
     crop(mask, start, stop)[...] = inside

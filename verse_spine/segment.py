@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.hardware import autocast
 from common.inference import predict_labels
@@ -80,7 +81,6 @@ def segment(
     overlap: float = 0.5,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
-    on_message: Callable[[str], None] = print,
 ) -> np.ndarray:
     """Class labels (z, y, x) uint8 of a scan in HU on its own grid; 0 outside of `box`.
 
@@ -105,9 +105,15 @@ def segment(
         pad_value=AIR_HU,
         precision=model.precision,
         progress=progress,
-        on_message=on_message,
+        on_message=_tell_trouble,
         box=start_stop,
     )
+
+
+def _tell_trouble(line: str) -> None:
+    """Of what common/inference.py says only that the device ran out of memory; sizes are the caller's."""
+    if "out of memory" in line:
+        tqdm.write(f"warning: {line}")
 
 
 def clean_up(labels: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarray, dict[str, float]]:

@@ -300,7 +300,8 @@ def train(args: Namespace, resumed: dict | None = None, run_dir: Path | None = N
     # ---- evaluate ----
     distributed.barrier()
     part = "test" if verse.split["test"] else "val"
-    log(f"best.pt: validation Dice {at.best:.4f} in epoch {at.best_epoch}")
+    if at.best_epoch >= 0:
+        log(f"best.pt: validation Dice {at.best:.4f} in epoch {at.best_epoch}")
     if not best.is_file():
         best = last
         log(f"warning: no validation gave a Dice, so there is no best.pt: going on with {last}")
