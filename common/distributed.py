@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -32,6 +33,24 @@ def init() -> None:
         torch.cuda.set_device(local_rank())
     # Two hours: rank 0 may convert a data set or evaluate whole volumes while the others wait.
     dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """What every script does inside of: join the process group, and leave it whatever happens.
+
+    Errors that a user can mend (ValueError, OSError, too little GPU memory) end the program with one line.
+    """
+    init()
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = "--vram fits a training run to a card, a smaller --batch_size makes other scripts need less"
+        raise SystemExit(f"error: out of GPU memory; {advice} ({error})") from error
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        shutdown()
 
 
 def rank() -> int:
@@ -132,22 +151,27 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
+def no_sync(model: nn.Module, quiet: bool) -> AbstractContextManager:
+    """While `quiet`, a DistributedDataParallel keeps its gradients to itself: more are to be added to them."""
+    if quiet and isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
 def make_loader(
     dataset: Dataset, batch_size: int, *, seed: int, workers: int, device: torch.device
-) -> tuple[DataLoader, "EpochSampler"]:
-    """Training batches in the order of an `EpochSampler`; call its `start` before each epoch."""
-    sampler = EpochSampler(len(dataset), batch_size, seed)  # type: ignore[arg-type]
-    loader = DataLoader(
+) -> DataLoader:
+    """Training batches in the order of its `EpochSampler`; call `loader.sampler.start` before each epoch."""
+    return DataLoader(
         dataset,
         batch_size,
-        sampler=sampler,
+        sampler=EpochSampler(len(dataset), batch_size, seed),  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # its own: else every new iterator moves the global random state
     )
-    return loader, sampler
 
 
 def _ignore_signals(worker_id: int) -> None:

@@ -1,11 +1,10 @@
-"""What a run leaves behind: folder, log, metrics.csv, checkpoints; and how it is stopped and continued."""
+"""What a run leaves behind: folder, log, metrics.csv; seeds; how a run is stopped and how it goes on."""
 
 import atexit
 import contextlib
 import csv
 import multiprocessing
 import os
-import pickle
 import platform
 import random
 import re
@@ -14,9 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
-from argparse import Namespace
-from collections import OrderedDict
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import nn
 
 from common import distributed
+from common.checkpoints import load_checkpoint
+from common.config import parse_args
 
 # ---- folder, configuration, log ----
 
@@ -150,7 +148,7 @@ def open_wandb(project: str, name: str, config: dict) -> Any:
     return wandb.init(project=project, name=name, config=config)
 
 
-# ---- seeds and random states ----
+# ---- seeds ----
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -164,174 +162,93 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def rng_state() -> dict:
-    """States of all random generators as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
-    return {
-        "python": random.getstate(),
-        "numpy": [
-            str(name),
-            torch.from_numpy(keys.astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+# ---- going on with a run ----
 
 
-def set_rng_state(state: dict) -> None:
-    """Put all random generators back to where `rng_state` found them."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+def resume(
+    parser: ArgumentParser,
+    argv: Sequence[str] | None,
+    *,
+    same: Sequence[str],
+    name: str | None = None,
+    stage: str | None = None,
+    may_be_missing: bool = False,
+) -> tuple[Namespace, dict | None, Path | None]:
+    """Flag values of a train script, and the checkpoint and folder of the run that --resume goes on with.
 
-
-# ---- checkpoints ----
-
-
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write tensors and plain values so that a reader never sees half a file; rank 0 only.
-
-    Temporary name, fsync, rename: whatever goes wrong, the previous checkpoint of that name survives.
-
-    Raises:
-        TypeError: `state` holds something that `torch.load(weights_only=True)` would refuse; names where.
-        OSError: disk full or no permission.
-    """
-    if not distributed.is_main():
-        return
-    _require_plain(state, "checkpoint")
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else None
-        reason = reason or str(error).split("\n")[0]
-        kept = f"the earlier {path.name} is untouched" if path.exists() else "nothing was written"
-        raise OSError(
-            f"{path}: checkpoint could not be written ({reason}); {kept}. Free space or check permissions, "
-            "then go on with --resume"
-        ) from error
-
-
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint without ever running code from it.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it carries code or foreign objects, is damaged, or is no checkpoint of this project.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    with path.open("rb") as file:
-        is_zip = zipfile.is_zipfile(file)
-    if not is_zip:  # also torch.save's format before 1.6, a bare pickle
-        raise ValueError(
-            f"{path}: refused, because it is truncated, damaged or no checkpoint at all; a bare pickle could "
-            "run code. Only checkpoints written by this project are opened"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} in it is damaged")
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many types here; each ends as one clear sentence
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-            raise ValueError(
-                f"{path}: refused, because it holds more than tensors and plain values and loading it could "
-                "run code from the file. Only checkpoints written by this project are opened"
-            ) from error
-        detail = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a readable checkpoint ({detail})") from error
-    if not isinstance(state, dict) or "model" not in state or "config" not in state:
-        raise ValueError(f"{path}: holds no 'model' and 'config'; it was not written by this project")
-    return state
-
-
-def _require_plain(value: Any, where: str) -> None:
-    """Exact types, since reading with weights_only refuses most subclasses, a defaultdict for one."""
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _require_plain(key, f"the key {key!r} of {where}")
-            _require_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple, torch.Size):
-        for index, item in enumerate(value):
-            _require_plain(item, f"{where}[{index}]")
-    elif type(value) not in (type(None), bool, int, float, str, torch.Tensor, nn.Parameter):
-        raise TypeError(
-            f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain values only"
-        )
-
-
-def training_state(at: Namespace, **parts: Any) -> dict:
-    """What a run needs to go on as if it had never stopped: its position, random states and the states of
-    `parts`.
+    A run goes on with its own flags; those of the command line win over them.
 
     Args:
-        at: where the run stands (epoch, batch, best score, history ...), plain values.
-        parts: network, optimiser, scaler, weight average: whatever has a state_dict(), or None.
-    """
-    states = {name: part.state_dict() if part is not None else None for name, part in parts.items()}
-    return {"at": vars(at), "rng": rng_state(), **states}
+        parser: with the flags of `config.add_run_flags`.
+        same: flags that must be as the run began, those which decide the network for one.
+        name: of the run that a bare --resume means; None = --model_name.
+        stage: what the checkpoint's "stage" must be, where a task trains several kinds of network.
+        may_be_missing: begin a new run where a bare --resume finds none.
 
-
-def restore_training_state(state: dict, **parts: Any) -> Namespace:
-    """Undo `training_state`: load the states into `parts`, set the random states, return `at`."""
-    for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(state[name])
-    set_rng_state(state["rng"])
-    return Namespace(**state["at"])
-
-
-def load_resumed(
-    resume: str | None, root: str | Path, name: str, *, may_be_missing: bool = False
-) -> tuple[dict, Path] | None:
-    """(checkpoint, run folder) that --resume means; None without --resume, or if there is none and it may be.
+    Returns:
+        (flag values, checkpoint, run folder); the last two are None for a new run.
 
     Raises:
-        FileNotFoundError, ValueError: see `find_checkpoint`, `load_checkpoint`; or it holds weights only.
+        FileNotFoundError, ValueError: see `find_checkpoint`, `load_checkpoint`; or it holds weights only,
+            belongs to another stage, or a flag of `same` differs.
     """
-    if not resume:
-        return None
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", nargs="?", const="last")
+    wanted = finder.parse_known_args(argv)[0].resume
+    if wanted is None:
+        return parse_args(parser, argv), None, None
     try:
-        path = find_checkpoint(resume, root, name)
+        if wanted == "last":
+            args = parse_args(parser, argv)
+            path = find_checkpoint("last", args.out, name or args.model_name)
+        else:  # its configuration supplies also the flags that a new run requires
+            path = find_checkpoint(wanted, "", "")
     except FileNotFoundError:
-        if may_be_missing:
-            return None
+        if may_be_missing and wanted == "last":
+            return args, None, None
         raise
-    checkpoint = load_checkpoint(path)
+    checkpoint, folder = load_checkpoint(path), path.parents[1]
     if "optimizer" not in checkpoint:
         raise ValueError(f"--resume {path}: holds weights only; resume from the last.pt beside it")
-    return checkpoint, path.parents[1]
+    if checkpoint.get("stage") != stage:
+        raise ValueError(f"--resume: {folder} is not a run of {parser.prog}; choose another name")
+    config = checkpoint["config"]
+    args = parse_args(parser, argv, base=config)
+    for key in same:
+        if getattr(args, key) != config[key]:
+            raise ValueError(
+                f"--resume: its {key} is {config[key]}, not {getattr(args, key)}; a run goes on as it began"
+            )
+    return args, checkpoint, folder
 
 
-def require_same(kept: dict, asked: Namespace, keys: Sequence[str]) -> None:
-    """Refuse to resume a run with another network.
+def require_same_data(
+    checkpoint: dict | None,
+    split: dict[str, list[str]],
+    preprocessing: dict,
+    keys: Sequence[str],
+    data_path: str | Path,
+) -> None:
+    """Refuse to go on with a run on other cases or other voxels than it began with; a new run has None.
+
+    Args:
+        keys: of `preprocessing` that must not change, such as spacing_mm.
 
     Raises:
-        ValueError: a flag of `keys` differs; names it with both values.
+        ValueError: naming both.
     """
+    if checkpoint is None:
+        return
     for key in keys:
-        if getattr(asked, key) != kept[key]:
-            raise ValueError(
-                f"--resume: its {key} is {kept[key]}, not {getattr(asked, key)}; a run goes on as it began"
-            )
+        began, now = checkpoint["preprocessing"].get(key), preprocessing.get(key)
+        if _plain(began) != _plain(now):
+            raise ValueError(f"--resume: the run began with {key} {began}, {data_path} now has {now}")
+    if checkpoint["split"] != split:
+        raise ValueError(f"--resume: the split of {data_path} is not the one that this run began with")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 # ---- stopping ----

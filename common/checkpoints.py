@@ -1,0 +1,130 @@
+"""Checkpoints: written whole or not at all, read without running code; and the random states that they keep."""
+
+import contextlib
+import os
+import pickle
+import random
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import distributed
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write tensors and plain values so that a reader never sees half a file; rank 0 only.
+
+    Temporary name, fsync, rename: whatever goes wrong, the previous checkpoint of that name survives.
+
+    Raises:
+        TypeError: `state` holds something that `torch.load(weights_only=True)` would refuse; names where.
+        OSError: disk full or no permission.
+    """
+    if not distributed.is_main():
+        return
+    _require_plain(state, "checkpoint")
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else None
+        reason = reason or str(error).split("\n")[0]
+        kept = f"the earlier {path.name} is untouched" if path.exists() else "nothing was written"
+        raise OSError(
+            f"{path}: checkpoint could not be written ({reason}); {kept}. Free space or check permissions, "
+            "then go on with --resume"
+        ) from error
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """Read a checkpoint without ever running code from it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it carries code or foreign objects, is damaged, or is no checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    with path.open("rb") as file:
+        is_zip = zipfile.is_zipfile(file)
+    if not is_zip:  # also torch.save's format before 1.6, a bare pickle
+        raise ValueError(
+            f"{path}: refused, because it is truncated, damaged or no checkpoint at all; a bare pickle could "
+            "run code. Only checkpoints written by this project are opened"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many types here; each ends as one clear sentence
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            raise ValueError(
+                f"{path}: refused, because it holds more than tensors and plain values and loading it could "
+                "run code from the file. Only checkpoints written by this project are opened"
+            ) from error
+        detail = str(error).split("\n")[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({detail})") from error
+    if not isinstance(state, dict) or "model" not in state or "config" not in state:
+        raise ValueError(f"{path}: holds no 'model' and 'config'; it was not written by this project")
+    return state
+
+
+def _require_plain(value: Any, where: str) -> None:
+    """Exact types, since reading with weights_only refuses most subclasses, a defaultdict for one."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _require_plain(key, f"the key {key!r} of {where}")
+            _require_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple, torch.Size):
+        for index, item in enumerate(value):
+            _require_plain(item, f"{where}[{index}]")
+    elif type(value) not in (type(None), bool, int, float, str, torch.Tensor, nn.Parameter):
+        raise TypeError(
+            f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain values only"
+        )
+
+
+# ---- random states ----
+
+
+def rng_state() -> dict:
+    """States of all random generators as tensors and plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": [
+            str(name),
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Put all random generators back to where `rng_state` found them."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
