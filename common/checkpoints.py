@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code; and the random states that they keep."""
+"""Checkpoints, written whole or not at all, read without running code; trained networks and random states."""
 
 import contextlib
 import os
@@ -6,6 +6,8 @@ import pickle
 import random
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from common import distributed
+from common.hardware import Precision
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -97,6 +100,60 @@ def _require_plain(value: Any, where: str) -> None:
         raise TypeError(
             f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain values only"
         )
+
+
+# ---- trained networks ----
+
+
+@dataclass
+class TrainedModel:
+    """A network, and how its input was made.
+
+    Attributes:
+        config: flag values of its training run.
+        preprocessing: what the task's preprocessing noted: spacing_mm, window_hu ...
+        split: {"train", "val", "test"}: names of the cases.
+    """
+
+    network: nn.Module
+    config: dict
+    device: torch.device
+    precision: Precision
+    preprocessing: dict
+    split: dict[str, list[str]]
+
+
+def load_trained(
+    weights: str | Path,
+    device: torch.device,
+    precision: Precision,
+    make_network: Callable[[dict], nn.Module],
+) -> TrainedModel:
+    """Rebuild the network of a checkpoint, in evaluation mode; with averaged weights if the run kept them.
+
+    Args:
+        make_network: checkpoint -> its network without the weights; it raises ValueError for a checkpoint
+            that is not the task's own.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: refused by `load_checkpoint` or `make_network`; names the file.
+    """
+    checkpoint = load_checkpoint(weights, device)
+    try:
+        network = make_network(checkpoint).to(device)
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error}") from error
+    averaged = checkpoint.get("ema")
+    network.load_state_dict(averaged["average"] if averaged else checkpoint["model"])
+    return TrainedModel(
+        network.eval(),
+        checkpoint["config"],
+        device,
+        precision,
+        checkpoint["preprocessing"],
+        checkpoint["split"],
+    )
 
 
 # ---- random states ----

@@ -51,7 +51,9 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose --help is the script's docstring; it knows --config and accepts no abbreviations."""
     parser = _Parser(description=doc, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument(
-        "--config", help="YAML file of flags; the command line wins over it, a later --config too"
+        "--config",
+        help="YAML file of flags, one 'flag: value' a line; flags of the command line win over it, and a "
+        "later --config wins over an earlier one",
     )
     return parser
 
@@ -177,7 +179,9 @@ def duration_s(text: str) -> float:
         except ValueError:
             seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration above zero; write 90s, 45m, 2h or 1h30m")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a duration above zero; write 90s, 45m, 2h or 1h30m"
+        )
     return seconds
 
 
@@ -194,15 +198,26 @@ def run_script(main: Callable[[], object]) -> NoReturn:
 def non_negative_int(text: str) -> int:
     """For argparse's `type=`: a whole number, 0 or more."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 
 def positive_int(text: str) -> int:
     """For argparse's `type=`: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    """For argparse's `type=`: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def fraction(text: str) -> float:
@@ -212,7 +227,7 @@ def fraction(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
     return value
 
 
@@ -220,53 +235,98 @@ def add_prediction_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     """--device and --amp, with one meaning in all scripts; returns their group."""
     group = parser.add_argument_group("machine")
     group.add_argument(
-        "--device", default="auto", help="auto (cuda, then mps, then cpu), cuda, cuda:1, mps, cpu"
+        "--device",
+        default="auto",
+        help="where to compute: cuda, cuda:1 (the second card), mps (Apple) or cpu; auto takes the first of "
+        "cuda, mps and cpu that this machine has",
     )
     group.add_argument(
         "--amp",
         choices=["auto", "off", "bf16", "fp16"],
         default="auto",
-        help="mixed precision; auto takes what this card or processor computes fast and logs why",
+        help="mixed precision, which saves memory and on most cards time; auto takes what this card or "
+        "processor computes fast and logs why, off computes everything in 32 bits",
     )
     return group
 
 
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags about the machine that every train script has, with one meaning everywhere."""
-    group = add_prediction_flags(parser)
-    group.add_argument(
-        "--workers", type=non_negative_int, default=2, help="processes that prepare batches; 0 = none"
-    )
-    group.add_argument("--seed", type=int, default=42, help="of weights, shuffling and augmentation")
-    group.add_argument(
-        "--deterministic",
-        action=Switch,
-        default=False,
-        help="on CUDA: repeatable kernels where there are any; a CPU run is repeatable without it",
-    )
+def add_run_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    epochs: int,
+    early_stopping: int,
+    model_name: str | None = None,
+    out: str = "runs",
+    name_flags: Sequence[str] = ("--model_name",),
+) -> None:
+    """The flags that every train script has, with one meaning everywhere: how long a run lasts, on which
+    machine, what it is called and how it goes on.
 
-
-def add_length_flags(parser: argparse.ArgumentParser, *, epochs: int, early_stopping: int) -> None:
-    """The flags about how long a run lasts and how it goes on, with one meaning everywhere."""
-    group = parser.add_argument_group("length of the run")
-    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training set")
-    group.add_argument(
+    Args:
+        model_name: default name of the run; None = it must be given.
+        name_flags: spellings of --model_name, more than one where a task's users know another.
+    """
+    length = parser.add_argument_group("length of the run")
+    length.add_argument(
+        "--epochs", type=positive_int, default=epochs, help="number of passes over the training set"
+    )
+    length.add_argument(
         "--time_budget",
         type=duration_s,
-        help="train for this long (90s, 45m, 2h) instead of --epochs; the learning-rate schedule then "
-        "follows the elapsed share",
+        help="train for this long (90s, 45m, 2h) instead of a number of --epochs; the learning rate then "
+        "follows the elapsed share of the time",
     )
-    group.add_argument(
+    length.add_argument(
         "--early_stopping",
         type=non_negative_int,
         default=early_stopping,
-        help="epochs without a better validation score before the run ends; 0 = never",
+        help="end the run after this many epochs without a better validation score; 0 = never",
     )
-    group.add_argument(
+    machine = add_prediction_flags(parser)
+    machine.add_argument(
+        "--vram",
+        type=positive_float,
+        help="memory of the card in GiB (4 for a GTX 1050 Ti): batch size, recomputation and, where the task"
+        " allows it, the patch are made to fit before the run starts, and the run takes no more than "
+        "this",
+    )
+    machine.add_argument(
+        "--workers",
+        type=non_negative_int,
+        default=2,
+        help="number of processes that prepare batches; 0 = the main process does it itself. Raise it if the"
+        " log shows a large share of waiting for data",
+    )
+    machine.add_argument(
+        "--seed", type=int, default=42, help="seed of the first weights, of shuffling and of augmentation"
+    )
+    machine.add_argument(
+        "--deterministic",
+        action=Switch,
+        default=False,
+        help="use repeatable CUDA kernels where there are any, which are slower; a run on a CPU is "
+        "repeatable without it",
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        *name_flags,
+        default=model_name,
+        required=model_name is None,
+        help="name of the run and of its folder; a second run of this name gets _2 behind it",
+    )
+    run.add_argument("--out", default=out, help="folder that holds the folders of all runs")
+    run.add_argument(
         "--resume",
         nargs="?",
         const="last",
-        help="continue a run: a last.pt, or nothing for the last run of this --model_name",
+        help="go on with a run that was stopped: its folder or last.pt, or without a value the newest run of"
+        " this --model_name",
+    )
+    run.add_argument(
+        "--use_wandb",
+        action=Switch,
+        default=False,
+        help="also log to Weights & Biases, whose package wandb must be installed",
     )
 
 

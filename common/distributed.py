@@ -152,7 +152,7 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def no_sync(model: nn.Module, quiet: bool) -> AbstractContextManager:
-    """While `quiet`, a DistributedDataParallel keeps its gradients to itself: more are to be added to them."""
+    """While `quiet`, a DistributedDataParallel does not send its gradients: more will be added to them."""
     if quiet and isinstance(model, nn.parallel.DistributedDataParallel):
         return model.no_sync()
     return nullcontext()

@@ -2,11 +2,15 @@
 
 import weakref
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import distributed
+from common.hardware import DTYPES, Precision, choose_precision, describe_device, startup_warnings
 
 MIB = 2**20
 # What a card holds besides tensors: the CUDA context (300 to 500 MiB) and workspaces of convolutions.
@@ -165,14 +169,14 @@ class Plan:
         accumulate: steps an optimiser update; batch_size * accumulate is what the recipe's learning rate
             fits.
         checkpointing: recompute activations instead of keeping them.
-        precision: fp32, bf16 or fp16.
+        precision: fp32, bf16 or fp16; "" while it is not chosen.
     """
 
     patch_size: tuple[int, ...]
     batch_size: int
     accumulate: int
     checkpointing: bool
-    precision: str
+    precision: str = ""
 
     def __str__(self) -> str:
         sides = "x".join(map(str, self.patch_size))
@@ -210,7 +214,7 @@ def candidates(
 def fit_plan(
     wanted: Plan, peak_mib: Callable[[Plan], float], vram_gib: float, *, shrink_patch: bool = True
 ) -> tuple[Plan, list[tuple[Plan, float]]]:
-    """The first of `candidates` that a card of `vram_gib` holds, and [(plan, MiB), ...] of all tried.
+    """The first of `candidates` that a card of `vram_gib` holds, and [(plan, MiB), ...] of those tried first.
 
     Args:
         peak_mib: predicted peak of a training step, e.g. by `training_peak_mib`.
@@ -220,23 +224,24 @@ def fit_plan(
         ValueError: not even the smallest fits.
     """
     limit_mib = vram_gib * 1024 - RESERVED_MIB
-    tried: list[tuple[Plan, float]] = []
+    considered: list[tuple[Plan, float]] = []
     for plan in candidates(wanted, shrink_patch=shrink_patch):
-        tried.append((plan, peak_mib(plan)))
-        if tried[-1][1] <= limit_mib:
-            return plan, tried
-    least = min(tried, key=lambda entry: entry[1])
+        considered.append((plan, peak_mib(plan)))
+        if considered[-1][1] <= limit_mib:
+            return plan, considered
+    least = min(considered, key=lambda entry: entry[1])
     raise ValueError(
         f"--vram {vram_gib:g}: even {least[0]} needs {least[1]:.0f} MiB of tensors, more than the "
         f"{limit_mib:.0f} that a card of this size leaves; choose a smaller network or input"
     )
 
 
-def plan_table(tried: list[tuple[Plan, float]], vram_gib: float) -> str:
+def plan_table(considered: list[tuple[Plan, float]], vram_gib: float) -> str:
     """Lines for the log: what was considered, its predicted MiB, and which was taken (the last)."""
     lines = [f"plan for --vram {vram_gib:g} ({vram_gib * 1024 - RESERVED_MIB:.0f} MiB of tensors):"]
-    for index, (plan, mib) in enumerate(tried):
-        lines.append(f"  {mib:7.0f} MiB  {plan}{'  <- taken' if index == len(tried) - 1 else ''}")
+    for plan, mib in considered:
+        lines.append(f"  {mib:7.0f} MiB  {plan}")
+    lines[-1] += "  <- taken"
     return "\n".join(lines)
 
 
@@ -245,3 +250,94 @@ def limit_cuda_memory(vram_gib: float, device: torch.device) -> None:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(vram_gib * 2**30 / total, 1.0), device)
+
+
+# ---- how a run computes its steps ----
+
+
+@dataclass(frozen=True)
+class StepSetup:
+    """Precision and plan of a run, the predicted peak of a step; `lines` say so in its log."""
+
+    precision: Precision
+    plan: Plan
+    peak_mib: float
+    lines: list[str]
+
+    @property
+    def config(self) -> dict:
+        """The flags as they are used, for config.yaml: what was left open is decided."""
+        return {
+            "amp": self.precision.amp,
+            "batch_size": self.plan.batch_size,
+            "accumulate": self.plan.accumulate,
+            "checkpointing": self.plan.checkpointing,
+        }
+
+
+def set_up_step(
+    network: nn.Module,
+    make_network: Callable[[bool], nn.Module],
+    loss_function: Callable[..., Tensor],
+    wanted: Plan,
+    device: torch.device,
+    *,
+    amp: str,
+    resumed: dict | None = None,
+    vram_gib: float | None = None,
+    shrink_patch: bool = True,
+    make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+) -> StepSetup:
+    """Choose the precision of a run and, with `vram_gib`, what fits a card; `network` gets its checkpointing.
+
+    Args:
+        network: on `device`; a copy of it is timed where only that tells which precision is faster.
+        make_network: checkpointing or not -> the same network once more, to predict its memory.
+        wanted: what the flags ask for, without a precision.
+        amp: value of --amp.
+        resumed: checkpoint of the run that goes on: "auto" then means its precision, lest its second half be
+            computed in another one than its first.
+        vram_gib, shrink_patch, make_optimizer: see `fit_plan` and `training_peak_mib`.
+
+    Raises:
+        ValueError: nothing fits, or `amp` is not for this device.
+    """
+
+    def step_once(dtype: torch.dtype | None) -> None:
+        copy = deepcopy(network).train()
+        image = torch.zeros(wanted.batch_size, 1, *wanted.patch_size, device=device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = copy(image)
+        loss_function(logits, torch.zeros_like(image[:, 0], dtype=torch.long)).backward()
+
+    def peak_mib(plan: Plan) -> float:
+        return training_peak_mib(
+            lambda: make_network(plan.checkpointing),
+            loss_function,
+            (plan.batch_size, 1, *plan.patch_size),
+            make_optimizer=make_optimizer,
+            dtype=DTYPES[plan.precision],
+        )
+
+    if resumed and amp == "auto":
+        amp = resumed["config"]["amp"]
+    precision = distributed.on_main(lambda: choose_precision(amp, device, step_once))
+    plan = replace(wanted, precision=precision.name)
+    if vram_gib:
+        plan, considered = fit_plan(plan, peak_mib, vram_gib, shrink_patch=shrink_patch)
+        limit_cuda_memory(vram_gib, device)
+    else:
+        considered = [(plan, peak_mib(plan))]
+    network.checkpointing = plan.checkpointing
+    needed_mib = considered[-1][1]  # the plan that was taken comes last
+    num_parameters = sum(p.numel() for p in network.parameters())
+    lines = [f"device: {describe_device(device)}; {distributed.world_size()} process(es)"]
+    lines += [f"warning: {warning}" for warning in startup_warnings(device, needed_mib)]
+    lines.append(f"precision: {precision.name} ({precision.reason})")
+    lines.append(
+        f"{type(network).__name__}: {num_parameters:,} parameters; a step will take {needed_mib:.0f} MiB of "
+        "tensors"
+    )
+    if vram_gib:
+        lines.append(plan_table(considered, vram_gib))
+    return StepSetup(precision, plan, needed_mib, lines)

@@ -88,8 +88,9 @@ def draw_patch(
     return patch_start(centre, patch_shape, volume), "uniform"
 
 
-def histogram(names: Iterable[str]) -> dict[str, float]:
-    """Share of each stratum among the names that `draw_patch` returned, in the order of STRATA."""
+def histogram(names: Iterable[str] | dict[str, int]) -> dict[str, float]:
+    """Share of each stratum among the names that `draw_patch` returned, or their counts, in the order of
+    STRATA."""
     counts = Counter(names)
     return {name: counts[name] / counts.total() for name in STRATA if name in counts}
 

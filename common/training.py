@@ -197,8 +197,8 @@ class Run:
         for number, value in enumerate(torch.stack(self._losses).tolist(), first + 1):
             if not math.isfinite(value):
                 raise ValueError(
-                    f"the loss became {value} in epoch {self.epoch}, batch {number}. Try --amp off or a lower "
-                    f"--lr; the state after the epoch before is in {self.last}"
+                    f"the loss became {value} in epoch {self.epoch}, batch {number}. Try --amp off or a "
+                    f"lower --lr; the state after the epoch before is in {self.last}"
                 )
             self.loss_sum += value
         self._losses.clear()

@@ -26,7 +26,7 @@ from common.metrics import binary_counts, dice_from_counts, iou_from_counts, les
 from common.runs import run_dir_of
 from lung_tumor.cases import case_from_entry, find_cases, load_case
 from lung_tumor.dataset import SliceDataset, SliceFile, list_slices, load_splits, read_json
-from lung_tumor.model import TrainedModel, load_trained, predict_slices
+from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
 from lung_tumor.report import THRESHOLDS, write_report
 from lung_tumor.slices import read_image, read_mask, to_display, volume_to_slices
 
@@ -111,7 +111,7 @@ def load_volume(name: str, files: list[SliceFile], entry: dict, model: TrainedMo
         case = cases.get(name) or case_from_entry(name, entry)
         if case is not None:
             scan, mask = load_case(case)
-            slices = volume_to_slices(scan.array, model.window_hu)
+            slices = volume_to_slices(scan.array, window_hu(model))
             return Volume(name, slices, to_display(mask), entry["kept"], voxel_mm3, True)
     kept = entry.get("kept")
     positions = [i for i, f in enumerate(files) if kept is None or f.number in kept]

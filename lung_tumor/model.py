@@ -1,19 +1,16 @@
-"""Networks and losses of this task by name, and a trained model with what it needs to predict."""
+"""Networks and losses of this task by name, and a trained network applied to slices."""
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import losses
+from common import checkpoints, losses
+from common.checkpoints import TrainedModel
 from common.hardware import Precision, autocast
-from common.memory import Plan, fit_plan, training_peak_mib
 from common.networks import AttentionUNet, UNet
-from common.runs import load_checkpoint
 from lung_tumor.slices import fit_to_square, normalise, probs_from_square
 
 NUM_CLASSES = 2  # background, tumour
@@ -71,81 +68,19 @@ def get_loss(
     return over_scales
 
 
-def training_trial(
-    network: nn.Module, loss_function: Callable[..., Tensor], shape: tuple[int, int], device: torch.device
-) -> Callable[[torch.dtype | None], None]:
-    """A function that computes one training step in the given precision, to be timed; `network` stays as it
-    is.
-
-    Args:
-        shape: (batch size, image size).
-    """
-
-    def trial(dtype: torch.dtype | None) -> None:
-        copy = deepcopy(network).train()
-        image = torch.zeros(shape[0], 1, shape[1], shape[1], device=device)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = copy(image.contiguous(memory_format=torch.channels_last))
-        loss_function(logits, torch.zeros_like(image[:, 0], dtype=torch.long)).backward()
-
-    return trial
-
-
-def plan_memory(
-    config: dict, precision: Precision, loss_function: Callable[..., Tensor]
-) -> tuple[Plan, list[tuple[Plan, float]]]:
-    """What the flags ask for, or with `vram` the next best that fits a card of so many GiB; and
-    [(plan, predicted MiB of a step), ...] of all that were considered. The image size stays.
+def window_hu(model: TrainedModel) -> tuple[float, float]:
+    """HU that became 0 and 255 in training.
 
     Raises:
-        ValueError: nothing fits.
+        ValueError: trained on plain images, so that HU have no meaning for it.
     """
-
-    def peak_mib(plan: Plan) -> float:
-        return training_peak_mib(
-            lambda: get_model(config | {"checkpointing": plan.checkpointing}),
-            loss_function,
-            (plan.batch_size, 1, *plan.patch_size),
-            dtype=precision.dtype,
+    if not model.preprocessing.get("window_hu"):
+        raise ValueError(
+            "these weights were trained on plain images without a known HU window, so they cannot be "
+            "applied to scans; convert the training data with lung_tumor/preprocess.py"
         )
-
-    sides = (config["image_size"],) * 2
-    batch = config["batch_size"], config["accumulate"]
-    wanted = Plan(sides, *batch, config["checkpointing"], precision.name)
-    if config["vram"]:
-        return fit_plan(wanted, peak_mib, config["vram"], shrink_patch=False)
-    return wanted, [(wanted, peak_mib(wanted))]
-
-
-@dataclass
-class TrainedModel:
-    """A network in evaluation mode, and how its input was made."""
-
-    network: nn.Module
-    config: dict
-    device: torch.device
-    precision: Precision
-    preprocessing: dict
-    split: dict[str, list[str]]
-
-    @property
-    def image_size(self) -> int:
-        return self.config["image_size"]
-
-    @property
-    def window_hu(self) -> tuple[float, float]:
-        """HU that became 0 and 255 in training.
-
-        Raises:
-            ValueError: trained on plain images, so that HU have no meaning for it.
-        """
-        if not self.preprocessing.get("window_hu"):
-            raise ValueError(
-                "these weights were trained on plain images without a known HU window, so they cannot be "
-                "applied to scans; convert the training data with lung_tumor/preprocess.py"
-            )
-        low, high = self.preprocessing["window_hu"]
-        return low, high
+    low, high = model.preprocessing["window_hu"]
+    return low, high
 
 
 def load_trained(weights: str | Path, device: torch.device, precision: Precision) -> TrainedModel:
@@ -154,15 +89,14 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
     Raises:
         FileNotFoundError, ValueError: missing, refused, or not a checkpoint of this task.
     """
-    state = load_checkpoint(weights, device)
-    config = state["config"]
-    if config.get("model") not in MODELS or "preprocessing" not in state:
-        raise ValueError(
-            f"{weights}: not a checkpoint of lung_tumor/train.py (model {config.get('model')!r})"
-        )
-    network = get_model(config).to(device, memory_format=torch.channels_last)
-    network.load_state_dict(state["ema"]["average"] if state.get("ema") else state["model"])
-    return TrainedModel(network.eval(), config, device, precision, state["preprocessing"], state["split"])
+    return checkpoints.load_trained(weights, device, precision, _network_of)
+
+
+def _network_of(checkpoint: dict) -> nn.Module:
+    config = checkpoint["config"]
+    if config.get("model") not in MODELS or "preprocessing" not in checkpoint:
+        raise ValueError(f"not a checkpoint of lung_tumor/train.py (model {config.get('model')!r})")
+    return get_model(config).to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
@@ -178,7 +112,7 @@ def predict_slices(
         float32 (h, w) in [0, 1].
     """
     for start in range(0, len(slices), batch_size):
-        batch = [fit_to_square(s, model.image_size) for s in slices[start : start + batch_size]]
+        batch = [fit_to_square(s, model.config["image_size"]) for s in slices[start : start + batch_size]]
         images = normalise(np.stack(batch)).unsqueeze(1).to(model.device, memory_format=torch.channels_last)
         with autocast(model.device, model.precision):
             logits = model.network(images)

@@ -36,7 +36,7 @@ from common.nifti import case_name, is_nifti, load_nifti, save_label
 from common.plots import PRED_COLOR, overlay, save_panels
 from common.runs import run_dir_of
 from common.splits import natural_key
-from lung_tumor.model import TrainedModel, load_trained, predict_slices
+from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
 from lung_tumor.slices import IMAGE_SUFFIXES, read_image, to_display, volume_to_slices, write_png
 
 OWN_NAMES = ("_mask", "_overlay")  # what this script writes itself
@@ -110,7 +110,7 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args) -> dict:
     Slice by slice: class scores exist for one batch of slices only, whatever the length of the scan.
     """
     scan = load_nifti(path)
-    slices = volume_to_slices(scan.array, model.window_hu)
+    slices = volume_to_slices(scan.array, window_hu(model))
     mask, highest = np.zeros(slices.shape, np.uint8), 0.0
     probs = predict_slices(model, slices, args.batch_size)
     for z, prob in enumerate(tqdm(probs, path.name, len(slices), unit="slice", disable=None, leave=False)):

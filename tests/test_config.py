@@ -7,8 +7,7 @@ import yaml
 
 from common.config import (
     Switch,
-    add_length_flags,
-    add_machine_flags,
+    add_run_flags,
     duration_s,
     fraction,
     make_parser,
@@ -26,15 +25,19 @@ def parser():
     parser.prog = "script.py"
     parser.add_argument("--lr", type=float, default=5e-5, help="learning rate")
     parser.add_argument("--model", choices=["UNet", "AttentionUNet"], default="UNet")
-    parser.add_argument("--model_name", "--experiment_name", default="run")
     parser.add_argument("--window", type=int, nargs=2, default=[-1000, 400])
     parser.add_argument("--shift", type=float, nargs="+", default=[0.0])
     parser.add_argument("--fold")
     parser.add_argument("--ema", action=Switch, default=False)
     parser.add_argument("--augment", action=Switch, default=True)
     parser.add_argument("--elastic", type=fraction, default=0.3)
-    add_length_flags(parser, epochs=150, early_stopping=30)
-    add_machine_flags(parser)
+    add_run_flags(
+        parser,
+        epochs=150,
+        early_stopping=30,
+        model_name="run",
+        name_flags=("--model_name", "--experiment_name"),
+    )
     return parser
 
 
@@ -198,8 +201,8 @@ def test_yaml_does_not_touch_other_lists(parser, yaml_file):
         ("epochs: true", "epochs needs a value, not true"),
         ("amp: on", "amp needs a value, not true"),
         ("lr: fast", "argument --lr: invalid float value: 'fast'"),
-        ("epochs: 2.5", "argument --epochs: '2.5' is no whole number of at least 1"),
-        ("elastic: 7", "argument --elastic: '7' is no number between 0 and 1"),
+        ("epochs: 2.5", "argument --epochs: '2.5' is not a whole number of at least 1"),
+        ("elastic: 7", "argument --elastic: '7' is not a number between 0 and 1"),
         ("model: VNet", "argument --model: invalid choice: 'VNet' (choose from"),
         ("window: 3", "argument --window: expected 2 arguments"),
         ("window: [1, 2, 3]", "argument --window: too many values, 1 left over"),
@@ -291,14 +294,14 @@ def test_durations(text, seconds):
 )
 def test_no_durations(text):
     with pytest.raises(
-        argparse.ArgumentTypeError, match="no duration above zero; write 90s, 45m, 2h or 1h30m"
+        argparse.ArgumentTypeError, match="not a duration above zero; write 90s, 45m, 2h or 1h30m"
     ):
         duration_s(text)
 
 
 def test_duration_in_the_parser(parser, capsys):
     assert parse_args(parser, ["--time_budget", "1h30m"]).time_budget == 5400.0
-    assert "--time_budget: '-5' is no duration" in refusal(capsys, parser, ["--time_budget", "-5"])
+    assert "--time_budget: '-5' is not a duration" in refusal(capsys, parser, ["--time_budget", "-5"])
 
 
 def test_positive_int_and_fraction():

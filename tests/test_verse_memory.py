@@ -1,12 +1,14 @@
 """Every default of verse_spine trains within 3.5 GiB, in fp32, as a card of 4 GB would."""
 
 import pytest
+import torch
 
+from common.config import resolved_config
 from common.losses import dice_ce_loss
 from verse_spine import train_heatmap, train_segmentation
 from verse_spine.heatmap import heatmap_loss
 from verse_spine.networks import FEATURE_SIZES, MODELS
-from verse_spine.training import step_peak_mib, wanted_plan
+from verse_spine.training import set_up
 
 LIMIT_MIB = 3.5 * 1024
 NETWORKS = [(name, f) for name in MODELS for f in (FEATURE_SIZES if name == "SwinUNetR" else (24,))]
@@ -30,9 +32,10 @@ networks = pytest.mark.parametrize(
 
 def predicted_mib(script, loss_function, name, feature_size, *flags):
     flags = ["--data_path", "demo", "--model_name", "x", "--model", name, *flags]
-    config = vars(script.build_parser().parse_args([*flags, "--feature_size", str(feature_size)]))
-    assert config["batch_size"] == 1 and config["optimizer"] == "prodigy"
-    return step_peak_mib(config, 1, loss_function, wanted_plan(config, "fp32"))
+    flags += ["--feature_size", str(feature_size), "--amp", "off"]
+    args = script.build_parser().parse_args(flags)
+    assert args.batch_size == 1 and args.optimizer == "prodigy"
+    return set_up(args, resolved_config(args), 1, loss_function, torch.device("cpu"), None)[1].peak_mib
 
 
 @networks

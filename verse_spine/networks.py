@@ -1,13 +1,13 @@
 """Networks of this task by name, and a trained network with what it needs to predict."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from common import checkpoints
+from common.checkpoints import TrainedModel
 from common.hardware import Precision
-from common.runs import load_checkpoint
 from common.swin_unetr import SwinUNETR
 from verse_spine.attention_unet3d import AttentionUNet3D
 from verse_spine.context_res_unet import ContextResUNet
@@ -34,9 +34,7 @@ ARCHITECTURE = ("model", "feature_size", "init_filters")
 def get_model(config: dict, num_outputs: int = 1) -> nn.Module:
     """The network that `config` (flag values, as in a checkpoint) names: (N, 1, d, h, w) of any size ->
     logits (N, num_outputs, d, h, w)."""
-    name, checkpointing = config["model"], config["checkpointing"]
-    if checkpointing is None:  # without it only SwinUNetR would not fit 4 GB
-        checkpointing = name == "SwinUNetR"
+    name, checkpointing = config["model"], uses_checkpointing(config)
     if name == "SwinUNetR":
         return SwinUNETR(1, num_outputs, feature_size=config["feature_size"], checkpointing=checkpointing)
     if name == "SegResNet":
@@ -50,6 +48,13 @@ def get_model(config: dict, num_outputs: int = 1) -> nn.Module:
         "ContextResUNet": ContextResUNet,
     }[name]
     return network(1, num_outputs, checkpointing=checkpointing)
+
+
+def uses_checkpointing(config: dict) -> bool:
+    """What --checkpointing says; if it says nothing, only SwinUNetR, which would not fit 4 GB without."""
+    if config["checkpointing"] is None:
+        return config["model"] == "SwinUNetR"
+    return config["checkpointing"]
 
 
 def scale_hu(image: Tensor) -> Tensor:
@@ -73,24 +78,6 @@ def scale_patches(image: Tensor, intensity: str) -> Tensor:
     return scale_by_range(image, low, high)
 
 
-@dataclass
-class TrainedModel:
-    """A network in evaluation mode, and how its input was made.
-
-    Attributes:
-        config: flags of the training run.
-        preprocessing: spacing_mm of the training cases and what else preprocess.py noted.
-        split: {"train", "val", "test"}: case names.
-    """
-
-    network: nn.Module
-    config: dict
-    device: torch.device
-    precision: Precision
-    preprocessing: dict
-    split: dict[str, list[str]]
-
-
 def load_trained(weights: str | Path, device: torch.device, precision: Precision, stage: str) -> TrainedModel:
     """Rebuild a network from a checkpoint of train_heatmap.py or train_segmentation.py.
 
@@ -100,11 +87,11 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
     Raises:
         FileNotFoundError, ValueError: missing, refused, or a checkpoint of something else.
     """
-    state = load_checkpoint(weights, device)
-    config = state["config"]
-    if state.get("stage") != stage or config.get("model") not in MODELS:
-        found = state.get("stage", "another task")
-        raise ValueError(f"{weights}: not weights of verse_spine/train_{stage}.py but of {found}; swapped?")
-    network = get_model(config, state["num_outputs"]).to(device)
-    network.load_state_dict(state["model"])
-    return TrainedModel(network.eval(), config, device, precision, state["preprocessing"], state["split"])
+
+    def make_network(checkpoint: dict) -> nn.Module:
+        config, found = checkpoint["config"], checkpoint.get("stage", "another task")
+        if found != stage or config.get("model") not in MODELS:
+            raise ValueError(f"not weights of verse_spine/train_{stage}.py but of {found}; swapped?")
+        return get_model(config, checkpoint["num_outputs"])
+
+    return checkpoints.load_trained(weights, device, precision, make_network)
