@@ -28,7 +28,7 @@ from common.plots import save_curves
 from common.schedules import learning_rate, plateau_drops
 from common.training import Run, optimizer_step
 from lung_tumor.augmentations import Augmentation
-from lung_tumor.dataset import SliceDataset, open_data
+from lung_tumor.dataset import PackedSlices, SliceDataset, open_data
 from lung_tumor.evaluate import evaluate_volumes, validate
 from lung_tumor.flags import add_training_flags
 from lung_tumor.model import ARCHITECTURE, get_loss, get_model, load_trained
@@ -49,6 +49,13 @@ def run_name(args: Namespace) -> str:
     return args.model_name if args.fold is None else f"{args.model_name}_fold{args.fold}"
 
 
+def open_training_data(args: Namespace) -> tuple[PackedSlices, dict[str, list[str]], dict]:
+    """Slices, split and preprocessing of --data_path; phantoms are made if they are not there."""
+    data_path = demo_dataset() if args.data_path == "demo" else Path(args.data_path)
+    fold = None if args.fold is None else int(args.fold)
+    return open_data(data_path, args.image_size, args.seed, args.folds, fold)
+
+
 def train(
     args: Namespace, resumed: dict | None, folder: Path | None, resume_words: list[str] | None = None
 ) -> list[dict]:
@@ -58,12 +65,8 @@ def train(
     runs.seed_everything(args.seed, args.deterministic)
 
     # ---- data ----
-    demo = args.data_path == "demo"
-    data_path = distributed.main_first(lambda: demo_dataset() if demo else Path(args.data_path))
-    fold = None if args.fold is None else int(args.fold)
-    packed, split, preprocessing = distributed.main_first(
-        lambda: open_data(data_path, args.image_size, args.seed, args.folds, fold)
-    )
+    packed, split, preprocessing = distributed.main_first(lambda: open_training_data(args))
+    data_path = preprocessing["data_path"]
     runs.require_same_data(resumed, split, preprocessing, ["window_hu"], data_path)
     augmentation = Augmentation(
         args.horizontal_flip, args.rotation_limit, args.elastic, args.brightness_contrast
@@ -167,7 +170,7 @@ def train(
     return score_best(run, load_trained(run.best_weights, device, precision), data_path)
 
 
-def score_best(run: Run, best: TrainedModel, data_path: Path) -> list[dict]:
+def score_best(run: Run, best: TrainedModel, data_path: str) -> list[dict]:
     """Score best.pt on whole test volumes (validation volumes where there are none): tables and pictures."""
     part = "test" if best.split["test"] else "val"
     weights = run.best_weights

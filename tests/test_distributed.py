@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from common import distributed, runs
+from common import checkpoints, distributed, runs
 from common.distributed import EpochSampler
 from common.losses import balanced_cross_entropy, dice_loss
 
@@ -99,6 +98,8 @@ def test_sampler_is_a_function_of_seed_and_epoch():
     for other in others:
         assert [i for i, _ in other] != [i for i, _ in first]
         assert not {s for _, s in other} & {s for _, s in first}  # other augmentation of each item, too
+    # Nor may the next epoch of one seed be this epoch of the next seed, as with seed + epoch.
+    assert others[0] != others[2]
 
 
 def test_sampler_augments_each_item_differently():
@@ -267,13 +268,13 @@ def in_each_process(folder):
         seen["wrapped"] = type(model).__name__
         for number in range(2 // size):
             part = slice(2 * rank + number * size, 2 * rank + (number + 1) * size)
-            with nullcontext() if (number + 1) * size == 2 else model.no_sync():
+            with distributed.no_sync(model, (number + 1) * size < 2):
                 (loss_of(model, image[part], target[part]) / (2 // size)).backward()
         seen["gradients"].append(gradients(net).tolist())
 
     log = runs.start_log(folder / "run", {}, [])
     log(f"written by {rank}")
-    runs.save_checkpoint(folder / f"of_rank{rank}.pt", {"model": {}, "config": {}})
+    checkpoints.save_checkpoint(folder / f"of_rank{rank}.pt", {"model": {}, "config": {}})
     distributed.barrier()
     everyone = distributed.gather(seen)
     if distributed.is_main():

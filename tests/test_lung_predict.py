@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, run_script
 
+from common.checkpoints import load_checkpoint, save_checkpoint
 from common.hardware import Precision
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import load_label, load_nifti, write_nifti
-from common.runs import load_checkpoint, save_checkpoint
 from lung_tumor import evaluate, overfit_test, predict, train
 from lung_tumor.augmentations import Augmentation
 from lung_tumor.dataset import PackedSlices, SliceDataset, list_slices, open_data, pack_slices, read_json

@@ -1,23 +1,17 @@
 """Training, stopping, resuming, several processes and cross-validation of lung_tumor."""
 
 import csv
-import json
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, run_script
+from conftest import TINY, run_script
 
+from common.checkpoints import load_checkpoint
 from common.memory import training_peak_mib
-from common.runs import load_checkpoint, seed_everything
 from lung_tumor import train
 from lung_tumor.model import get_loss, get_model
 from lung_tumor.slices import read_mask, write_png
@@ -32,24 +26,6 @@ def start(data: Path, out: Path, *flags: object) -> None:
 def rows_of(run: Path) -> list[dict]:
     with (run / "metrics.csv").open(encoding="utf8") as file:
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Equal to the bit: weights, optimiser, random states, every logged number that is no time."""
-    first, second = (load_checkpoint(run / "weights" / "last.pt") for run in (a, b))
-    for key in ("model", "optimizer"):
-        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
-    assert torch.equal(first["rng"]["torch"], second["rng"]["torch"])
-    assert first["rng"]["python"] == second["rng"]["python"]
-    assert rows_of(a) == rows_of(b)
-
-
-def wait_for(text: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 600
-    while not (log.exists() and text in log.read_text()):
-        assert process.poll() is None, log.read_text() if log.exists() else "no log"
-        assert time.monotonic() < deadline, f"{text!r} never came:\n{log.read_text()}"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -85,107 +61,6 @@ def test_learns(six_epochs):
     rows = rows_of(six_epochs)
     for column in ("train_loss", "val_loss"):
         assert float(rows[-1][column]) < 0.9 * float(rows[0][column])
-
-
-def test_config_yaml_repeats_the_run(six_epochs, tmp_path):
-    train.main(["--config", str(six_epochs / "config.yaml"), "--out", str(tmp_path)])
-    assert_same_run(six_epochs, tmp_path / "run")
-
-
-def test_six_epochs_equal_three_and_three(six_epochs, phantom_slices, tmp_path, monkeypatch):
-    """Stopped by the user in the middle of the fourth epoch, in the middle of the epoch's updates."""
-    calls = []
-
-    def stop_at_fourth_epoch(flag, device):
-        calls.append(flag)
-        return len(calls) >= 3 * updates_and_check + 2
-
-    updates_and_check = -(-len(list((phantom_slices / "images").iterdir())) // 8) + 1
-    monkeypatch.setattr(train.distributed, "any_true", stop_at_fourth_epoch)
-    with pytest.raises(SystemExit) as stopped:
-        start(phantom_slices, tmp_path, "--epochs", 6)
-    assert stopped.value.code == 130
-    state = load_checkpoint(tmp_path / "run" / "weights" / "last.pt")
-    assert state["at"]["epoch"] < 6 and state["at"]["batch"] > 0
-    monkeypatch.undo()
-    start(phantom_slices, tmp_path, "--resume")
-    assert_same_run(six_epochs, tmp_path / "run")
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_killed_and_resumed_equals_unbroken(number, six_epochs, phantom_slices, tmp_path):
-    log = tmp_path / "output.txt"
-    command = [sys.executable, ROOT / "lung_tumor/train.py", "--data_path", phantom_slices, "--out", tmp_path]
-    command += ["--model_name", "run", "--epochs", "6", *TINY, "--workers", "1"]
-    with log.open("w") as file:
-        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, cwd=tmp_path)
-    wait_for("epoch   2", process, log)
-    process.send_signal(number)
-    code = process.wait(600)
-    if number == signal.SIGKILL:
-        assert code == -signal.SIGKILL
-    else:
-        assert code == 130, log.read_text()
-        assert f"--resume {tmp_path / 'run' / 'weights' / 'last.pt'}" in log.read_text()
-    # Another number of workers must not matter.
-    train.main(["--resume", str(tmp_path / "run"), "--workers", "0"])
-    assert_same_run(six_epochs, tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(phantom_slices, tmp_path):
-    """Same global batch, GroupNorm: the weights after two epochs agree, rank 0 alone writes and prints."""
-    flags = [
-        "--data_path",
-        phantom_slices,
-        "--model_name",
-        "run",
-        "--epochs",
-        "2",
-        *TINY,
-        "--norm",
-        "group",
-        "--lr",
-        "1e-3",
-    ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    command += [ROOT / "lung_tumor/train.py", *flags, "--out", tmp_path / "two", "--batch_size", "2"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1200, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    train.main([*map(str, flags), "--out", str(tmp_path / "one")])
-    one, two = (load_checkpoint(tmp_path / n / "run" / "weights" / "last.pt") for n in ("one", "two"))
-    seed_everything(42)
-    start = torch.cat([p.flatten() for p in get_model(one["config"]).parameters()])
-    moved, moved_by_two = (
-        torch.cat([p.flatten() for p in state["model"].values()]) - start for state in (one, two)
-    )
-    # Not exactly equal: AdamW turns a difference in the last bit of a tiny gradient into one of the step.
-    assert (moved - moved_by_two).norm() < 0.05 * moved.norm()
-    for a, b in zip(one["at"]["history"], two["at"]["history"], strict=True):
-        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=0.02)
-        assert a["val_dice"] == pytest.approx(b["val_dice"], abs=0.02)
-    assert done.stdout.count("epoch   1") == 1, "only rank 0 prints"
-    assert not (tmp_path / "two" / "run_2").exists(), "only rank 0 makes the folder"
-
-
-def test_time_budget_ends_in_time_and_follows_elapsed_share(phantom_slices, tmp_path):
-    start(phantom_slices, tmp_path, "--time_budget", "4s", "--epochs", 1)
-    at = load_checkpoint(tmp_path / "run" / "weights" / "last.pt")["at"]
-    assert at["elapsed_s"] >= 3 and at["epoch"] > 1, "--epochs must not end it"
-    rates = [row["lr"] for row in at["history"]]
-    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.5 * rates[0]
-
-
-def test_early_stopping(phantom_slices, tmp_path):
-    start(phantom_slices, tmp_path, "--epochs", 50, "--early_stopping", 2, "--lr", "1e-12", "--min_lr", 0)
-    at = load_checkpoint(tmp_path / "run" / "weights" / "last.pt")["at"]
-    assert (
-        at["epoch"] == at["best_epoch"] + 1 + 2
-        and "no better validation" in (tmp_path / "run/log.txt").read_text()
-    )
 
 
 def test_all_folds_score_every_volume_once(phantom_slices, tmp_path):
@@ -249,7 +124,7 @@ def test_vram_fits_batch_and_checkpointing_but_never_the_image(phantom_slices, t
     needs = [needs_mib(*choice) for choice in order]
     assert needs[2] < needs[1] < needs[0]
     limited = []
-    monkeypatch.setattr(train, "limit_cuda_memory", lambda vram_gib, device: limited.append(vram_gib))
+    monkeypatch.setattr("common.memory.limit_cuda_memory", lambda vram_gib, device: limited.append(vram_gib))
     vram_gib = (600 + (needs[1] + needs[2]) / 2) / 1024
     start(phantom_slices, tmp_path, "--epochs", 1, "--vram", vram_gib)
     assert limited == [vram_gib]
@@ -301,12 +176,6 @@ def test_masks_with_jpeg_noise_are_understood_and_reported(phantom_slices, tmp_p
     )
 
 
-def test_batch_larger_than_the_training_set(phantom_slices, tmp_path):
-    refused("a batch of 4000 is larger than the training set of .*--batch_size", phantom_slices, tmp_path,
-            "--batch_size", 4000)  # fmt: skip
-    assert not (tmp_path / "run").exists(), "nothing half-made is left"
-
-
 def test_split_with_a_patient_on_both_sides(phantom_slices, tmp_path):
     data = copy_of(phantom_slices, tmp_path)
     path = data / "splits.json"
@@ -324,45 +193,10 @@ def test_resume_into_another_architecture(flags, trained_run):
         train.main(["--resume", str(trained_run), *flags])
 
 
-def test_resume_of_nothing_and_of_best(trained_run, tmp_path):
-    with pytest.raises(SystemExit, match="--resume: no run called other"):
-        train.main(["--resume", "--model_name", "other", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="holds weights only; resume from the last.pt"):
-        train.main(["--resume", str(trained_run / "weights" / "best.pt")])
-
-
-def test_resume_with_another_split(trained_run, phantom_slices, tmp_path):
-    data = copy_of(phantom_slices, tmp_path)
-    split = yaml.safe_load((data / "splits.json").read_text())
-    split["train"], split["val"] = split["train"][1:], [*split["val"], split["train"][0]]
-    (data / "splits.json").write_text(json.dumps(split))
-    with pytest.raises(SystemExit, match="the split of .* is not the one that this run began with"):
-        train.main(["--resume", str(trained_run), "--data_path", str(data), "--epochs", "3"])
-
-
 def test_fold_flags_belong_together(phantom_slices, tmp_path):
     refused("belong together", phantom_slices, tmp_path, "--folds", 5)
     refused("--folds 2: choose 3 to 6", phantom_slices, tmp_path, "--folds", 2, "--fold", 0)
     refused("--fold 3: with 3 folds choose 0 to 2", phantom_slices, tmp_path, "--folds", 3, "--fold", 3)
-
-
-def test_disk_full_keeps_the_earlier_checkpoint(trained_run, phantom_slices, tmp_path, monkeypatch):
-    run = tmp_path / "tiny"
-    shutil.copytree(trained_run, run)
-    before = (run / "weights" / "last.pt").read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("common.runs.os.fsync", full)
-    with pytest.raises(
-        SystemExit, match="last.pt: checkpoint could not be written .No space left.*untouched"
-    ):
-        train.main(["--resume", str(run), "--epochs", "3"])
-    assert (run / "weights" / "last.pt").read_bytes() == before
-    monkeypatch.undo()
-    train.main(["--resume", str(run), "--epochs", "3"])
-    assert len(rows_of(run)) == 3
 
 
 def test_no_permission_to_write(phantom_slices, tmp_path):
@@ -378,8 +212,3 @@ def test_unknown_flag_and_yaml_key_name_the_nearest(tmp_path):
     assert done.returncode == 2 and "unknown key 'batchsize'; did you mean batch_size?" in done.stderr
     with pytest.raises(SystemExit):
         train.main(["--epoch", "4"])
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(phantom_slices, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "get_loss", lambda *_: lambda logits, target: logits.mean() * float("nan"))
-    refused("the loss became nan in epoch 0, batch 1. Try --amp off", phantom_slices, tmp_path)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import REAL_DATA, ROOT
 
+from common.checkpoints import save_checkpoint
 from common.hardware import Precision
 from common.hdf5 import CaseFile, write_case
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import load_label, load_nifti, open_nifti, write_nifti
-from common.runs import save_checkpoint
 from verse_spine import predict
 from verse_spine.labels import VERTEBRAE, body_centres, centroids_to_mm, num_outputs, read_centroids
 from verse_spine.networks import TrainedModel, get_model

@@ -5,10 +5,8 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,17 +17,18 @@ import yaml
 from conftest import ROOT, TINY_HEATMAP, TINY_SEGMENTATION, TINY_VERSE
 from torch.utils.data import DataLoader
 
+from common.checkpoints import load_checkpoint
+from common.config import resolved_config
 from common.hdf5 import CaseFile
 from common.losses import dice_ce_loss
-from common.memory import Plan
 from common.patches import draw_patch, histogram
-from common.runs import load_checkpoint, seed_everything
+from common.runs import seed_everything
 from verse_spine import train_heatmap, train_segmentation
 from verse_spine.dataset import STRATA, UNIFORM, HeatmapDataset, PatchDataset, SmallScan, VerSe, spine_box
 from verse_spine.heatmap import AIR_HU, LOSSES, TARGETS, heatmap_loss
 from verse_spine.labels import map_labels, num_outputs
 from verse_spine.networks import MODELS, get_model
-from verse_spine.training import get_optimizer, step_peak_mib
+from verse_spine.training import get_optimizer, set_up
 
 TIMES = {"seconds", "data_wait", "peak_mib"}
 STAGES = {"heatmap": (train_heatmap, TINY_HEATMAP), "segmentation": (train_segmentation, TINY_SEGMENTATION)}
@@ -67,19 +66,6 @@ def log_of(run: Path) -> str:
 
 def last_of(run: Path) -> dict:
     return load_checkpoint(run / "weights" / "last.pt")
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Equal to the bit: weights, Prodigy's state, best score and epoch, random states, all logged numbers."""
-    first, second = last_of(a), last_of(b)
-    for key in ("model", "optimizer"):
-        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
-    assert torch.equal(first["rng"]["torch"], second["rng"]["torch"])
-    for key in ("epoch", "batch", "best", "best_epoch", "loss_sum"):
-        assert first["at"][key] == second["at"][key], key
-    assert rows_of(a) == rows_of(b)
-    best = [load_checkpoint(run / "weights" / "best.pt")["model"] for run in (a, b)]
-    torch.testing.assert_close(*best, rtol=0, atol=0)
 
 
 def assert_moved_alike(first: dict, second: dict) -> None:
@@ -311,52 +297,9 @@ def test_runs_write_everything_they_promise(verse_runs):
 
 
 @both_stages
-def test_config_yaml_repeats_the_run(stage, verse_runs, tmp_path):
-    script, _ = STAGES[stage]
+def test_config_yaml_leaves_nothing_open(stage, verse_runs):
     config = yaml.safe_load((verse_runs[stage] / "config.yaml").read_text())
-    assert config["checkpointing"] is False and config["amp"] == "off", "nothing is left open"
-    script.main(["--config", str(verse_runs[stage] / "config.yaml"), "--out", str(tmp_path), "--no-evaluate"])
-    assert_same_run(verse_runs[stage], tmp_path / stage)
-
-
-RESUMED = ("--epochs", 3, "--batch_size", 1, "--accumulate", 2, "--no-evaluate", "--early_stopping", 3)
-
-
-@both_stages
-def test_stopped_and_resumed_equals_unbroken(stage, verse_h5, tmp_path, monkeypatch):
-    """Stopped by the user between the two updates of the second epoch."""
-    unbroken = start(stage, verse_h5, tmp_path / "a", *RESUMED)
-    script, _ = STAGES[stage]
-    calls = []
-
-    def stop_in_second_epoch(flag, device):
-        calls.append(flag)
-        return len(calls) >= 2 + 2 + 1  # an epoch asks after each update, after the last batch and at its end
-
-    monkeypatch.setattr(script.distributed, "any_true", stop_in_second_epoch)
-    with pytest.raises(SystemExit) as stopped:
-        start(stage, verse_h5, tmp_path / "b", *RESUMED)
-    assert stopped.value.code == 130
-    monkeypatch.undo()
-    run = tmp_path / "b" / "run"
-    at = last_of(run)["at"]
-    assert (at["epoch"], at["batch"]) == (1, 2) and len(rows_of(run)) == 1
-    assert f"--model_name run --resume {run / 'weights' / 'last.pt'}" in log_of(run)
-    script.main(
-        ["--data_path", str(verse_h5), "--model_name", "run", "--resume", str(run / "weights" / "last.pt")]
-    )
-    assert "resumed at epoch 1, batch 2" in log_of(run)
-    assert_same_run(unbroken, run)
-
-
-def test_patience_survives_resuming(verse_h5, tmp_path):
-    """Nothing is learnt: the best epoch is the first, and patience counts from there through the stop."""
-    still = ("--optimizer", "sgd", "--lr", "1e-30", "--early_stopping", 3, "--no-evaluate", "--no-augment")
-    start("heatmap", verse_h5, tmp_path, *still, "--epochs", 2)
-    start("heatmap", verse_h5, tmp_path, *still, "--epochs", 50, "--resume")
-    at = last_of(tmp_path / "run")["at"]
-    assert at["best_epoch"] == 0 and at["epoch"] == 4
-    assert "no lower validation loss for 3 epochs" in log_of(tmp_path / "run")
+    assert config["checkpointing"] is False and config["amp"] == "off"
 
 
 @both_stages
@@ -423,7 +366,7 @@ def test_validation_only_every_few_epochs_and_at_the_end(verse_h5, tmp_path):
     run = start("segmentation", verse_h5, tmp_path, "--epochs", 3, "--val_every", 2, "--no-evaluate")
     scores = [float(row["val_dice"]) for row in rows_of(run)]
     assert [math.isnan(score) for score in scores] == [True, False, False]
-    assert last_of(run)["at"]["best"] == pytest.approx(max(scores[1:]), rel=1e-5)
+    assert last_of(run)["position"]["best"] == pytest.approx(max(scores[1:]), rel=1e-5)
 
 
 def test_two_steps_accumulated_equal_one_of_twice_the_batch(verse_h5, tmp_path):
@@ -439,9 +382,12 @@ def test_two_steps_accumulated_equal_one_of_twice_the_batch(verse_h5, tmp_path):
 @pytest.mark.slow
 def test_vram_takes_a_smaller_plan_and_logs_it(verse_h5, tmp_path):
     flags = ("--input_shape", 64, 48, 48, "--batch_size", 2, "--patches", 2, "--epochs", 1, "--no-evaluate")
-    config = dict(model="UNet", checkpointing=None, optimizer="prodigy")
-    wanted = Plan((64, 48, 48), 2, 1, False, "fp32")
-    peaks = [step_peak_mib(config, 1, dice_ce_loss, plan) for plan in (wanted, replace(wanted, batch_size=1))]
+    parser, peaks = train_segmentation.build_parser(), []
+    for batch_size in (2, 1):
+        words = ["--data_path", "x", "--model_name", "y", "--amp", "off", *map(str, flags), "--batch_size"]
+        args = parser.parse_args([*words, str(batch_size)])
+        setup = set_up(args, resolved_config(args), 1, dice_ce_loss, torch.device("cpu"), None)[1]
+        peaks.append(setup.peak_mib)
     vram = round((600 + sum(peaks) / 2) / 1024, 4)
     run = start("segmentation", verse_h5, tmp_path, *flags, "--vram", vram)
     log, config = log_of(run), yaml.safe_load((run / "config.yaml").read_text())
@@ -456,13 +402,6 @@ def test_vram_takes_a_smaller_plan_and_logs_it(verse_h5, tmp_path):
     refused(
         "--vram 0.6: even patch .* choose a smaller network", "heatmap", verse_h5, tmp_path, "--vram", 0.6
     )
-
-
-@both_stages
-def test_a_loss_that_is_not_finite_stops_the_run(stage, verse_h5, tmp_path, monkeypatch):
-    name = {"heatmap": "heatmap_loss", "segmentation": "dice_ce_loss"}[stage]
-    monkeypatch.setattr(STAGES[stage][0], name, lambda *args: args[-2].mean() * float("nan"))
-    refused("the loss became nan in epoch 0, batch 1. Try --amp off", stage, verse_h5, tmp_path)
 
 
 @both_stages
@@ -481,7 +420,7 @@ def test_no_validation_and_no_test_scans(stage, verse_h5, tmp_path, monkeypatch)
     assert "has no validation scan: the training scan" in log_of(run)
     best = load_checkpoint(run / "weights" / "best.pt")
     torch.testing.assert_close(best["model"], last_of(run)["model"], rtol=0, atol=0)
-    assert last_of(run)["at"]["best_epoch"] == 1 and not (run / "evaluation").exists()
+    assert last_of(run)["position"]["best_epoch"] == 1 and not (run / "evaluation").exists()
     assert "no validation scan" not in log_of(start(stage, verse_h5, tmp_path, "--epochs", 1, name="other"))
 
 
@@ -502,26 +441,6 @@ def test_validation_that_gives_no_dice(verse_h5, tmp_path, monkeypatch):
     assert (run / "evaluation" / "summary.md").is_file()
 
 
-def test_time_budget_and_a_stop_after_the_last_batch(verse_h5, tmp_path, monkeypatch):
-    """Resumed where only the validation of the epoch is left."""
-    calls = []
-
-    def stop_after_last_batch(flag, device):
-        calls.append(flag)
-        return len(calls) >= 2
-
-    monkeypatch.setattr(train_segmentation.distributed, "any_true", stop_after_last_batch)
-    with pytest.raises(SystemExit):
-        start("segmentation", verse_h5, tmp_path, "--time_budget", "600s", "--no-evaluate")
-    monkeypatch.undo()
-    assert last_of(tmp_path / "run")["at"]["batch"] == 2
-    calls.clear()  # now the same calls are the one after the (empty) loop and that at the end of the epoch
-    monkeypatch.setattr(train_segmentation.distributed, "any_true", stop_after_last_batch)
-    with pytest.raises(SystemExit):
-        start("segmentation", verse_h5, tmp_path, "--time_budget", "600s", "--no-evaluate", "--resume")
-    assert len(rows_of(tmp_path / "run")) == 1 and last_of(tmp_path / "run")["at"]["epoch"] == 1
-
-
 def test_patch_larger_than_every_scan(verse_h5, tmp_path):
     largest = max(case.shape[0] for case in VerSe(verse_h5).cases.values())
     shape = (16 * math.ceil((largest + 1) / 16), 32, 32)
@@ -530,9 +449,6 @@ def test_patch_larger_than_every_scan(verse_h5, tmp_path):
 
 
 def test_wrong_input_is_refused(verse_h5, verse_runs, tmp_path):
-    refused(
-        "a batch of 8 is larger than the training set of 4", "heatmap", verse_h5, tmp_path, "--batch_size", 8
-    )
     for stage, key, flags in (
         ("heatmap", "model", ("--model", "UNetFull")),
         ("heatmap", "target", ("--target", "mask")),
@@ -551,45 +467,6 @@ def test_wrong_input_is_refused(verse_h5, verse_runs, tmp_path):
 
 def base(data: Path) -> list[str]:
     return ["--data_path", str(data), "--model_name", "run"]
-
-
-@both_stages
-def test_resuming_the_other_stages_run(stage, verse_h5, verse_runs, tmp_path):
-    """The checkpoint of one script is not continued by the other."""
-    other = next(run for name, run in verse_runs.items() if name != stage)
-    copy = tmp_path / "copy"
-    shutil.copytree(other, copy)
-    with pytest.raises(SystemExit, match=f"copy is no run of verse_spine/train_{stage}.py"):
-        STAGES[stage][0].main([*base(verse_h5), "--resume", str(copy), "--epochs", "3"])
-
-
-@pytest.mark.slow
-@both_stages
-def test_two_processes(stage, verse_h5, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script, tiny = STAGES[stage]
-    flags = [*base(verse_h5), *tiny, "--epochs", 2, "--optimizer", "sgd", "--lr", 0.01, "--no-augment"]
-    flags += ["--input_shape", 32, 32, 32, "--grad_clip", 0]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    command += [script.__file__, *flags, "--batch_size", "1", "--out", tmp_path / "two"]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=1200, cwd=tmp_path, env=os.environ
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("epoch   1") == 1, "only rank 0 prints"
-    assert [p.name for p in (tmp_path / "two").iterdir()] == ["run"], "only rank 0 makes the folder"
-    script.main([*map(str, flags), "--out", str(tmp_path / "one")])
-    one, two = (last_of(tmp_path / n / "run") for n in ("one", "two"))
-    if stage == "heatmap":  # its loss is a mean over items; Dice is one over the batch of a process
-        assert_moved_alike(one, two)
-    else:
-        assert one["at"]["history"][0]["train_loss"] == pytest.approx(
-            two["at"]["history"][0]["train_loss"], rel=0.2
-        )
-    a, b = (list((tmp_path / n / "run" / "evaluation").glob("*.csv")) for n in ("one", "two"))
-    assert len(a) == len(b) > 0
 
 
 @pytest.mark.slow
