@@ -59,8 +59,7 @@ def open_training_data(args: Namespace) -> tuple[PackedSlices, dict[str, list[st
 def train(
     args: Namespace, resumed: dict | None, folder: Path | None, resume_words: list[str] | None = None
 ) -> list[dict]:
-    """One run, new or `resumed` from a checkpoint; returns its evaluation, one dict for each held-out
-    volume."""
+    """One run, new or `resumed` from a checkpoint; returns its evaluation, a row for each volume."""
     device = hardware.start_device(args.device, distributed.local_rank())
     runs.seed_everything(args.seed, args.deterministic)
 
@@ -140,10 +139,9 @@ def train(
                 lr = learning_rate(args.schedule, run.progress, args.lr, args.min_lr, args.warmup, drops)
                 for k in range(size):
                     image, target = next(batches)
-                    image = image.to(
-                        device, memory_format=torch.channels_last, non_blocking=True
-                    )  # (N, 1, h, w)
-                    target = target.to(device, non_blocking=True)  # (N, h, w)
+                    # (N, 1, h, w) and (N, h, w)
+                    image = image.to(device, memory_format=torch.channels_last, non_blocking=True)
+                    target = target.to(device, non_blocking=True)
                     with distributed.no_sync(model, k + 1 < size):
                         with hardware.autocast(device, precision):
                             logits = model(image)
