@@ -323,3 +323,35 @@ def test_two_processes_under_torchrun(tmp_path):
     assert (tmp_path / "of_rank0.pt").exists() and not (tmp_path / "of_rank1.pt").exists()
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "written by 0" in log and "written by 1" not in log and log.count("commit: ") == 1
+
+
+# ---- session ----
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("case 7: no label"), "error: case 7: no label"),
+        (FileNotFoundError("data: no such folder"), "error: data: no such folder"),
+        (
+            torch.OutOfMemoryError("tried 2 GiB"),
+            "error: out of GPU memory; --vram fits a training run to a card",
+        ),
+    ],
+)
+def test_a_session_turns_what_a_user_can_mend_into_one_line(error, line, monkeypatch):
+    ended = []
+    monkeypatch.setattr(distributed, "shutdown", lambda: ended.append(sys.exc_info()[0]))
+    with pytest.raises(SystemExit, match=line), distributed.session():
+        raise error
+    assert ended == [SystemExit], "the group is left without waiting for processes that may never come"
+
+
+def test_a_session_hides_no_mistake_of_the_program(monkeypatch):
+    ended = []
+    monkeypatch.setattr(distributed, "shutdown", lambda: ended.append(sys.exc_info()[0]))
+    with pytest.raises(KeyError), distributed.session():
+        raise KeyError("typo")
+    with distributed.session():
+        pass
+    assert ended == [KeyError, None]

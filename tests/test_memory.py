@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from common import hardware
 from common.losses import dice_ce_loss
 from common.memory import (
     MIB,
@@ -17,6 +18,7 @@ from common.memory import (
     fit_plan,
     limit_cuda_memory,
     plan_table,
+    set_up_step,
     training_peak_mib,
 )
 from verse_spine.networks import get_model
@@ -284,3 +286,84 @@ def test_prediction_does_not_touch_the_random_state_or_warn():
         warnings.simplefilter("error")
         activations_mib(None)
     assert torch.equal(before, torch.get_rng_state())
+
+
+# ---- how a run computes its steps ----
+
+
+class Recorder(nn.Module):
+    """A convolution whose memory with and without checkpointing is told apart by the number of its layers."""
+
+    def __init__(self, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.layers = nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(2 if checkpointing else 8)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def mean_loss(logits, target):
+    return logits.mean()
+
+
+def set_up(wanted, **options):
+    network = Recorder(wanted.checkpointing)
+    settings = {"amp": "off"} | options
+    return network, set_up_step(network, Recorder, mean_loss, wanted, torch.device("cpu"), **settings)
+
+
+def test_without_a_limit_the_plan_is_what_the_flags_ask_for():
+    wanted = Plan((64, 64), 4, 3, False)
+    network, setup = set_up(wanted)
+    assert setup.plan == Plan((64, 64), 4, 3, False, "fp32") and network.checkpointing is False
+    assert setup.config == {"amp": "off", "batch_size": 4, "accumulate": 3, "checkpointing": False}
+    expected = training_peak_mib(Recorder, mean_loss, (4, 1, 64, 64))
+    assert setup.peak_mib == pytest.approx(expected) and 0 < expected < 1
+    assert any(
+        f"Recorder: 16 parameters; a step will take {expected:.0f} MiB" in line for line in setup.lines
+    )
+    assert not any("plan for" in line for line in setup.lines)
+
+
+def test_with_a_limit_network_and_config_follow_the_plan_that_fits(monkeypatch):
+    limits = []
+    monkeypatch.setattr("common.memory.limit_cuda_memory", lambda vram_gib, device: limits.append(vram_gib))
+    wanted = Plan((512, 512), 4, 3, False)
+    full, less = (
+        training_peak_mib(lambda c=c: Recorder(c), mean_loss, (4, 1, 512, 512)) for c in (False, True)
+    )
+    assert less < full
+    vram_gib = (600 + (full + less) / 2) / 1024
+    network, setup = set_up(wanted, vram_gib=vram_gib, shrink_patch=False)
+    assert network.checkpointing is True and setup.config["checkpointing"] is True
+    assert setup.config["batch_size"] == 4 and setup.peak_mib == pytest.approx(less)
+    assert limits == [vram_gib] and setup.lines[-1].endswith("<- taken")
+
+
+def test_a_resumed_run_keeps_its_precision(monkeypatch):
+    asked = []
+    original = hardware.choose_precision
+    monkeypatch.setattr(
+        "common.memory.choose_precision", lambda amp, *rest: asked.append(amp) or original("off", *rest)
+    )
+    for amp, resumed in (
+        ("auto", {"config": {"amp": "bf16"}}),
+        ("off", {"config": {"amp": "bf16"}}),
+        ("auto", None),
+    ):
+        set_up(Plan((8, 8), 1, 1, False), amp=amp, resumed=resumed)
+    assert asked == ["bf16", "off", "auto"]
+
+
+def test_the_trial_of_a_precision_is_a_whole_step_on_a_copy(monkeypatch):
+    steps = []
+
+    def choose(amp, device, trial):
+        trial(None)
+        steps.append(1)
+        return hardware.choose_precision("off", device)
+
+    monkeypatch.setattr("common.memory.choose_precision", choose)
+    network, _ = set_up(Plan((8, 8), 2, 1, False), amp="auto")
+    assert steps == [1] and all(p.grad is None for p in network.parameters())
