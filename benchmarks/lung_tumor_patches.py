@@ -67,10 +67,10 @@ def load_patches(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(255 * images).astype(np.uint8), labels
 
 
-def build_network(name: str, base_features: int, seed: int, device: torch.device) -> nn.Module:
+def build_network(name: str, width: int, seed: int, device: torch.device) -> nn.Module:
     torch.manual_seed(seed)
     if name == "ours":
-        network = AttentionUNet(1, NUM_CLASSES, base_features=base_features)
+        network = AttentionUNet(1, NUM_CLASSES, width=width)
     else:
         from monai.networks.nets import AttentionUnet
 

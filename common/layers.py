@@ -1,6 +1,7 @@
 """Blocks for 2-D and 3-D networks."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +12,29 @@ CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 LINEAR_MODE = {2: "bilinear", 3: "trilinear"}
 
 
 def make_norm(norm: str, channels: int, ndim: int) -> nn.Module:
-    """'batch', or 'group' with 8 groups (fewer for few channels), which does not depend on the batch size."""
+    """A normalisation layer with learned scale and shift.
+
+    Args:
+        norm: 'batch'; 'instance', each channel of each image by itself; or 'group', 8 groups of channels
+            (fewer where 8 does not divide `channels`). The last two do not depend on the batch size.
+        ndim: 2 or 3 spatial axes.
+
+    Raises:
+        ValueError: another `norm`.
+    """
     if norm == "batch":
         return BATCH_NORM[ndim](channels)
+    if norm == "instance":
+        return INSTANCE_NORM[ndim](channels, affine=True)
     if norm == "group":
         groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
         return nn.GroupNorm(groups, channels)
-    raise ValueError(f"unknown norm {norm!r}; batch or group")
+    raise ValueError(f"unknown norm {norm!r}; take batch, instance or group")
 
 
 def upsample_to(x: Tensor, size: torch.Size) -> Tensor:
@@ -40,9 +53,10 @@ def pad_to(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def check_image(image: Tensor, in_channels: int, ndim: int) -> None:
-    """
+    """Refuse an input that a network cannot take.
+
     Raises:
-        ValueError: `image` is not (N, in_channels, *spatial) with `ndim` spatial axes.
+        ValueError: `image` is not (N, in_channels, *spatial) with `ndim` spatial axes, or has no element.
     """
     if image.ndim != ndim + 2 or image.shape[1] != in_channels or 0 in image.shape:
         axes = {2: "H, W", 3: "D, H, W"}[ndim]
@@ -55,16 +69,16 @@ def check_image(image: Tensor, in_channels: int, ndim: int) -> None:
 def padded_to_multiple(x: Tensor, multiple: int, two_blocks: bool = False) -> tuple[Tensor, tuple]:
     """Repeat the border of (N, C, *spatial), half on each side, until every side is a multiple.
 
-    The border is repeated and not filled with 0, because what 0 means depends on the normalisation: scaled to
+    The border is repeated, because what a 0 would mean depends on the normalisation: in images scaled to
     [-1, 1] it can be the HU of bone.
 
     Args:
-        two_blocks: add another `multiple` to the last axis where all sides would be just one `multiple`: an
-            instance norm at that stride needs more than one voxel.
+        two_blocks: where all sides would be just one `multiple`, make the last one two. At that stride the
+            image would else be a single voxel, which an instance norm refuses in training.
 
     Returns:
-        The padded tensor (`x` itself where nothing is needed), and the index that cuts the original grid out
-        of it or of anything on its grid: `logits[crop]`.
+        The padded tensor (`x` itself if nothing had to be added), and an index that cuts the original image
+        out of whatever lies on the padded grid: `logits[crop]`.
     """
     size = [-(-side // multiple) * multiple for side in x.shape[2:]]
     if two_blocks and all(side == multiple for side in size):
@@ -110,9 +124,9 @@ class Down(nn.Module):
 class AttentionGate(nn.Module):
     """Additive attention: weighs each position of a skip by what the coarser decoder level asks for.
 
-    Source: Oktay et al. 2018, Attention U-Net, arXiv:1804.03999. Differs: works on the skip's grid (the paper
-    brings the skip to the gating signal's grid), convolutions without bias but with a norm, no output
-    transform.
+    Source: Oktay et al. 2018, Attention U-Net, arXiv:1804.03999. Differs: attention is computed on the skip's
+    grid (in the paper on the coarser grid of the gating signal), convolutions have a norm instead of a bias,
+    and nothing follows the multiplication.
     """
 
     def __init__(self, gate_channels: int, skip_channels: int, norm: str, ndim: int) -> None:
@@ -174,33 +188,44 @@ class OutConv(nn.Module):
 class _FrozenRunningStatistics:
     """Inside, BatchNorm normalises by the batch but leaves its running statistics and count of batches alone.
 
-    No generator: that could be entered once only, but every backward through one graph enters again.
+    A class, because every backward through one graph enters it again, which a generator-based context
+    manager does not allow.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def __enter__(self) -> None:
-        self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        self.before = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
         for norm in self.norms:
             # Not track_running_stats=False: checkpointing demands that the same tensors are saved both times.
             norm.momentum, norm.num_batches_tracked = 0.0, None
 
     def __exit__(self, *_) -> None:
-        for norm, (momentum, count) in zip(self.norms, self.kept, strict=True):
+        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def checkpointed(module: nn.Module, *inputs: Tensor, enabled: bool = True) -> Tensor:
+def checkpointed(module: nn.Module, *inputs: Tensor) -> Tensor:
     """Run `module` without keeping its activations; backward computes them again.
 
-    The second computation must not update BatchNorm's running statistics a second time. Not `enabled`: run it
-    as it is.
+    The second computation does not update BatchNorm's running statistics a second time.
     """
-    if not enabled:
-        return module(*inputs)
 
     def contexts() -> tuple:
         return contextlib.nullcontext(), _FrozenRunningStatistics(module)
 
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _plain(module: nn.Module, *inputs: Tensor) -> Tensor:
+    return module(*inputs)
+
+
+def stage_runner(network: nn.Module) -> Callable[..., Tensor]:
+    """What a network's `forward` calls its stages with: `run(stage, *inputs)`.
+
+    Stages are `checkpointed` where `network.checkpointing` is set and the network is in training mode;
+    otherwise they run as they are.
+    """
+    return checkpointed if network.checkpointing and network.training else _plain

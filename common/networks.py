@@ -1,28 +1,28 @@
-"""U-Net and Attention U-Net in 2-D and 3-D; parameter names follow the widespread milesial layout."""
+"""U-Net and Attention U-Net with max pooling, in 2-D and 3-D; parameters are named as in milesial's U-Net."""
 
 from torch import Tensor, nn
 
-from common.layers import DoubleConv, Down, OutConv, Up, checkpointed, upsample_to
+from common.layers import DoubleConv, Down, OutConv, Up, stage_runner, upsample_to
 
 
 class UNet(nn.Module):
-    """U-Net with four levels and batch norm; any input size, also sides not divisible by 16.
+    """U-Net that halves the image four times; takes images of any size, also with sides not divisible by 16.
 
     Args:
         in_channels: channels of the image.
         num_classes: output channels, background included.
-        base_features: channels of the first level; 64 -> encoder 64, 128, 256, 512 and, bilinear, bottleneck
-            512.
+        width: channels of the first level; each coarser level has twice as many, so 64 gives 64, 128, 256,
+            512 and a bottleneck of 1024 (512 with `bilinear`).
         bilinear: upsample by interpolation instead of transposed convolutions, and halve the bottleneck.
         attention: gate all four skips (Attention U-Net).
-        norm: 'batch' or 'group'.
+        norm: 'batch', 'instance' or 'group', as `make_norm`.
         deep_supervision: also predict at strides 2, 4 and 8; used in training only.
-        checkpointing: keep only what passes between the stages; backward computes the rest again. At
-            512 x 512, base 64, fp32 and batch 2 a training step then takes 1,990 MiB instead of 3,560, for
-            a second forward pass.
+        checkpointing: in training keep only what passes between the stages; backward computes the rest again.
+            At 512 x 512, width 64, fp32 and batch 2 a training step then takes 1,990 MiB instead of 3,560,
+            for a second forward pass.
         ndim: 2 or 3.
 
-    Parameters (1 channel, 2 classes, bilinear, base 64 / 32 / 16): UNet 17,261,890 / 4,317,858 / 1,080,658,
+    Parameters (1 channel, 2 classes, bilinear, width 64 / 32 / 16): UNet 17,261,890 / 4,317,858 / 1,080,658,
     with attention 17,612,458 / 4,406,106 / 1,103,026.
 
     Source: Ronneberger et al. 2015, arXiv:1505.04597. Differs: padded convolutions, normalisation.
@@ -33,7 +33,7 @@ class UNet(nn.Module):
         in_channels: int = 1,
         num_classes: int = 2,
         *,
-        base_features: int = 64,
+        width: int = 64,
         bilinear: bool = True,
         attention: bool = False,
         norm: str = "batch",
@@ -43,7 +43,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         factor = 2 if bilinear else 1
-        c = [base_features * m for m in (1, 2, 4, 8, 16)]
+        c = [width * m for m in (1, 2, 4, 8, 16)]
         self.checkpointing = checkpointing
         self.inc = DoubleConv(in_channels, c[0], c[0], norm, ndim)
         self.down1 = Down(c[0], c[1], norm, ndim)
@@ -63,7 +63,7 @@ class UNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """image (N, C, *spatial) -> logits (N, K, *spatial); in training with deep supervision the list
         [full, 1/2, 1/4, 1/8], each brought to the size of the image."""
-        run = checkpointed if self.checkpointing and self.training else _call
+        run = stage_runner(self)
         x1 = run(self.inc, image)  # stride 1
         x2 = run(self.down1, x1)  # stride 2
         x3 = run(self.down2, x2)  # stride 4
@@ -83,12 +83,8 @@ class UNet(nn.Module):
         ]
 
 
-def _call(module: nn.Module, *inputs: Tensor) -> Tensor:
-    return module(*inputs)
-
-
 class AttentionUNet(UNet):
-    """U-Net whose four skips pass an additive attention gate each. Arguments as `UNet`."""
+    """U-Net with an additive attention gate on each of the four skips. Arguments as for `UNet`."""
 
     def __init__(self, in_channels: int = 1, num_classes: int = 2, **options) -> None:
         super().__init__(in_channels, num_classes, attention=True, **options)

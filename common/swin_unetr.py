@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, checkpointed, padded_to_multiple
+from common.layers import check_image, padded_to_multiple, stage_runner
 
-WINDOW = 7  # voxels of the stage's grid a side
-DEPTH = 2  # blocks a stage; the second shifts its windows
-HEADS = (3, 6, 12, 24)
+WINDOW = 7  # side of an attention window, in voxels of the stage's grid
+DEPTH = 2  # blocks in each stage; the second one shifts its windows
+HEADS = (3, 6, 12, 24)  # attention heads of the four stages
 
 # Order in which merging concatenates the corners (z, y, x) of each 2 x 2 x 2 block.
 CORNERS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
-# MONAI until 1.5 took two corners twice and left two out; the weights published for it need that.
+# MONAI before 1.5 took two corners twice and left two out; the weights published for it need the same.
 LEGACY_CORNERS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1))
 
 
@@ -41,8 +41,9 @@ def _shift_mask(window: list[int], cut: list[int], device: torch.device) -> Tens
 class WindowAttention(nn.Module):
     """Multi-head attention within windows of 7^3 voxels, with a learned bias for each relative position.
 
-    Where the grid is not larger than a window, the window is clipped to it and not shifted. Sides that are no
-    multiple of the window are filled with 0, which takes part in the attention, as in the source.
+    Along an axis on which the grid is smaller than a window, the window is clipped to the grid and not
+    shifted. Sides that 7 does not divide are filled up with 0, which takes part in the attention, as in the
+    source.
     """
 
     def __init__(self, channels: int, heads: int, shifted: bool) -> None:
@@ -158,13 +159,14 @@ class SwinUNETR(nn.Module):
     Args:
         in_channels: channels of the image.
         num_classes: output channels, background included.
-        feature_size: channels at stride 2, a multiple of 12; the encoder has 1, 2, 4, 8, 16 times as many at
-            strides 2 to 32.
+        width: channels of the first level, a multiple of 12; the encoder has 1, 2, 4, 8, 16 times as many at
+            strides 2, 4, 8, 16, 32.
         checkpointing: in training keep only what passes between the blocks; backward computes the rest again.
-            At 96^3, feature_size 24, fp32 and batch 1 forward then leaves 247 MiB instead of 3,093.
-        legacy_merging: concatenate as MONAI until 1.5 did, for weights trained with it.
+            At 96^3, width 24, fp32 and batch 1 forward then leaves 247 MiB instead of 3,093.
+        legacy_merging: concatenate the voxels of a block as MONAI before 1.5 did (`LEGACY_CORNERS`), for
+            weights that were trained with it.
 
-    Parameters (1 channel, 1 class, feature_size 12 / 24 / 48): 4,078,051 / 15,702,979 / 62,186,659.
+    Parameters (1 channel, 1 class, width 12 / 24 / 48): 4,078,051 / 15,702,979 / 62,186,659.
 
     Source: Hatamizadeh et al. 2022, Swin UNETR, arXiv:2201.01266; same results as MONAI's from the same
     weights. Differs: any size, the image is padded to multiples of 32 by repeating its border; memory of the
@@ -176,51 +178,56 @@ class SwinUNETR(nn.Module):
         in_channels: int = 1,
         num_classes: int = 1,
         *,
-        feature_size: int = 24,
+        width: int = 24,
         checkpointing: bool = True,
         legacy_merging: bool = False,
     ) -> None:
         super().__init__()
-        if feature_size < 12 or feature_size % 12:
-            raise ValueError(f"feature_size {feature_size} is no positive multiple of 12; take 12, 24 or 48")
-        f, corners = feature_size, LEGACY_CORNERS if legacy_merging else CORNERS
+        if width < 12 or width % 12:
+            raise ValueError(f"width is {width}; take 12, 24, 48 or another multiple of 12")
+        corners = LEGACY_CORNERS if legacy_merging else CORNERS
         self.in_channels, self.checkpointing = in_channels, checkpointing
-        self.embed = nn.Conv3d(in_channels, f, 2, stride=2)
+        self.embed = nn.Conv3d(in_channels, width, 2, stride=2)
         self.stages = nn.ModuleList(
             nn.Sequential(
-                *(SwinBlock(f * 2**i, heads, shifted=j % 2 == 1) for j in range(DEPTH)),
-                PatchMerging(f * 2**i, corners),
+                *(SwinBlock(width * 2**i, heads, shifted=j % 2 == 1) for j in range(DEPTH)),
+                PatchMerging(width * 2**i, corners),
             )
             for i, heads in enumerate(HEADS)
         )
         self.encoders = nn.ModuleList(  # strides 1, 2, 4, 8
-            ResidualBlock(c, out) for c, out in [(in_channels, f), (f, f), (2 * f, 2 * f), (4 * f, 4 * f)]
+            [
+                ResidualBlock(in_channels, width),
+                ResidualBlock(width, width),
+                ResidualBlock(2 * width, 2 * width),
+                ResidualBlock(4 * width, 4 * width),
+            ]
         )
-        self.bottleneck = ResidualBlock(16 * f, 16 * f)  # stride 32
+        self.bottleneck = ResidualBlock(16 * width, 16 * width)  # stride 32
         self.decoders = nn.ModuleList(  # strides 16, 8, 4, 2, 1
-            UpBlock(c * f, out * f) for c, out in [(16, 8), (8, 4), (4, 2), (2, 1), (1, 1)]
+            UpBlock(above * width, own * width) for above, own in [(16, 8), (8, 4), (4, 2), (2, 1), (1, 1)]
         )
-        self.head = nn.Conv3d(f, num_classes, 1)
+        self.head = nn.Conv3d(width, num_classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """image (N, C, D, H, W) -> logits (N, K, D, H, W)."""
         check_image(image, self.in_channels, 3)
         image, crop = padded_to_multiple(image, 32, two_blocks=True)
-        enabled = self.checkpointing and self.training
+        run = stage_runner(self)
 
         x = self.embed(image).movedim(1, -1).contiguous()  # (N, D/2, H/2, W/2, C)
         features = [_skip(x)]
         for stage in self.stages:
             for module in stage:
-                x = checkpointed(module, x, enabled=enabled)
+                x = run(module, x)
             features.append(_skip(x))
 
         inputs = [image, *features[:3]]  # strides 1, 2, 4, 8
-        skips = [checkpointed(e, i, enabled=enabled) for e, i in zip(self.encoders, inputs, strict=True)]
+        skips = [run(encoder, own) for encoder, own in zip(self.encoders, inputs, strict=True)]
         skips.append(features[3])  # stride 16, as it is
-        y = checkpointed(self.bottleneck, features[4], enabled=enabled)
+        y = run(self.bottleneck, features[4])
         for decoder in self.decoders:
-            y = checkpointed(decoder, y, skips.pop(), enabled=enabled)
+            y = run(decoder, y, skips.pop())
         return self.head(y)[crop]
 
 

@@ -28,7 +28,7 @@ def get_model(config: dict) -> nn.Module:
     return network(
         in_channels=1,
         num_classes=NUM_CLASSES,
-        base_features=config["base_features"],
+        width=config["base_features"],
         bilinear=config["bilinear"],
         norm=config["norm"],
         deep_supervision=config["deep_supervision"],

@@ -39,7 +39,7 @@ def seeded(network=UNet, *args, **options):
 
 
 @pytest.mark.parametrize(
-    "bilinear, base, plain, attention, deep",
+    "bilinear, width, plain, attention, deep",
     [
         (True, 64, 17_261_890, 17_612_458, 17_613_360),
         (True, 32, 4_317_858, 4_406_106, 4_406_560),
@@ -47,8 +47,8 @@ def seeded(network=UNet, *args, **options):
         (False, 64, 31_036_546, 31_561_194, 31_562_992),
     ],
 )
-def test_parameter_totals(bilinear, base, plain, attention, deep):
-    options = {"bilinear": bilinear, "base_features": base}
+def test_parameter_totals(bilinear, width, plain, attention, deep):
+    options = {"bilinear": bilinear, "width": width}
     assert count(on_meta(UNet, **options)) == plain
     assert count(on_meta(AttentionUNet, **options)) == attention
     assert count(on_meta(AttentionUNet, deep_supervision=True, **options)) == deep
@@ -131,14 +131,14 @@ def test_public_weights_load_strictly():
 def test_any_input_size_comes_back(attention, bilinear, norm, ndim, sides):
     if ndim == 3:
         sides = (17, *(min(s, 47) for s in sides))
-    net = on_meta(UNet, 2, 3, base_features=8, attention=attention, bilinear=bilinear, norm=norm, ndim=ndim)
+    net = on_meta(UNet, 2, 3, width=8, attention=attention, bilinear=bilinear, norm=norm, ndim=ndim)
     assert net.eval()(torch.empty(2, 2, *sides, device="meta")).shape == (2, 3, *sides)
 
 
 @every_variant
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_forward_and_backward_at_odd_sizes_and_any_batch(attention, bilinear, norm, ndim, batch):
-    net = seeded(base_features=2, attention=attention, bilinear=bilinear, norm=norm, ndim=ndim)
+    net = seeded(width=2, attention=attention, bilinear=bilinear, norm=norm, ndim=ndim)
     sides = (33, 47) if ndim == 2 else (17, 33, 19)
     logits = net(noise(batch, 1, *sides))
     assert logits.shape == (batch, 2, *sides) and logits.isfinite().all()
@@ -150,7 +150,7 @@ def test_forward_and_backward_at_odd_sizes_and_any_batch(attention, bilinear, no
 @pytest.mark.parametrize("deep_supervision", [False, True])
 def test_gradient_reaches_every_parameter(attention, bilinear, norm, ndim, deep_supervision):
     options = {"attention": attention, "bilinear": bilinear, "norm": norm, "ndim": ndim}
-    net = seeded(base_features=4, deep_supervision=deep_supervision, **options)
+    net = seeded(width=4, deep_supervision=deep_supervision, **options)
     outputs = net(noise(2, 1, *(32, 32, 16)[:ndim]))
     for output in outputs if deep_supervision else [outputs]:
         (output * noise(*output.shape, seed=1)).sum().backward(retain_graph=True)
@@ -159,13 +159,13 @@ def test_gradient_reaches_every_parameter(attention, bilinear, norm, ndim, deep_
 
 
 def test_deep_supervision_gives_four_outputs_in_training_and_one_in_evaluation():
-    net = seeded(AttentionUNet, base_features=4, deep_supervision=True)
+    net = seeded(AttentionUNet, width=4, deep_supervision=True)
     image = noise(2, 1, 33, 47)
     outputs = net(image)
     assert [tuple(o.shape) for o in outputs] == [(2, 2, 33, 47)] * 4
     logits = net.eval()(image)
     assert logits.shape == (2, 2, 33, 47)
-    plain = AttentionUNet(base_features=4)  # the heads change nothing else
+    plain = AttentionUNet(width=4)  # the heads change nothing else
     plain.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("heads")})
     torch.testing.assert_close(plain.eval()(image), logits, rtol=0, atol=0)
 
@@ -181,7 +181,7 @@ def test_deep_supervision_heads_sit_at_strides_2_4_8(bilinear, widths):
 
 
 def test_attention_unet_is_unet_with_attention():
-    a, b = seeded(AttentionUNet, base_features=4), seeded(UNet, base_features=4, attention=True)
+    a, b = seeded(AttentionUNet, width=4), seeded(UNet, width=4, attention=True)
     image = noise(1, 1, 32, 32)
     assert torch.equal(a.eval()(image), b.eval()(image))
 
@@ -208,7 +208,7 @@ def two_steps(net, images):
 
 @every_variant
 def test_checkpointing_changes_nothing_but_memory(attention, bilinear, norm, ndim):
-    net = seeded(base_features=4, attention=attention, bilinear=bilinear, norm=norm, ndim=ndim)
+    net = seeded(width=4, attention=attention, bilinear=bilinear, norm=norm, ndim=ndim)
     saving = copy.deepcopy(net)
     saving.checkpointing = True
     runs = dict.fromkeys(("inc", "down4", "up4", "outc"), 0)
@@ -233,7 +233,7 @@ def test_checkpointing_changes_nothing_but_memory(attention, bilinear, norm, ndi
 def test_checkpointing_keeps_fewer_activations():
     kept = {}
     for checkpointing in (False, True):
-        net = seeded(base_features=4, checkpointing=checkpointing)
+        net = seeded(width=4, checkpointing=checkpointing)
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, sizes=sizes: sizes.update({t.data_ptr(): t.numel()}) or t, lambda t: t
@@ -245,7 +245,7 @@ def test_checkpointing_keeps_fewer_activations():
 
 @pytest.mark.parametrize("how", ["evaluation", "no gradient"])
 def test_checkpointing_is_idle_where_nothing_is_kept(how):
-    net = seeded(base_features=4, checkpointing=True)
+    net = seeded(width=4, checkpointing=True)
     runs = []
     net.inc.register_forward_pre_hook(lambda *_: runs.append(1))
     if how == "evaluation":
@@ -271,7 +271,7 @@ def test_checkpointed_block_can_be_differentiated_twice():
 
 @pytest.mark.parametrize("norm, independent", [("group", True), ("batch", False)])
 def test_group_norm_does_not_depend_on_the_rest_of_the_batch(norm, independent):
-    net = seeded(AttentionUNet, base_features=8, norm=norm)  # in training mode
+    net = seeded(AttentionUNet, width=8, norm=norm)  # in training mode
     first, others = noise(1, 1, 32, 32), noise(3, 1, 32, 32, seed=1)
     alone, together = net(first), net(torch.cat([first, others]))[:1]
     assert torch.allclose(alone, together, atol=1e-5) is independent
@@ -282,14 +282,23 @@ def test_group_norm_groups(channels, groups):
     assert make_norm("group", channels, 2).num_groups == groups
 
 
-@pytest.mark.parametrize("ndim, kind", [(2, nn.BatchNorm2d), (3, nn.BatchNorm3d)])
-def test_batch_norm_kind(ndim, kind):
-    assert isinstance(make_norm("batch", 4, ndim), kind)
+@pytest.mark.parametrize(
+    "norm, ndim, kind",
+    [
+        ("batch", 2, nn.BatchNorm2d),
+        ("batch", 3, nn.BatchNorm3d),
+        ("instance", 2, nn.InstanceNorm2d),
+        ("instance", 3, nn.InstanceNorm3d),
+    ],
+)
+def test_kinds_of_norms_have_scale_and_shift(norm, ndim, kind):
+    made = make_norm(norm, 4, ndim)
+    assert isinstance(made, kind) and made.weight.shape == made.bias.shape == (4,)
 
 
 def test_unknown_norm_is_refused():
-    with pytest.raises(ValueError, match="unknown norm 'instance'; batch or group"):
-        UNet(norm="instance")
+    with pytest.raises(ValueError, match="unknown norm 'layer'; take batch, instance or group"):
+        UNet(norm="layer")
 
 
 # ---- blocks ----

@@ -105,11 +105,10 @@ def cubes_by_hand(state, image, heads, reductions, scales, norm):
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-@pytest.mark.parametrize("legacy", [False, True])
-def test_equals_a_plain_version_for_cubes(norm, legacy):
+def test_equals_a_plain_version_for_cubes(norm):
     widths, heads, reductions = SMALL["widths"], SMALL["heads"], (4, 2, 1, 1)
-    net = segformer(in_channels=2, num_classes=3, norm=norm, legacy_scale=legacy).eval()
-    scales = [(n if legacy else w // n) ** -0.5 for w, n in zip(widths, heads, strict=True)]
+    net = segformer(in_channels=2, num_classes=3, norm=norm).eval()
+    scales = [(w // n) ** -0.5 for w, n in zip(widths, heads, strict=True)]
     image = noise(2, 2, 64, 64, 64)
     with torch.no_grad():
         logits = net(image)
@@ -242,7 +241,7 @@ def test_runs_in_bf16():
         ({"widths": (32, 64, 160)}, "need four values each, for strides 4, 8, 16, 32"),
         ({"heads": (3, 2, 5, 8)}, r"widths \(32, 64, 160, 256\) are not divisible by heads \(3, 2, 5, 8\)"),
         ({"reductions": (4, 2, 1, 2)}, r"reductions \(4, 2, 1, 2\) do not divide 8, 4, 2, 1"),
-        ({"norm": "layer"}, "unknown norm 'layer'; instance or batch"),
+        ({"norm": "layer"}, "unknown norm 'layer'; take batch, instance or group"),
     ],
 )
 def test_bad_options(options, message):

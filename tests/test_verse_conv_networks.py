@@ -7,17 +7,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.layers import check_image, checkpointed, padded_to_multiple
+from common.layers import check_image, padded_to_multiple, stage_runner
 from verse_spine.attention_unet3d import SCA, AttentionUNet3D
 from verse_spine.context_res_unet import ContextResUNet, DilatedContext
 from verse_spine.segresnet import SegResNet
-from verse_spine.unet import AttentionUNet, UNet, UNetFull
+from verse_spine.unet import StridedAttentionUNet, StridedUNet, StridedUNetFull
 
 NETWORKS = {
-    "UNet": (UNet, {}),
-    "UNetFull": (UNetFull, {}),
-    "AttentionUNet": (AttentionUNet, {}),
-    "AttentionUNet-batch": (AttentionUNet, {"norm": "batch"}),
+    "UNet": (StridedUNet, {}),
+    "UNetFull": (StridedUNetFull, {}),
+    "AttentionUNet": (StridedAttentionUNet, {}),
+    "AttentionUNet-batch": (StridedAttentionUNet, {"norm": "batch"}),
     "AttentionUNet3D": (AttentionUNet3D, {}),
     "ContextResUNet": (ContextResUNet, {}),
     "SegResNet": (SegResNet, {}),
@@ -53,14 +53,14 @@ def count(network):
 @pytest.mark.parametrize(
     "network, classes, options, parameters",
     [
-        (UNet, 1, {}, 1_978_745),
-        (UNetFull, 1, {}, 1_978_745),
-        (AttentionUNet, 1, {}, 5_909_113),
-        (AttentionUNet, 1, {"norm": "batch"}, 5_909_113),
+        (StridedUNet, 1, {}, 1_978_745),
+        (StridedUNetFull, 1, {}, 1_978_745),
+        (StridedAttentionUNet, 1, {}, 5_909_113),
+        (StridedAttentionUNet, 1, {"norm": "batch"}, 5_909_113),
         (AttentionUNet3D, 1, {}, 16_608_918),
         (ContextResUNet, 1, {}, 1_703_841),
-        (SegResNet, 16, {"init_filters": 8}, 1_176_312),
-        (SegResNet, 16, {"init_filters": 16}, 4_701_152),
+        (SegResNet, 16, {"width": 8}, 1_176_312),
+        (SegResNet, 16, {"width": 16}, 4_701_152),
     ],
 )
 def test_parameter_totals(network, classes, options, parameters):
@@ -70,13 +70,13 @@ def test_parameter_totals(network, classes, options, parameters):
 @pytest.mark.parametrize(
     "network, classes, options, gflop, mib",
     [
-        (UNet, 1, {}, 2.8, 66),
-        (UNetFull, 1, {}, 22.2, 508),
-        (AttentionUNet, 1, {}, 82.7, 908),
+        (StridedUNet, 1, {}, 2.8, 66),
+        (StridedUNetFull, 1, {}, 22.2, 508),
+        (StridedAttentionUNet, 1, {}, 82.7, 908),
         (AttentionUNet3D, 1, {}, 110.3, 951),
         (ContextResUNet, 1, {}, 97.6, 889),
-        (SegResNet, 16, {"init_filters": 8}, 31.0, 426),
-        (SegResNet, 16, {"init_filters": 16}, 123.0, 848),
+        (SegResNet, 16, {"width": 8}, 31.0, 426),
+        (SegResNet, 16, {"width": 16}, 123.0, 848),
     ],
 )
 def test_arithmetic_and_memory_at_96(network, classes, options, gflop, mib):
@@ -105,7 +105,7 @@ def test_arithmetic_and_memory_at_96(network, classes, options, gflop, mib):
 
 
 def in_monai_order(net):
-    """Modules of our AttentionUNet or SegResNet in the order in which MONAI registers the same ones."""
+    """Modules of StridedAttentionUNet or SegResNet in the order in which MONAI registers its own."""
     if isinstance(net, SegResNet):
         return [*net.down, *(up.block for up in net.up), *(up.project for up in net.up), net.head]
     modules = [net.down[0]]
@@ -116,7 +116,7 @@ def in_monai_order(net):
 
 def copy_weights(ours, theirs):
     """Kind by kind in the order of registration; also the running statistics of batch norms."""
-    modules = in_monai_order(ours) if not isinstance(ours, UNet) else [ours]
+    modules = in_monai_order(ours) if not isinstance(ours, StridedUNet) else [ours]
     kinds = (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.GroupNorm, nn.PReLU)
     for kind in kinds:
         mine = [m for part in modules for m in part.modules() if isinstance(m, kind)]
@@ -142,15 +142,15 @@ def monai_pair(name):
     torch.manual_seed(0)
     if name.startswith("UNet"):
         strides = (1, 2, 2, 2) if name == "UNetFull" else (2, 2, 2, 2)
-        ours = (UNetFull if name == "UNetFull" else UNet)(2, 3)
+        ours = (StridedUNetFull if name == "UNetFull" else StridedUNet)(2, 3)
         theirs = nets.UNet(3, 2, 3, MONAI_CHANNELS, strides)
     elif name == "AttentionUNet":
-        ours = AttentionUNet(2, 3, norm="batch")
+        ours = StridedAttentionUNet(2, 3, norm="batch")
         theirs = nets.AttentionUnet(3, 2, 3, MONAI_CHANNELS, (2, 2, 2, 2))
     else:
-        filters = int(name.split("-")[1])
-        ours = SegResNet(2, 3, init_filters=filters)
-        theirs = nets.SegResNet(3, filters, 2, 3)
+        width = int(name.split("-")[1])
+        ours = SegResNet(2, 3, width=width)
+        theirs = nets.SegResNet(3, width, 2, 3)
     assert count(ours) == count(theirs)
     copy_weights(ours, shaken(theirs))
     return ours, theirs
@@ -196,7 +196,7 @@ def test_parity_with_monai_at_working_sizes(name, shape):
 
 
 def test_weights_of_unet_and_unet_full_are_interchangeable():
-    coarse, full = UNet(), UNetFull()
+    coarse, full = StridedUNet(), StridedUNetFull()
     full.load_state_dict(coarse.state_dict())
     image = noise(1, 1, 32, 32, 32)
     assert not torch.allclose(coarse(image), full(image), atol=1e-3), "the strides differ"
@@ -264,11 +264,11 @@ def test_wrong_shapes_are_refused(name, shape):
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(ValueError, match="unknown norm 'group'; batch or instance"):
-        AttentionUNet(norm="group")
-    for filters in (0, 4, 12):
-        with pytest.raises(ValueError, match=f"init_filters is {filters}; take 8, 16"):
-            SegResNet(init_filters=filters)
+    with pytest.raises(ValueError, match="unknown norm 'layer'; take batch, instance or group"):
+        StridedAttentionUNet(norm="layer")
+    for width in (0, 4, 12):
+        with pytest.raises(ValueError, match=f"width is {width}; take 8, 16"):
+            SegResNet(width=width)
 
 
 # ---- gradients ----
@@ -279,7 +279,7 @@ def cancelled_biases(net):
     names = {n for n, m in net.named_modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d))}
     free = {"head", "head.2", "up.3.0"}  # the last layers
     free |= {n for n in names if n.endswith(".upsample")}  # into a concatenation
-    if isinstance(net, AttentionUNet):
+    if isinstance(net, StridedAttentionUNet):
         free -= {"up.3.0"}
     return {f"{n}.bias" for n in names - free}
 
@@ -400,13 +400,15 @@ def test_check_image_names_the_axes():
         check_image(torch.empty(2, 3, 4, 5), 1, ndim=2)
 
 
-def test_checkpointed_can_be_switched_off():
+def test_stages_are_computed_again_only_in_training_with_checkpointing():
     x, calls = noise(1, 4), []
-    layer = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
-    layer.register_forward_pre_hook(lambda *_: calls.append(1))
-    for enabled, times in ((False, 1), (True, 2)):  # the second time in the backward
+    stage = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
+    stage.register_forward_pre_hook(lambda *_: calls.append(1))
+    for training, checkpointing, times in ((True, False, 1), (False, True, 1), (True, True, 2)):
+        network = nn.Module().train(training)
+        network.checkpointing = checkpointing
         calls.clear()
-        checkpointed(layer, x, enabled=enabled).sum().backward()
+        stage_runner(network)(stage, x).sum().backward()  # the second time is in the backward
         assert len(calls) == times
 
 

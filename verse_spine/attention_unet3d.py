@@ -1,14 +1,12 @@
 """AttentionUNet3D: the U-Net of the thesis behind this task, with a channel and a spatial gate."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, checkpointed, make_norm, padded_to_multiple
+from common.layers import check_image, make_norm, padded_to_multiple, stage_runner
 
-CHANNELS = (16, 32, 64, 128, 256, 512)
+CHANNELS = (16, 32, 64, 128, 256, 512)  # of the six levels
 
 
 def _double_conv(in_channels: int, mid_channels: int, out_channels: int) -> nn.Sequential:
@@ -30,7 +28,7 @@ class SCA(nn.Module):
     weights from one 1x1x1 convolution over all channels; both in (0, 1).
 
     Source: after Roy et al. 2018, Concurrent spatial and channel squeeze & excitation, arXiv:1803.02579.
-    Differs: adds x itself, so that it can amplify but not suppress (1 to 3 times x).
+    Differs: x itself is added, so that the result is 1 to 3 times x: it can amplify but not suppress.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
@@ -49,8 +47,8 @@ class SCA(nn.Module):
         return x + x * channel + x * position
 
 
-class _Up(nn.Module):
-    """Nearest upsampling by 2, [skip, up] gated by SCA, double convolution."""
+class _GatedUp(nn.Module):
+    """Upsample by 2 (nearest), concatenate [skip, up], gate both by SCA, convolve twice."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -81,13 +79,13 @@ class AttentionUNet3D(nn.Module):
         inputs = (in_channels, *c[:-1])
         self.down = nn.ModuleList(_double_conv(i, max(o // 2, i), o) for i, o in zip(inputs, c, strict=True))
         self.pool = nn.MaxPool3d(2)
-        self.up = nn.ModuleList(_Up(c[i + 1], c[i]) for i in (4, 3, 2, 1, 0))
+        self.up = nn.ModuleList(_GatedUp(c[i + 1], c[i]) for i in (4, 3, 2, 1, 0))
         self.head = nn.Conv3d(c[0], num_classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """image (N, C, D, H, W), any size -> logits (N, num_classes, D, H, W)."""
         check_image(image, self.in_channels, ndim=3)
-        run = partial(checkpointed, enabled=self.checkpointing and self.training)
+        run = stage_runner(self)
         x, crop = padded_to_multiple(image, 32)
         skips = []
         for level, down in enumerate(self.down):

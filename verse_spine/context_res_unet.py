@@ -1,35 +1,32 @@
 """ContextResUNet: a small residual U-Net that looks far around at its coarsest level."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, checkpointed, padded_to_multiple
+from common.layers import check_image, make_norm, padded_to_multiple, stage_runner
 
-CHANNELS = (16, 32, 64)
-BOTTLENECK = 128
+CHANNELS = (16, 32, 64)  # of the first three levels
+BOTTLENECK = 128  # channels of the fourth
 DILATIONS = (1, 2, 4, 8)
 
 
-def _norm(channels: int) -> nn.InstanceNorm3d:
-    return nn.InstanceNorm3d(channels, affine=True)
-
-
-class ResidualBlock(nn.Module):
-    """relu(conv-norm-relu-conv-norm + shortcut), the shortcut a 1x1x1 convolution with norm."""
+class ProjectedResidualBlock(nn.Module):
+    """relu(main + shortcut): main is (convolution, norm, ReLU, convolution, norm), the shortcut a 1x1x1
+    convolution with norm, also where the channels stay the same."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.main = nn.Sequential(
             nn.Conv3d(in_channels, out_channels, 3, padding=1),
-            _norm(out_channels),
+            make_norm("instance", out_channels, 3),
             nn.ReLU(inplace=True),
             nn.Conv3d(out_channels, out_channels, 3, padding=1),
-            _norm(out_channels),
+            make_norm("instance", out_channels, 3),
         )
-        self.shortcut = nn.Sequential(nn.Conv3d(in_channels, out_channels, 1), _norm(out_channels))
+        self.shortcut = nn.Sequential(
+            nn.Conv3d(in_channels, out_channels, 1), make_norm("instance", out_channels, 3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.main(x) + self.shortcut(x), inplace=True)
@@ -43,12 +40,12 @@ class DilatedContext(nn.Module):
         self.branches = nn.ModuleList(
             nn.Conv3d(in_channels, out_channels, 3, padding=d, dilation=d) for d in DILATIONS
         )
-        width = len(DILATIONS) * out_channels
+        concatenated = len(DILATIONS) * out_channels
         self.mix = nn.Sequential(
-            _norm(width),
+            make_norm("instance", concatenated, 3),
             nn.ReLU(inplace=True),
-            nn.Conv3d(width, out_channels, 1),
-            _norm(out_channels),
+            nn.Conv3d(concatenated, out_channels, 1),
+            make_norm("instance", out_channels, 3),
             nn.ReLU(inplace=True),
         )
 
@@ -56,13 +53,13 @@ class DilatedContext(nn.Module):
         return self.mix(torch.cat([branch(x) for branch in self.branches], dim=1))
 
 
-class _Up(nn.Module):
+class _ResidualUp(nn.Module):
     """Transposed convolution by 2, then a residual block on [skip, up]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.upsample = nn.ConvTranspose3d(in_channels, out_channels, 2, stride=2)
-        self.block = ResidualBlock(2 * out_channels, out_channels)
+        self.block = ProjectedResidualBlock(2 * out_channels, out_channels)
 
     def forward(self, skip: Tensor, x: Tensor) -> Tensor:
         return self.block(torch.cat([skip, self.upsample(x)], dim=1))
@@ -88,17 +85,19 @@ class ContextResUNet(nn.Module):
         self.checkpointing = checkpointing
         c = CHANNELS
         inputs = (in_channels, *c[:-1])
-        self.down = nn.ModuleList(ResidualBlock(i, o) for i, o in zip(inputs, c, strict=True))
+        self.down = nn.ModuleList(ProjectedResidualBlock(i, o) for i, o in zip(inputs, c, strict=True))
         self.pool = nn.MaxPool3d(2)
         self.context = DilatedContext(c[-1], BOTTLENECK)
         outputs = c[::-1]
-        self.up = nn.ModuleList(_Up(i, o) for i, o in zip((BOTTLENECK, *outputs[:-1]), outputs, strict=True))
+        self.up = nn.ModuleList(
+            _ResidualUp(i, o) for i, o in zip((BOTTLENECK, *outputs[:-1]), outputs, strict=True)
+        )
         self.head = nn.Conv3d(c[0], num_classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """image (N, C, D, H, W), any size -> logits (N, num_classes, D, H, W)."""
         check_image(image, self.in_channels, ndim=3)
-        run = partial(checkpointed, enabled=self.checkpointing and self.training)
+        run = stage_runner(self)
         x, crop = padded_to_multiple(image, 8, two_blocks=True)
         skips = []
         for down in self.down:

@@ -13,7 +13,7 @@ from verse_spine.attention_unet3d import AttentionUNet3D
 from verse_spine.context_res_unet import ContextResUNet
 from verse_spine.segformer3d import SegFormer3D
 from verse_spine.segresnet import SegResNet
-from verse_spine.unet import AttentionUNet, UNet, UNetFull
+from verse_spine.unet import StridedAttentionUNet, StridedUNet, StridedUNetFull
 
 MODELS = (
     "UNet",
@@ -36,13 +36,13 @@ def get_model(config: dict, num_outputs: int = 1) -> nn.Module:
     logits (N, num_outputs, d, h, w)."""
     name, checkpointing = config["model"], uses_checkpointing(config)
     if name == "SwinUNetR":
-        return SwinUNETR(1, num_outputs, feature_size=config["feature_size"], checkpointing=checkpointing)
+        return SwinUNETR(1, num_outputs, width=config["feature_size"], checkpointing=checkpointing)
     if name == "SegResNet":
-        return SegResNet(1, num_outputs, init_filters=config["init_filters"], checkpointing=checkpointing)
+        return SegResNet(1, num_outputs, width=config["init_filters"], checkpointing=checkpointing)
     network = {
-        "UNet": UNet,
-        "UNetFull": UNetFull,
-        "AttentionUNet": AttentionUNet,
+        "UNet": StridedUNet,
+        "UNetFull": StridedUNetFull,
+        "AttentionUNet": StridedAttentionUNet,
         "AttentionUNet3D": AttentionUNet3D,
         "SegFormer3D": SegFormer3D,
         "ContextResUNet": ContextResUNet,

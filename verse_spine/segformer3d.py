@@ -1,25 +1,27 @@
 """SegFormer3D, for images of any size."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, checkpointed, padded_to_multiple
+from common.layers import check_image, make_norm, padded_to_multiple, stage_runner
 
 
-class Attention(nn.Module):
+class ReducedAttention(nn.Module):
     """Multi-head attention of all tokens to keys and values on a grid that is `reduction` times coarser."""
 
-    def __init__(self, width: int, heads: int, reduction: int, scale: float) -> None:
+    def __init__(self, channels: int, heads: int, reduction: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, scale
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.heads = heads
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(channels, 2 * channels)
+        self.proj = nn.Linear(channels, channels)
         self.reduce = None
         if reduction > 1:
-            self.reduce = nn.Conv3d(width, width, reduction, stride=reduction)
-            self.reduce_norm = nn.LayerNorm(width)
+            self.reduce = nn.Conv3d(channels, channels, reduction, stride=reduction)
+            self.reduce_norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """x (N, tokens, C) of the grid (d, h, w), z outermost -> the same shape."""
@@ -27,68 +29,75 @@ class Attention(nn.Module):
         if self.reduce is not None:
             x = self.reduce_norm(_tokens(self.reduce(_volume(x, grid))))
         key, value = self.key_value(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        out = F.scaled_dot_product_attention(query, key, value)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class MixFFN(nn.Module):
-    """MLP of four times the width with a depthwise 3x3x3 convolution, which gives tokens their place."""
+    """MLP of four times the channels, with a depthwise 3x3x3 convolution, which tells tokens their place."""
 
-    def __init__(self, width: int, norm: str) -> None:
+    def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.depthwise = nn.Conv3d(4 * width, 4 * width, 3, padding=1, groups=4 * width)
-        self.norm = _norm(norm, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(channels, 4 * channels)
+        self.depthwise = nn.Conv3d(4 * channels, 4 * channels, 3, padding=1, groups=4 * channels)
+        self.norm = make_norm(norm, 4 * channels, 3)
+        self.fc2 = nn.Linear(4 * channels, channels)
 
     def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         x = self.norm(self.depthwise(_volume(self.fc1(x), grid)))
         return self.fc2(F.gelu(_tokens(x)))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and MixFFN, each after a layer norm and with a shortcut."""
 
-    def __init__(self, width: int, heads: int, reduction: int, scale: float, norm: str) -> None:
+    def __init__(self, channels: int, heads: int, reduction: int, norm: str) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, reduction, scale)
-        self.norm2 = nn.LayerNorm(width)
-        self.ffn = MixFFN(width, norm)
+        self.norm1 = nn.LayerNorm(channels)
+        self.attention = ReducedAttention(channels, heads, reduction)
+        self.norm2 = nn.LayerNorm(channels)
+        self.ffn = MixFFN(channels, norm)
 
     def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         x = x + self.attention(self.norm1(x), grid)
         return x + self.ffn(self.norm2(x), grid)
 
 
-class Stage(nn.Module):
-    """Overlapping patches to tokens, blocks, layer norm: (N, C, D, H, W) -> (N, width, D/s, H/s, W/s)."""
+class TransformerStage(nn.Module):
+    """Overlapping patches to tokens, blocks, layer norm: (N, C, D, H, W) -> (N, channels, D/s, H/s, W/s).
 
-    def __init__(self, in_channels: int, width: int, kernel: int, stride: int, blocks: list[Block]) -> None:
+    `run(block, *inputs)` calls each block; see `stage_runner`.
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, kernel: int, stride: int, blocks: list[TransformerBlock]
+    ) -> None:
         super().__init__()
-        self.embed = nn.Conv3d(in_channels, width, kernel, stride=stride, padding=kernel // 2)
-        self.embed_norm = nn.LayerNorm(width)
+        self.embed = nn.Conv3d(in_channels, channels, kernel, stride=stride, padding=kernel // 2)
+        self.embed_norm = nn.LayerNorm(channels)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, checkpointing: bool) -> Tensor:
+    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
         x = self.embed(x)
         grid = tuple(x.shape[2:])
         x = self.embed_norm(_tokens(x))
         for block in self.blocks:
-            x = checkpointed(block, x, grid, enabled=checkpointing)
+            x = run(block, x, grid)
         return _volume(self.norm(x), grid)
 
 
-class Decoder(nn.Module):
-    """All stages to one width on the grid of stride 4, fused by a 1x1x1 convolution, then to the classes."""
+class MlpDecoder(nn.Module):
+    """All stages brought to `channels` on the grid of stride 4, concatenated, and turned into classes."""
 
-    def __init__(self, widths: tuple[int, ...], width: int, num_classes: int, norm: str) -> None:
+    def __init__(self, widths: tuple[int, ...], channels: int, num_classes: int, norm: str) -> None:
         super().__init__()
-        self.project = nn.ModuleList(nn.Sequential(nn.Linear(w, width), nn.LayerNorm(width)) for w in widths)
-        self.fuse = nn.Conv3d(len(widths) * width, width, 1, bias=False)
-        self.norm = _norm(norm, width)
-        self.head = nn.Conv3d(width, num_classes, 1)
+        self.project = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, channels), nn.LayerNorm(channels)) for width in widths
+        )
+        self.fuse = nn.Conv3d(len(widths) * channels, channels, 1, bias=False)
+        self.norm = make_norm(norm, channels, 3)
+        self.head = nn.Conv3d(channels, num_classes, 1)
 
     def forward(self, *features: Tensor) -> Tensor:
         """Features of strides 4, 8, 16, 32 -> logits of stride 4."""
@@ -110,21 +119,19 @@ class SegFormer3D(nn.Module):
         in_channels: channels of the image.
         num_classes: output channels, background included.
         widths: channels at strides 4, 8, 16, 32.
-        depths: blocks of each stage.
-        heads: attention heads of each stage; divide the widths.
-        reductions: how much coarser keys and values are, a side; 1, 2, 4 or 8 at stride 4, at most 4, 2, 1
-            at strides 8, 16, 32.
+        depths: number of blocks in each stage.
+        heads: number of attention heads in each stage; must divide the stage's width.
+        reductions: by how much the grid of keys and values is coarser along each axis: a divisor of 8 at
+            stride 4, of 4 at stride 8, of 2 at stride 16, and 1 at stride 32.
         decoder_width: channels of the decoder.
-        norm: of the convolutions, 'instance' or 'batch'. The source has 'batch', which at batch size 1
-            differs between training and prediction; instance works for any batch size.
+        norm: of the convolutions, 'instance', 'batch' or 'group'. The source has 'batch', which at batch size
+            1 differs between training and prediction; 'instance' works for any batch size.
         checkpointing: in training keep only what passes between the blocks; backward computes the rest again.
-        legacy_scale: divide attention by the root of the number of heads, as early copies of the source did,
-            and not by the root of the channels of a head; for weights trained so.
 
     Parameters (1 channel, 1 class): 4,491,809.
 
     Source: Perera et al. 2024, SegFormer3D, arXiv:2404.10156. Differs: the grid goes through the network with
-    the tokens (the source takes cubes only); images are padded to multiples of 32 by repeating their border.
+    the tokens (the source takes only cubes); images are padded to multiples of 32 by repeating their border.
     """
 
     def __init__(
@@ -139,7 +146,6 @@ class SegFormer3D(nn.Module):
         decoder_width: int = 256,
         norm: str = "instance",
         checkpointing: bool = False,
-        legacy_scale: bool = False,
     ) -> None:
         super().__init__()
         if not len(widths) == len(depths) == len(heads) == len(reductions) == 4:
@@ -154,33 +160,24 @@ class SegFormer3D(nn.Module):
         self.in_channels, self.checkpointing = in_channels, checkpointing
         self.stages = nn.ModuleList()
         for i, (width, n, r) in enumerate(zip(widths, heads, reductions, strict=True)):
-            scale = (n if legacy_scale else width // n) ** -0.5
-            blocks = [Block(width, n, r, scale, norm) for _ in range(depths[i])]
+            blocks = [TransformerBlock(width, n, r, norm) for _ in range(depths[i])]
             kernel, stride = (7, 4) if i == 0 else (3, 2)
-            self.stages.append(Stage(in_channels, width, kernel, stride, blocks))
+            self.stages.append(TransformerStage(in_channels, width, kernel, stride, blocks))
             in_channels = width
-        self.decoder = Decoder(widths, decoder_width, num_classes, norm)
+        self.decoder = MlpDecoder(widths, decoder_width, num_classes, norm)
         self.apply(_init_weights)
 
     def forward(self, image: Tensor) -> Tensor:
         """image (N, C, D, H, W) -> logits (N, K, D, H, W)."""
         check_image(image, self.in_channels, 3)
         image, crop = padded_to_multiple(image, 32, two_blocks=True)
-        enabled = self.checkpointing and self.training
+        run = stage_runner(self)
         x, features = image, []
         for stage in self.stages:
-            x = stage(x, enabled)
+            x = stage(x, run)
             features.append(x)
-        logits = checkpointed(self.decoder, *features, enabled=enabled)
+        logits = run(self.decoder, *features)
         return _resized(logits, image.shape[2:])[crop]
-
-
-def _norm(norm: str, channels: int) -> nn.Module:
-    if norm == "instance":
-        return nn.InstanceNorm3d(channels, affine=True)
-    if norm == "batch":
-        return nn.BatchNorm3d(channels)
-    raise ValueError(f"unknown norm {norm!r}; instance or batch")
 
 
 def _tokens(x: Tensor) -> Tensor:

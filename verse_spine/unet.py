@@ -1,17 +1,17 @@
-"""U-Nets whose encoder strides instead of pooling: UNet, UNetFull and AttentionUNet, weights as in MONAI."""
+"""U-Nets that go down by strided convolutions instead of pooling; they take the weights of MONAI's.
 
-from collections.abc import Callable
-from functools import partial
+The names on the command line are `UNet`, `UNetFull` and `AttentionUNet`.
+"""
+
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, checkpointed, padded_to_multiple
+from common.layers import check_image, make_norm, padded_to_multiple, stage_runner
 
-CHANNELS = (16, 32, 64, 128, 256)
-NORMS = {"batch": nn.BatchNorm3d, "instance": partial(nn.InstanceNorm3d, affine=True)}
+CHANNELS = (16, 32, 64, 128, 256)  # of the five levels
 
 
 def _upsampling(in_channels: int, out_channels: int, stride: int) -> nn.ConvTranspose3d:
@@ -22,16 +22,16 @@ def _upsampling(in_channels: int, out_channels: int, stride: int) -> nn.ConvTran
 
 
 class _Merge(nn.Sequential):
-    """The modules applied to [skip, x]."""
+    """Its modules in turn, applied to the concatenation [skip, x]."""
 
     def forward(self, skip: Tensor, x: Tensor) -> Tensor:
         return super().forward(torch.cat([skip, x], dim=1))
 
 
-class UNet(nn.Module):
-    """U-Net with one convolution a stage; the first one already has stride 2, so it is cheap but coarse.
+class StridedUNet(nn.Module):
+    """U-Net with one convolution in each stage, the first one already with stride 2: cheap but coarse.
 
-    Good for the heat-map; for segmentation take UNetFull.
+    Good for the heat map; for segmentation take StridedUNetFull.
 
     Args:
         in_channels: channels of the image.
@@ -41,8 +41,8 @@ class UNet(nn.Module):
 
     Parameters (1 -> 1): 1,978,745 for any strides. At 96^3: 2.8 GFLOP, 66 MiB kept for the backward (fp32).
 
-    Same function as MONAI's UNet with these channels and no residual units. The convolution biases in front
-    of an instance norm have no effect; they are kept so that weights can be exchanged.
+    The same function as MONAI's UNet with these channels and without residual units. The biases of
+    convolutions in front of an instance norm have no effect; they stay so that weights can be exchanged.
 
     Source: Kerfoot et al. 2018, Left-ventricle quantification using residual U-Net.
     """
@@ -82,7 +82,7 @@ class UNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image (N, C, D, H, W), any size -> logits (N, num_classes, D, H, W)."""
         check_image(image, self.in_channels, ndim=3)
-        run = partial(checkpointed, enabled=self.checkpointing and self.training)
+        run = stage_runner(self)
         x, crop = padded_to_multiple(image, self.multiple, two_blocks=True)
         skips = []
         for down in self.down:
@@ -94,8 +94,10 @@ class UNet(nn.Module):
         return x[crop]
 
 
-class UNetFull(UNet):
-    """UNet whose first stage keeps the full resolution (strides 1, 2, 2, 2); its weights fit both.
+class StridedUNetFull(StridedUNet):
+    """StridedUNet whose first stage keeps the full resolution (strides 1, 2, 2, 2).
+
+    Weights of either network can be loaded into the other.
 
     At 96^3: 22.2 GFLOP, 508 MiB kept for the backward (fp32).
     """
@@ -105,14 +107,16 @@ class UNetFull(UNet):
 
 
 class _AdditiveGate(nn.Module):
-    """skip * sigmoid(psi(relu(gate + skip))), each projected; unlike common.layers.AttentionGate with biases
-    and any of NORMS, as MONAI's weights need."""
+    """skip * sigmoid(psi(relu(gate + skip))), where gate, skip and psi are 1x1x1 convolutions with a norm.
 
-    def __init__(self, channels: int, norm: Callable[[int], nn.Module]) -> None:
+    Unlike those of common.layers.AttentionGate these convolutions have biases, which MONAI's weights need.
+    """
+
+    def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
 
         def project(channels: int, out: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv3d(channels, out, 1), norm(out))
+            return nn.Sequential(nn.Conv3d(channels, out, 1), make_norm(norm, out, 3))
 
         self.gate = project(channels, channels // 2)
         self.skip = project(channels, channels // 2)
@@ -125,10 +129,12 @@ class _AdditiveGate(nn.Module):
 class _AttentionUp(nn.Module):
     """Upsample by 2, gate the skip with the result, merge both by a convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
         super().__init__()
         self.upsample = nn.Sequential(
-            _upsampling(in_channels, out_channels, 2), norm(out_channels), nn.ReLU(inplace=True)
+            _upsampling(in_channels, out_channels, 2),
+            make_norm(norm, out_channels, 3),
+            nn.ReLU(inplace=True),
         )
         self.gate = _AdditiveGate(out_channels, norm)
         self.merge = _Merge(
@@ -142,14 +148,14 @@ class _AttentionUp(nn.Module):
         return self.merge(self.gate(x, skip), x)
 
 
-class AttentionUNet(nn.Module):
-    """Attention U-Net: two convolutions a stage, every skip weighed by an additive gate.
+class StridedAttentionUNet(nn.Module):
+    """Attention U-Net: two convolutions in each stage, every skip weighed by an additive gate.
 
     Args:
-        in_channels, num_classes, checkpointing: as for UNet.
-        norm: 'instance' or 'batch'. Instance is the default because 4 GB leave room for a batch of 1, of
-            which batch norm learns running statistics that mislead it in evaluation. With 'batch' the same
-            function as MONAI's AttentionUnet.
+        in_channels, num_classes, checkpointing: as for StridedUNet.
+        norm: 'instance', 'batch' or 'group'. Instance is the default because 4 GB leave room for one patch
+            at a time: from batches of 1, batch norm learns running statistics that mislead it in evaluation.
+            With 'batch' it is the same function as MONAI's AttentionUnet.
 
     Parameters (1 -> 1): 5,909,113 with either norm. At 96^3: 82.7 GFLOP, 908 MiB kept for the backward
     (fp32).
@@ -166,17 +172,14 @@ class AttentionUNet(nn.Module):
         norm: str = "instance",
     ) -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"unknown norm {norm!r}; batch or instance")
-        make = NORMS[norm]
 
         def stage(i: int, o: int, stride: int) -> nn.Sequential:
             return nn.Sequential(
                 nn.Conv3d(i, o, 3, stride=stride, padding=1),
-                make(o),
+                make_norm(norm, o, 3),
                 nn.ReLU(inplace=True),
                 nn.Conv3d(o, o, 3, padding=1),
-                make(o),
+                make_norm(norm, o, 3),
                 nn.ReLU(inplace=True),
             )
 
@@ -186,13 +189,13 @@ class AttentionUNet(nn.Module):
         self.down = nn.ModuleList(
             [stage(in_channels, c[0], 1), *(stage(i, o, 2) for i, o in zip(c[:-1], c[1:], strict=True))]
         )
-        self.up = nn.ModuleList(_AttentionUp(c[i + 1], c[i], make) for i in (3, 2, 1, 0))
+        self.up = nn.ModuleList(_AttentionUp(c[i + 1], c[i], norm) for i in (3, 2, 1, 0))
         self.head = nn.Conv3d(c[0], num_classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """image (N, C, D, H, W), any size -> logits (N, num_classes, D, H, W)."""
         check_image(image, self.in_channels, ndim=3)
-        run = partial(checkpointed, enabled=self.checkpointing and self.training)
+        run = stage_runner(self)
         x, crop = padded_to_multiple(image, 16, two_blocks=True)
         skips = []
         for down in self.down:
