@@ -26,7 +26,7 @@ from benchmarks.lung_tumor_patches import write_results
 from common.config import make_parser, parse_args, positive_int
 from common.hdf5 import COMPRESSIONS, CaseFile, write_case
 from common.nifti import load_nifti, write_nifti
-from common.phantoms import chest_phantom
+from lung_tumor.phantoms import chest_phantom
 
 SPACING_MM = (1.0, 1.0, 1.0)
 PHANTOM_SHAPE = (128, 192, 256)

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.config import Switch, fraction, make_parser, parse_args, run_script
 from common.conversion import convert_cases, write_json
 from common.decathlon import Case, find_decathlon, read_dataset_json
-from common.phantoms import write_chest_phantoms
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
 from lung_tumor.cases import find_cases, load_case, source_files, source_stamp
 from lung_tumor.dataset import read_json
 from lung_tumor.explore import explore
 from lung_tumor.kaggle import KaggleCase
+from lung_tumor.phantoms import write_chest_phantoms
 from lung_tumor.slices import to_display, volume_to_slices, write_png
 
 WINDOW_HU = (-1024.0, 325.0)  # wide enough for lung, soft tissue and contrast; 5.3 HU a grey level

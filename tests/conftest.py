@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def phantom_source(tmp_path_factory) -> Path:
     """Six phantom chest CT of 48 x 48 pixels in the Decathlon layout."""
-    from common.phantoms import write_chest_phantoms
+    from lung_tumor.phantoms import write_chest_phantoms
 
     folder = tmp_path_factory.mktemp("phantoms") / "Task06_Lung"
     return write_chest_phantoms(folder, 6, shape=(36, 48, 48))

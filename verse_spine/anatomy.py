@@ -8,6 +8,8 @@ of the tables below (1-24, from 25 on the sacrum), and place with axes.
 import numpy as np
 from scipy import ndimage
 
+from common.phantoms import box_between, oval_mm, paint, tube_mm
+
 # Sizes by vertebra, in mm; between these numbers (1 = C1, 8 = T1, 20 = L1) they change evenly.
 AT = (1, 2, 3, 7, 8, 13, 19, 20, 22, 24)
 HEIGHT = (12, 17, 13, 14, 16, 19, 24, 26, 28, 28)  # of the body
@@ -44,48 +46,22 @@ class _Frame:
 
     def local(self, axes_mm, reach_mm):
         """Slices of the box within reach, and the three coordinates of its voxels."""
-        box = _box(axes_mm, self.centre - reach_mm, self.centre + reach_mm)
+        box = box_between(axes_mm, self.centre - reach_mm, self.centre + reach_mm)
         z, y, x = np.ix_(*(a[s] - np.float32(c) for a, s, c in zip(axes_mm, box, self.centre, strict=True)))
         return box, *(
             z * float(d[0]) + y * float(d[1]) + x * float(d[2]) for d in (self.up, self.front, self.right)
         )
 
 
-def _box(axes_mm, low, high):
-    ends = [np.searchsorted(a, (lo, hi)) for a, lo, hi in zip(axes_mm, low, high, strict=True)]
-    return tuple(slice(first, last) for first, last in ends)
-
-
-def _tube(points, start, end, radius, end_radius=None):
-    """Distance to a rounded, tapering tube between two points, for coordinates in the same order."""
-    axis = [float(e - s) for s, e in zip(start, end, strict=True)]
-    offsets = [p - float(s) for p, s in zip(points, start, strict=True)]
-    along = sum(o * a for o, a in zip(offsets, axis, strict=True)) / (sum(a * a for a in axis) + 1e-6)
-    along = along.clip(0, 1)
-    squares = sum((o - along * a) ** 2 for o, a in zip(offsets, axis, strict=True))
-    return np.sqrt(squares) - radius - along * ((radius if end_radius is None else end_radius) - radius)
-
-
-def _oval(front, right, half_front, half_right, power=2.0):
-    """Distance to an upright oval column along rays from its axis."""
-    radius = np.hypot(front, right) + 1e-3
-    outline = np.abs(front / half_front) ** power + np.abs(right / half_right) ** power
-    return radius * (1 - np.maximum(outline, 1e-6) ** (-1 / power))
-
-
-def _paint(image, distance_mm, hu, edge_mm):
-    image += (hu - image) * np.clip(0.5 - distance_mm / edge_mm, 0, 1)
-
-
 def _paint_tubes(image, axes_mm, points, radius, hu, edge_mm):
     """A bone or vessel along a chain of points; with a pair of `hu` the second is that of the marrow."""
     for start, end in zip(points[:-1], points[1:], strict=True):
         reach = radius + edge_mm
-        box = _box(axes_mm, np.minimum(start, end) - reach, np.maximum(start, end) + reach)
+        box = box_between(axes_mm, np.minimum(start, end) - reach, np.maximum(start, end) + reach)
         if image[box].size:
-            distance = _tube(np.ix_(*(a[s] for a, s in zip(axes_mm, box, strict=True))), start, end, radius)
+            distance = tube_mm(np.ix_(*(a[s] for a, s in zip(axes_mm, box, strict=True))), start, end, radius)
             for depth, value in zip((0, 2), np.atleast_1d(hu), strict=False):
-                _paint(image[box], distance + depth, value, edge_mm)
+                paint(image[box], distance + depth, value, edge_mm)
 
 
 def _vertebra_mm(level: int, size: float, up, front, right):
@@ -95,24 +71,24 @@ def _vertebra_mm(level: int, size: float, up, front, right):
     back = -half_front - canal_front + (10 * size if level == 1 else 0)  # the canal's centre
     side = np.abs(right)
     tip = size * at_level(SIDE_REACH, level), back + size * at_level(SIDE_FRONT, level)
-    canal = _oval(front - back, right, canal_front, canal_side)
+    canal = oval_mm(front - back, right, canal_front, canal_side)
 
     slope = 0.25 * half_up + 0.45 * (front - back).clip(-20, 5)  # laminae fall to the back
     ring = np.maximum(np.abs(canal - 2.5 * size) - 2.5 * size, np.abs(up - slope) - 0.75 * half_up)
     if level == 1:
         ring = np.maximum(np.abs(canal - 3 * size) - 3 * size, np.abs(up) - 5 * size)
-        body = _tube((up, front, side), (-3, -1, 18), (3, -1, 18), 7.5 * size)  # lateral masses
+        body = tube_mm((up, front, side), (-3, -1, 18), (3, -1, 18), 7.5 * size)  # lateral masses
     else:
         ring = np.maximum(ring, front + half_front - 2)
         waist = 1 - 0.12 * (1 - (up / half_up) ** 2).clip(0, 1)
-        body = _oval(front, right, half_front, half_right, 2.3) / waist + half_right * (1 - waist)
+        body = oval_mm(front, right, half_front, half_right, 2.3) / waist + half_right * (1 - waist)
         hollow = 2.2 * size * (-body / half_right).clip(0, 1)  # of the end plates
         body = np.maximum(body, np.abs(up) - half_up + hollow)
         pedicle = canal_side + 2.5 * size
         radius = np.clip(0.36 * half_up, 2.6, 6)
         body = np.minimum(
             body,
-            _tube(
+            tube_mm(
                 (up, front, side),
                 (0.35 * half_up, -half_front + 3, pedicle),
                 (0.3 * half_up, back, pedicle),
@@ -123,17 +99,17 @@ def _vertebra_mm(level: int, size: float, up, front, right):
             (0.9 * half_up, back - 1, canal_side + 4 * size),
             (-1.05 * half_up, back - 6, canal_side + 2 * size),
         )
-        body = np.minimum(body, _tube((up, front, side), *joint, 4 * size, 3.5 * size))
+        body = np.minimum(body, tube_mm((up, front, side), *joint, 4 * size, 3.5 * size))
     if level == 2:
         body = np.minimum(
-            body, _tube((up, front, right), (half_up - 2, 0, 0), (half_up + 14 * size, 0, 0), 5.5 * size)
+            body, tube_mm((up, front, right), (half_up - 2, 0, 0), (half_up + 14 * size, 0, 0), 5.5 * size)
         )
     root = 0.1 * half_up, back - 1, canal_side + 3
     end = (4 if level < 20 else 3) * size  # those of the thorax bear ribs
-    wing = _tube((up, front, side), root, (0.1 * half_up, tip[1], tip[0] - 3), 4 * size, end)
+    wing = tube_mm((up, front, side), root, (0.1 * half_up, tip[1], tip[0] - 3), 4 * size, end)
     reach, drop, half = (size * at_level(v, level) for v in (SPINE_LENGTH, SPINE_DROP, SPINE_HALF))
     start = -0.35 * half_up, back - canal_front - 3
-    blade = _tube((up, front), start, (start[0] - drop, start[1] - reach + half), half)
+    blade = tube_mm((up, front), start, (start[0] - drop, start[1] - reach + half), half)
     blade = np.maximum(np.maximum(blade, side - 3.8 * size), front - back + canal_front)
     solid = np.minimum(np.minimum(body, ring), np.minimum(wing, blade))
     return np.maximum(solid, -canal)
@@ -176,36 +152,36 @@ def paint_soft_tissue(rng, image, axes_mm, levels, frames, size, edge_mm) -> Non
     half_x = by_level((1, 75), (5, 62), (9, 165), (20, 150), (26, 175))
     half_y = by_level((1, 85), (5, 62), (9, 100), (20, 105), (26, 105))
     middle_y = y - half_y + by_level((1, 62), (5, 55), (9, 62), (20, 68), (26, 70))
-    skin = _oval(middle_y, x, half_y, half_x, 2.3)
-    _paint(image, skin, -100 + 6 * texture, edge_mm)
-    _paint(image, skin + rng.uniform(6, 20) * size, np.where(texture > 0.9, -70, 42 + 10 * texture), edge_mm)
-    muscle = _oval(y + 38 * size, np.abs(x) - 26 * size, 20 * size, 24 * size)
-    _paint(image, np.maximum(muscle, skin + 8), 55 + 6 * texture, edge_mm)
-    belly = np.maximum(_oval(y - 50 * size, x, 55 * size, 110 * size), 19.5 * 8 - level * 8)
-    _paint(image, belly, np.where(texture > -0.1, 45, -95) + 5 * texture, edge_mm)
+    skin = oval_mm(middle_y, x, half_y, half_x, 2.3)
+    paint(image, skin, -100 + 6 * texture, edge_mm)
+    paint(image, skin + rng.uniform(6, 20) * size, np.where(texture > 0.9, -70, 42 + 10 * texture), edge_mm)
+    muscle = oval_mm(y + 38 * size, np.abs(x) - 26 * size, 20 * size, 24 * size)
+    paint(image, np.maximum(muscle, skin + 8), 55 + 6 * texture, edge_mm)
+    belly = np.maximum(oval_mm(y - 50 * size, x, 55 * size, 110 * size), 19.5 * 8 - level * 8)
+    paint(image, belly, np.where(texture > -0.1, 45, -95) + 5 * texture, edge_mm)
     psoas = np.maximum(
-        _oval(y + 2, np.abs(x) - 36 * size, 18 * size, by_level((19, 6), (24, 17))), (19 - level) * 20
+        oval_mm(y + 2, np.abs(x) - 36 * size, 18 * size, by_level((19, 6), (24, 17))), (19 - level) * 20
     )
-    _paint(image, psoas, 58.0, edge_mm)
+    paint(image, psoas, 58.0, edge_mm)
     for side in (-1, 1):
-        kidney = _tube((level * 30, y, x), (20 * 30, 2, side * 60), (22 * 30, 8, side * 66), 26 * size)
-        _paint(image, kidney, rng.choice([35.0, 180.0]), edge_mm)
+        kidney = tube_mm((level * 30, y, x), (20 * 30, 2, side * 60), (22 * 30, 8, side * 66), 26 * size)
+        paint(image, kidney, rng.choice([35.0, 180.0]), edge_mm)
     wide = by_level((8, 55), (10, 92), (15, 122), (19, 112))
-    cage = _oval(y - 48 * size, x, 78 * size, wide, 2.2)
-    middle = np.minimum(_oval(y - 45 * size, x + 6, 60 * size, 36 * size), _oval(y, x, 24 * size, 26 * size))
-    middle = np.minimum(middle, np.maximum(y + 5, np.abs(x) - 27 * size))
+    cage = oval_mm(y - 48 * size, x, 78 * size, wide, 2.2)
+    heart, column = oval_mm(y - 45 * size, x + 6, 60 * size, 36 * size), oval_mm(y, x, 24 * size, 26 * size)
+    middle = np.minimum(np.minimum(heart, column), np.maximum(y + 5, np.abs(x) - 27 * size))
     apex, base = 8.7 + (np.abs(x) / 50 - 1) ** 2, 17.2 - y / 45 + (np.abs(x) / 60 - 1) ** 2
     lung = np.maximum(np.maximum(cage, 2 - middle), np.maximum(apex - level, level - base) * 15)
-    _paint(image, lung, -860 + 20 * texture, edge_mm)
+    paint(image, lung, -860 + 20 * texture, edge_mm)
     windpipe = np.maximum(
-        _oval(y - by_level((1, 28), (7, 24), (11, 42)), x, 9 * size, 9 * size), (level - 11.5) * 20
+        oval_mm(y - by_level((1, 28), (7, 24), (11, 42)), x, 9 * size, 9 * size), (level - 11.5) * 20
     )
-    _paint(image, windpipe, -980.0, edge_mm)
-    aorta = _oval(y - by_level((10, 22), (24, 32)), x + by_level((10, 22), (22, 8)), 11 * size, 11 * size)
+    paint(image, windpipe, -980.0, edge_mm)
+    aorta = oval_mm(y - by_level((10, 22), (24, 32)), x + by_level((10, 22), (22, 8)), 11 * size, 11 * size)
     aorta = np.maximum(aorta, np.maximum(10.5 - level, level - 23.5) * 25)
-    _paint(image, aorta, rng.choice([45.0, 160.0, 320.0]), edge_mm)
-    gas = np.maximum(_oval(y - 70 * size, x, 18 * size, 60 * size), (19.5 - level) * 25)
-    _paint(image, np.maximum(gas, (0.4 - texture) * 12), -700.0, edge_mm)
+    paint(image, aorta, rng.choice([45.0, 160.0, 320.0]), edge_mm)
+    gas = np.maximum(oval_mm(y - 70 * size, x, 18 * size, 60 * size), (19.5 - level) * 25)
+    paint(image, np.maximum(gas, (0.4 - texture) * 12), -700.0, edge_mm)
 
 
 def paint_other_bones(rng, image, axes_mm, labels, levels, frames, size, edge_mm) -> None:
@@ -232,14 +208,14 @@ def paint_other_bones(rng, image, axes_mm, labels, levels, frames, size, edge_mm
         box, up, front, right = frame.local(axes_mm, 75 * size)
         if image[box].size:
             shrink = size * (1 - 0.17 * number)
-            bone = np.maximum(_oval(front, right, 15 * shrink, 26 * shrink, 2.5), np.abs(up) - 12.5 * size)
-            wing = np.maximum(_oval(front + 6, right, 12 * shrink, 52 * shrink), np.abs(up) - 13 * size)
+            bone = np.maximum(oval_mm(front, right, 15 * shrink, 26 * shrink, 2.5), np.abs(up) - 12.5 * size)
+            wing = np.maximum(oval_mm(front + 6, right, 12 * shrink, 52 * shrink), np.abs(up) - 13 * size)
             crest = np.maximum(
                 np.maximum(np.abs(right) - 3, np.abs(front + 24 * shrink) - 10), np.abs(up) - 9
             )
             bone = np.minimum(np.minimum(bone, wing), crest)
             for depth, value in zip((0, 2), hu, strict=True):
-                _paint(image[box], bone + depth, value, edge_mm)
+                paint(image[box], bone + depth, value, edge_mm)
     for side in (-1, 1):
         crest = [(-40, -18, 58), (5, -12, 66), (30, 15, 88), (34, 50, 112), (12, 85, 122)]
         for drop in (0, 12, 24, 36):
@@ -251,11 +227,11 @@ def paint_other_bones(rng, image, axes_mm, labels, levels, frames, size, edge_mm
     top = frames[0]
     box, up, front, right = top.local(axes_mm, 110 * size)
     if image[box].size:
-        skull = _tube((up, front, right), (72 * size, 5, 0), (73 * size, 15, 0), 66 * size)
+        skull = tube_mm((up, front, right), (72 * size, 5, 0), (73 * size, 15, 0), 66 * size)
         foramen = np.maximum(15 * size - np.hypot(front + 8, right), skull)
         skull = np.maximum(np.abs(skull + 3.5) - 3.5, foramen)
-        _paint(image[box], np.maximum(skull + 4, -skull - 40), 35.0, edge_mm)
-        _paint(image[box], skull, 750.0, edge_mm)
+        paint(image[box], np.maximum(skull + 4, -skull - 40), 35.0, edge_mm)
+        paint(image[box], skull, 750.0, edge_mm)
     jaw = [top.point(-8 - 0.45 * f, f, r) for f, r in ((28, -48), (70, -36), (92, 0), (70, 36), (28, 48))]
     _paint_tubes(image, axes_mm, jaw, 7 * size, (900, 400), edge_mm)
 
@@ -269,7 +245,7 @@ def paint_vertebrae(rng, image, axes_mm, labels, levels, frames, size, edge_mm) 
         if not image[box].size:
             continue
         half_up, half_front, half_right = (size * at_level(v, level) / 2 for v in (HEIGHT, DEPTH, WIDTH))
-        column = _oval(front, right, half_front, half_right, 2.3)
+        column = oval_mm(front, right, half_front, half_right, 2.3)
         if level > 1:
             disc = np.maximum(
                 column,
@@ -277,13 +253,13 @@ def paint_vertebrae(rng, image, axes_mm, labels, levels, frames, size, edge_mm) 
                 - size * at_level(DISC, level) / 2
                 - 2,
             )
-            _paint(image[box], disc, 85.0, edge_mm)
-        canal = _oval(
+            paint(image[box], disc, 85.0, edge_mm)
+        canal = oval_mm(
             front + half_front + size * at_level(CANAL_FRONT, level),
             right,
             *(size * at_level(v, level) for v in (CANAL_FRONT, CANAL_SIDE)),
         )
-        _paint(image[box], np.maximum(canal, np.abs(up) - half_up - 8), 22.0, edge_mm)
+        paint(image[box], np.maximum(canal, np.abs(up) - half_up - 8), 22.0, edge_mm)
         distance = _vertebra_mm(level, size, up, front, right)
         closer = distance < nearest[box]
         second[box] = np.where(closer, nearest[box], np.minimum(second[box], distance))
@@ -291,8 +267,8 @@ def paint_vertebrae(rng, image, axes_mm, labels, levels, frames, size, edge_mm) 
         label[box] = np.where(closer, number, label[box])
     bone = np.maximum(nearest, (nearest - second) / 2 + 0.5)  # 1 mm of joint space between two vertebrae
     texture = ndimage.gaussian_filter(rng.standard_normal(image.shape, np.float32), 1)
-    _paint(image, bone, rng.uniform(430, 620), edge_mm)
-    _paint(image, bone + 1.3, rng.uniform(160, 280) + 25 * texture / texture.std(), edge_mm)
+    paint(image, bone, rng.uniform(430, 620), edge_mm)
+    paint(image, bone + 1.3, rng.uniform(160, 280) + 25 * texture / texture.std(), edge_mm)
     return np.where(bone < 0, label, 0).astype(np.uint8)
 
 

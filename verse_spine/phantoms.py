@@ -6,14 +6,13 @@ for patients.
 """
 
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 from tqdm import tqdm
 
 from common.nifti import load_nifti, write_nifti
+from common.phantoms import already_written, new_folder, noisy_hu, voxel_axes_mm
 from verse_spine.anatomy import (
     lay_out,
     paint_other_bones,
@@ -78,24 +77,19 @@ def spine_phantom(
     extent = high - low, max(field_mm[0], front - behind), field_mm[1]
     middle = (high + low) / 2, (front + behind) / 2, (centres[:, 2].max() + centres[:, 2].min()) / 2
     shape = [max(round(mm / s), 4) for mm, s in zip(extent, spacing_mm, strict=True)]
-    axes_mm = [
-        np.float32((np.arange(n) - (n - 1) / 2) * s + m)
-        for n, s, m in zip(shape, spacing_mm, middle, strict=True)
-    ]
+    axes_mm = voxel_axes_mm(shape, spacing_mm, middle)
     image, edge_mm = np.full(shape, -1000, np.float32), float(np.mean(spacing_mm))
     paint_soft_tissue(rng, image, axes_mm, sizes, frames, size, edge_mm)
     paint_other_bones(rng, image, axes_mm, labels, sizes, frames, size, edge_mm)
     label = paint_vertebrae(rng, image, axes_mm, labels, sizes, frames, size, edge_mm)
     if metal:
         paint_screws(rng, image, axes_mm, sizes, frames, size, edge_mm)
-    noise = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), 0.5)
-    image += noise * (noise_hu / noise.std())
     centres_mm = {}
     for number, frame in zip(labels, frames, strict=False):
         place = tuple(float(c - a[0]) for c, a in zip(frame.centre, axes_mm, strict=True))
         if all(-s / 2 <= p < (n - 0.5) * s for p, n, s in zip(place, shape, spacing_mm, strict=True)):
             centres_mm[number] = place
-    return np.rint(image.clip(-1024, 3071)).astype(np.int16), label, centres_mm
+    return noisy_hu(rng, image, noise_hu, blur=0.5), label, centres_mm
 
 
 def write_verse_phantoms(
@@ -128,26 +122,16 @@ def write_verse_phantoms(
     """
     folder = Path(folder)
     if num_cases < 3:
-        raise ValueError(f"write_verse_phantoms: num_cases is {num_cases}, at least 3 are needed, one a part")
+        raise ValueError(f"write_verse_phantoms: num_cases is {num_cases}; each of the three parts needs one")
     contents = {"phantoms": num_cases, "seed": seed, "spacing_scale": spacing_scale, "full_spine": full_spine}
-    if folder.exists() and any(folder.iterdir()):
-        index_path = folder / "phantoms.json"
-        if index_path.exists() and json.loads(index_path.read_text()) == contents:
-            return folder
-        raise FileExistsError(
-            f"{folder}: holds something else than {contents}; remove it or name another folder"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.partial_") as partial:
-        root = Path(partial) / folder.name
+    if already_written(folder, "phantoms.json", contents):
+        return folder
+    with new_folder(folder) as root:
         num_other = max(round(0.2 * num_cases), 1)  # validation, and as many for the test
         for index in tqdm(range(num_cases), desc="phantoms", unit="case", disable=None):
             part = PARTS[max(0, 1 + (index - (num_cases - 2 * num_other)) // num_other)]
             _write_case(root / part, index, np.random.default_rng([seed, index]), spacing_scale, full_spine)
         (root / "phantoms.json").write_text(json.dumps(contents) + "\n")
-        if folder.exists():
-            folder.rmdir()  # empty
-        root.rename(folder)
     return folder
 
 
