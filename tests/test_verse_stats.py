@@ -12,7 +12,8 @@ from conftest import REAL_DATA
 from common.nifti import open_nifti, write_nifti
 from verse_spine import stats
 from verse_spine.phantoms import write_verse_phantoms
-from verse_spine.stats import densities, describe, find_scans, label_rows, main, obliqueness
+from verse_spine.stats import densities, describe, find_scans, main, obliqueness
+from verse_spine.stats_report import HU_EDGES, label_rows, unusual
 
 
 def table(path):
@@ -87,7 +88,7 @@ def test_percentiles_by_hand(tmp_path):
     )  # fmt: skip
     assert type(columns["hu_min"]) is type(columns["hu_max"]) is int
     assert shares["body"].sum() == pytest.approx(1) and shares["vertebrae"].sum() == pytest.approx(1)
-    assert shares["body"][np.flatnonzero(stats.HU_EDGES == 75)[0]] == 25 / 200  # 75..99
+    assert shares["body"][np.flatnonzero(HU_EDGES == 75)[0]] == 25 / 200  # 75..99
 
 
 def test_air_alone_and_no_mask_give_nan(tmp_path):
@@ -137,9 +138,9 @@ def test_a_case_by_hand(tmp_path):
     assert list(result["volumes_ml"]) == [19, 28, 20], "T13 between T12 and L1"
     assert row["vertebra_ml"] == pytest.approx(0.026) and row["centroid_max_mm"] == pytest.approx(1.5)
     assert row["mask_on_grid"] == "yes" and row["dtype"] == "int16" and row["notes"] == ""
-    assert stats.unusual(result)["a thirteenth thoracic vertebra (T13)"]
-    assert stats.unusual(result)["longer (z) than twice the width (x)"]  # 12 > 2 * 5
-    assert not stats.unusual(result)["voxels longer than 3 mm"]
+    assert unusual(result)["a thirteenth thoracic vertebra (T13)"]
+    assert unusual(result)["longer (z) than twice the width (x)"]  # 12 > 2 * 5
+    assert not unusual(result)["voxels longer than 3 mm"]
 
 
 def test_mask_on_another_grid_has_volumes_but_no_densities(tmp_path):
@@ -149,7 +150,7 @@ def test_mask_on_another_grid_has_volumes_but_no_densities(tmp_path):
     items = [{"direction": ["R", "A", "S"]}, {"label": 24, "X": 0.5, "Y": 0.5, "Z": 2.5}]
     centroids.write_text(json.dumps(items))
     result = describe(find_scans(tmp_path)[0], tmp_path)
-    row, found = result["row"], stats.unusual(result)
+    row, found = result["row"], unusual(result)
     assert row["mask_on_grid"] == "no" and np.isnan(row["bone_hu_median"]) and row["vertebrae"] == 1
     assert row["centroid_max_mm"] == pytest.approx(60) and "L5: centroid 60 mm from" in row["notes"]
     assert found["mask on another grid"] and found["centroid > 25 mm from its mask"]

@@ -3,16 +3,16 @@
     python verse_spine/stats.py --source data/verse --out runs/verse_spine/statistics
     python verse_spine/stats.py --source my_scans --recursive --out runs/my_scans
 
-Takes VerSe's layout, or any folder of NIfTI files, then without masks. Writes scans.csv (a row a scan),
-labels.csv (a row a vertebra number), statistics.md (a summary with what is unusual) and statistics.png. All
-numbers are z y x of the scan turned to RAS+. Files that cannot be read are listed at the end, exit code 1.
+Takes a folder in VerSe's layout, or any folder of NIfTI files (then without masks). Writes scans.csv with one
+row for each scan, labels.csv with one row for each vertebra number, statistics.md with a summary of what is
+usual and unusual, and statistics.png. All numbers are z y x of the scan turned to RAS+. Files that cannot be
+read are listed at the end; the exit code is then 1.
 """
 
 import math
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,12 +25,10 @@ from common.config import Switch, make_parser, non_negative_int, parse_args, run
 from common.conversion import convert_cases
 from common.metrics import write_table
 from common.nifti import NiftiFile, Scan, case_name, is_nifti, load_label, open_nifti, same_grid
-from common.plots import new_figure, save_figure
 from common.splits import natural_key
 from verse_spine.cases import Case, find_cases
 from verse_spine.labels import (
     LABEL_NAMES,
-    MAX_DISTANCE_MM,
     VERTEBRAE,
     centroids_to_mm,
     check_centroids,
@@ -38,24 +36,33 @@ from verse_spine.labels import (
     mask_centres,
     read_centroids,
 )
+from verse_spine.stats_report import HU_EDGES, TOP_TO_BOTTOM, label_rows, report, save_picture
 
-BODY_HU = -500
-AIR_HU = -200  # nearly every CT holds something darker
-BLOCK_VOXELS = 2**25  # of a scan in memory at once: 64 MiB of int16
-SAMPLE_VOXELS = 2**22  # of a scan for the percentiles of the body; all voxels of smaller scans
+BODY_HU = -500  # what is denser counts as body
+BLOCK_VOXELS = 2**25  # that are in memory at once: 64 MiB of int16
+SAMPLE_VOXELS = 2**22  # at most so many of a scan's voxels are used for the percentiles of the body
 PERCENTILES = {"p0.5": 0.5, "median": 50, "p99.5": 99.5}
-HU_EDGES = np.arange(-1025, 2026, 25)  # of the picture; -1000 lies inside a bin
-THICK_MM = 3.0
-SHEAR = 1e-3  # cosine between two axes; rounding of headers stays below
-TOP_TO_BOTTOM = sorted(VERTEBRAE, key=lambda label: 19.5 if label == 28 else label)  # T13 below T12
+SHEAR = 1e-3  # cosine between two axes above which an affine counts as sheared; rounding stays below
 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--source", default="data/verse", help="VerSe folder, or a folder of NIfTI files")
-    parser.add_argument("--out", default="runs/verse_spine/statistics", help="folder of the tables")
-    parser.add_argument("--recursive", action=Switch, default=False, help="sub-folders too (not for VerSe)")
-    parser.add_argument("--workers", type=non_negative_int, default=0, help="processes; 0 = this one only")
+    parser.add_argument(
+        "--source", default="data/verse", help="folder of VerSe, or any folder of NIfTI files"
+    )
+    parser.add_argument("--out", default="runs/verse_spine/statistics", help="folder for tables and picture")
+    parser.add_argument(
+        "--recursive",
+        action=Switch,
+        default=False,
+        help="also look into sub-folders; needed only for folders that are not in VerSe's layout",
+    )
+    parser.add_argument(
+        "--workers",
+        type=non_negative_int,
+        default=0,
+        help="processes that read scans side by side; 0 reads them in this process, one after the other",
+    )
     return parser
 
 
@@ -81,20 +88,33 @@ def find_scans(source: str | Path, recursive: bool = False) -> list[Case]:
 
 
 def obliqueness(affine: np.ndarray) -> tuple[float, bool]:
-    """(largest angle of a voxel axis to its axis of space in degrees, sheared or not); affine as RAS+."""
+    """How far a grid is turned against the axes of space.
+
+    Args:
+        affine: (4, 4), voxel (x, y, z) of the RAS+ volume to mm.
+
+    Returns:
+        The largest angle between an axis of the grid and its axis of space, in degrees; and whether the axes
+        of the grid are not at right angles to each other (sheared, as by a tilted gantry).
+    """
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    # Not the arc cosine: near 1 it makes 0.03 degrees of the rounding of a float32 header.
+    # The arc cosine would be shorter, but near 1 it makes 0.03 degrees of the rounding of a float32 header.
     angles = np.arctan2(np.linalg.norm(axes * (1 - np.eye(3)), axis=0), np.diag(axes))
     return float(np.degrees(angles).max()), bool(np.abs(axes.T @ axes - np.eye(3)).max() > SHEAR)
 
 
 def _percentiles(values: np.ndarray, prefix: str) -> dict[str, float]:
-    found = np.percentile(values, list(PERCENTILES.values())) if values.size else [math.nan] * 3
-    return {f"{prefix}_{name}": float(v) for name, v in zip(PERCENTILES, found, strict=True)}
+    """{column: percentile}; NaN without any value."""
+    if not values.size:
+        return {f"{prefix}_{name}": math.nan for name in PERCENTILES}
+    return {f"{prefix}_{name}": float(np.percentile(values, p)) for name, p in PERCENTILES.items()}
 
 
 def _blocks(file: NiftiFile, step: int) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """(place, voxels) of slabs across the file's slowest axis, each a multiple of `step` voxels thick."""
+    """Slabs of the scan as (their slices, voxels); each is a multiple of `step` voxels thick.
+
+    They are cut across the axis that the file stores outermost, so that no byte is read twice.
+    """
     axis = next(i for i, codes in enumerate(("SI", "AP", "RL")) if file.orientation[2] in codes)
     plane = math.prod(file.shape) // file.shape[axis]
     thick = -(-max(1, BLOCK_VOXELS // plane) // step) * step
@@ -105,11 +125,16 @@ def _blocks(file: NiftiFile, step: int) -> Iterator[tuple[tuple[slice, ...], np.
 
 
 def densities(file: NiftiFile, mask: np.ndarray | None) -> tuple[dict, dict[str, np.ndarray]]:
-    """Range and percentiles of a scan, read slab by slab, and where in HU_EDGES its voxels lie (shares).
+    """Range, percentiles and histograms of a scan, which is read slab by slab.
 
-    hu_p0.5, hu_median and hu_p99.5 are of the voxels above -500 HU (of every s-th voxel an axis where the
-    scan has more than 4 million), hu_min and hu_max of all, bone_hu_... of all voxels of vertebrae; NaN where
-    there are none. `mask` is (z, y, x) with VerSe's numbers on the grid of the file.
+    Args:
+        mask: (z, y, x) with VerSe's numbers on the grid of the file, or None.
+
+    Returns:
+        columns: hu_p0.5, hu_median, hu_p99.5 of the voxels above -500 HU (of scans with more than 4 million
+            voxels only every second, third, ... voxel along each axis is looked at); hu_min and hu_max of all
+            voxels; bone_hu_p0.5 and so on of all voxels of vertebrae. NaN where there is no such voxel.
+        shares: {"body", "vertebrae"}: the share of its voxels in each bin of HU_EDGES.
     """
     step = math.ceil((math.prod(file.shape) / SAMPLE_VOXELS) ** (1 / 3))
     body, bone, limits = [], [], []
@@ -122,13 +147,19 @@ def densities(file: NiftiFile, mask: np.ndarray | None) -> tuple[dict, dict[str,
     samples = {"body": np.concatenate(body), "vertebrae": np.concatenate([*bone, np.empty(0, np.int16)])}
     columns = _percentiles(samples["body"], "hu") | {"hu_min": min(limits), "hu_max": max(limits)}
     columns |= _percentiles(samples["vertebrae"], "bone_hu")
-    shares = {k: np.histogram(v, HU_EDGES)[0] / max(v.size, 1) for k, v in samples.items()}
+    shares = {
+        name: np.histogram(values, HU_EDGES)[0] / max(values.size, 1) for name, values in samples.items()
+    }
     return columns, shares
 
 
 def describe(case: Case, source: Path) -> dict:
-    """All numbers of one case: its `row` of scans.csv (cells about the mask are empty without one),
-    `volumes_ml` of its vertebrae {VerSe's number: mL}, and `shares` as `densities`.
+    """All numbers of one case.
+
+    Returns:
+        row: its row of scans.csv; cells about the mask are empty if it has none.
+        volumes_ml: {VerSe's number: volume of the vertebra in mL}.
+        shares: as in `densities`.
 
     Raises:
         FileNotFoundError, ValueError: a file cannot be read, or the mask holds other numbers than VerSe's.
@@ -163,6 +194,7 @@ def describe(case: Case, source: Path) -> dict:
 
 
 def _describe_mask(case: Case, file: NiftiFile, mask: Scan | None) -> tuple[dict, dict, list[str]]:
+    """(columns of scans.csv, volumes_ml as in `describe`, notes)."""
     if mask is None:
         names = "vertebrae first_level last_level vertebra_ml mask_on_grid centroid_max_mm"
         return dict.fromkeys(names.split()), {}, []
@@ -190,129 +222,8 @@ def _describe_mask(case: Case, file: NiftiFile, mask: Scan | None) -> tuple[dict
     return row, volumes_ml, notes
 
 
-def label_rows(results: list[dict]) -> list[dict]:
-    """Rows of labels.csv, C1 first: all of VerSe's vertebrae, sd (sample) and mean empty without a scan."""
-    rows = []
-    for label in TOP_TO_BOTTOM:
-        ml = [r["volumes_ml"][label] for r in results if label in r["volumes_ml"]]
-        mean, sd = (np.mean(ml) if ml else math.nan), (np.std(ml, ddof=1) if len(ml) > 1 else math.nan)
-        names = {"label": label, "name": LABEL_NAMES[label], "scans": len(ml)}
-        rows.append({**names, "mean_ml": float(mean), "sd_ml": float(sd)})
-    return rows
-
-
-def unusual(result: dict) -> dict[str, bool]:
-    """{what: whether the case of `describe` is so}."""
-    row, farthest_mm = result["row"], result["row"]["centroid_max_mm"] or 0
-    thickest_mm = round(max(row[f"spacing_{a}_mm"] for a in "zyx"), 3)  # headers hold float32: 3.0000001
-    return {
-        "a thirteenth thoracic vertebra (T13)": 28 in result["volumes_ml"],
-        "a sixth lumbar vertebra (L6)": 25 in result["volumes_ml"],
-        "sheared affine (gantry tilt)": row["sheared"] == "yes",
-        f"voxels longer than {THICK_MM:g} mm": thickest_mm > THICK_MM,
-        "longer (z) than twice the width (x)": row["fov_z_mm"] > 2 * row["fov_x_mm"],
-        f"nothing below {AIR_HU} HU: no CT?": row["hu_min"] >= AIR_HU,
-        "mask on another grid": row["mask_on_grid"] == "no",
-        "mask without a vertebra": row["vertebrae"] == 0,
-        f"centroid > {MAX_DISTANCE_MM:g} mm from its mask": farthest_mm > MAX_DISTANCE_MM,
-        "notes in scans.csv": bool(row["notes"]),
-    }
-
-
-def _table(header: list[str], rows: list[list]) -> list[str]:
-    lines = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in [header, *rows]]
-    lines.insert(1, " | ".join(["---"] * len(header)))
-    return [*(f"| {line} |" for line in lines), ""]
-
-
-def _short(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def report(source: str | Path, results: list[dict], failed: dict[str, str]) -> str:
-    """The text of statistics.md."""
-    rows = [r["row"] for r in results]
-    lines = [f"# Statistics of {source}", "", "Axes are z y x of the scan turned to RAS+.", ""]
-    groups, cells = [(r["part"] or "-", r["edition"] or "-") for r in rows], []
-    for group in [*sorted(set(groups), key=str), ("all", "")]:
-        of = [r for r, own in zip(rows, groups, strict=True) if group in (own, ("all", ""))]
-        patients, vertebrae = len({r["subject"] for r in of}), sum(r["vertebrae"] or 0 for r in of)
-        cells.append([*group, len(of), patients, vertebrae])
-    lines += ["## Scans", "", *_table(["part", "edition", "scans", "patients", "vertebrae"], cells)]
-    cells = []
-    for column in [c for c in rows[0] if c != "edition"]:
-        values = [v for r in rows if isinstance(v := r[column], int | float) and not math.isnan(v)]
-        if values:
-            spread = (np.median(values), min(values), max(values))
-            cells.append([column, *map(_short, spread), len(values)])
-    lines += ["## Geometry and density", ""]
-    lines += ["fov: field of view; hu: of voxels above -500 HU; bone_hu: of voxels inside the mask.", ""]
-    lines += _table(["column of scans.csv", "median", "lowest", "highest", "scans"], cells)
-
-    cells = [[code, number] for code, number in Counter(r["orientation"] for r in rows).most_common()]
-    lines += ["## Orientations of the files", "", *_table(["orientation", "scans"], cells)]
-    seen = [r for r in label_rows(results) if r["scans"]]
-    cells = [[r["name"], r["scans"], _short(r["mean_ml"]), _short(r["sd_ml"])] for r in seen]
-    if cells:
-        lines += ["## Vertebrae", "", "Volumes include vertebrae that the scan cuts.", ""]
-        lines += _table(["level", "scans", "mean mL", "sd mL"], cells)
-    cells = []
-    for what in unusual(results[0]):
-        names = [r["row"]["case"] for r in results if unusual(r)[what]]
-        cells.append([what, len(names), ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")])
-    lines += ["## Unusual", "", *_table(["what", "scans", "which"], cells)]
-    lines += ["## Could not be read", ""] if failed else []
-    lines += [f"- {name}: {reason}" for name, reason in failed.items()]
-    return "\n".join([*lines, "", "![statistics](statistics.png)", ""])
-
-
-def save_picture(path: Path, results: list[dict]) -> None:
-    """statistics.png; without a vertebra the two panels about vertebrae are left out."""
-    rows, labels = [r["row"] for r in results], label_rows(results)
-    seen = any(r["scans"] for r in labels)
-    figure, axes = new_figure(2, 3 if seen else 2, (15 if seen else 10, 7.5))
-    places = iter(axes.flat)
-    axis, x, z = next(places), *([r[f"spacing_{a}_mm"] for r in rows] for a in "xz")
-    limits = (0, 1.1 * max(x + z))
-    axis.axline((0, 0), slope=1, color="0.7")
-    axis.scatter(x, z, alpha=0.5)
-    axis.set(xlim=limits, ylim=limits, xlabel="x (left-right), mm", ylabel="z (head-feet), mm")
-    axis.set_title("voxel size")
-    axis = next(places)
-    axis.hist([r["fov_z_mm"] for r in rows], bins=min(30, max(5, len(rows) // 3)), edgecolor="white")
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    axis.set(title="field of view", xlabel="z (head-feet), mm", ylabel="scans")
-    orientations = Counter(r["orientation"] for r in rows)
-    _bars(next(places), dict(orientations.most_common()), "orientation of the files")
-    axis = next(places)
-    for key in ("body", "vertebrae"):
-        shares = [r["shares"][key] for r in results if r["shares"][key].any()]
-        if shares:  # every scan weighs the same, whatever its size
-            axis.stairs(np.mean(shares, axis=0), HU_EDGES, label=key, fill=True, alpha=0.5)
-            axis.legend()
-    axis.set(title="density", xlabel="HU", ylabel="share of voxels")
-    if seen:
-        _bars(next(places), {r["name"]: r["scans"] for r in labels}, "vertebrae")
-        axis, names = next(places), [r["name"] for r in labels]
-        error = np.nan_to_num([r["sd_ml"] for r in labels])
-        axis.errorbar(names, [r["mean_ml"] for r in labels], error, fmt="o", capsize=2)
-        axis.tick_params(axis="x", rotation=90, labelsize=8)
-        axis.set(title="volume, mean and sd", ylabel="mL", ylim=(0, None), xlim=(-0.6, len(names) - 0.4))
-    save_figure(figure, path)
-
-
-def _bars(axis, counts: dict[str, int], title: str) -> None:
-    bars = axis.bar(list(counts), list(counts.values()))
-    axis.bar_label(bars, [n or "" for n in counts.values()], fontsize=7)
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    axis.margins(x=0.02, y=0.1)
-    axis.set(title=title, ylabel="scans")
-    if len(counts) > 10:
-        axis.tick_params(axis="x", rotation=90, labelsize=8)
-
-
 def statistics(args: Namespace) -> dict[str, str]:
-    """Describe every scan, write the files; returns {unreadable file: reason}. Raises as `find_scans`."""
+    """Describe every scan and write the files; returns {unreadable file: reason}. Raises as `find_scans`."""
     source, out = Path(args.source), Path(args.out)
     cases = find_scans(source, args.recursive)
     results, failed = [], {}
