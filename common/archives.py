@@ -1,4 +1,5 @@
-"""Files from the network and archives from strangers: resume, check, unpack whole or not at all."""
+"""Files from the network and archives from strangers: downloads that go on after a break, zips that are
+checked and unpacked whole or not at all."""
 
 import errno
 import http.client
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-MARKER = ".made_by_download"
-BLOCK = 1 << 20
+MARKER = ".made_by_download"  # file in folders that a download script made and may delete
+BLOCK = 1 << 20  # bytes read at once
+TIMEOUT_S = 60  # without an answer from the server
 AGENT = {"User-Agent": "Mozilla/5.0 (dataset download)"}  # some hosts refuse Python's own name
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 FAILURES = (OSError, http.client.HTTPException)  # of a connection; URLError and TimeoutError are OSErrors
@@ -49,32 +51,36 @@ def make_own(folder: Path) -> None:
 
 
 def leads_outside(member: str) -> bool:
-    """Whether the name of an archive's member could be written outside of the folder it is unpacked to.
+    """Whether an archive's member with this name could be written outside of the folder it is unpacked to.
 
-    `\\` and `C:` are harmless text on one system and a path on another; they count as leading outside on all.
+    `\\` and `C:` are harmless on one system and lead outside on another; here they always count as that.
     """
     return bool(re.search(r"[\\:\x00-\x1f]|^/|(^|/)\.\.(/|$)", member))
 
 
-def remote_size(url: str, timeout_s: float = 30) -> int | None:
-    """Bytes of a file on a server; None if it cannot be reached or does not say."""
+def remote_size(url: str) -> int | None:
+    """How many bytes a file on a server has; None if the server cannot be reached or does not say."""
     try:
         request = urllib.request.Request(url, headers=AGENT, method="HEAD")
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             return int(response.headers["Content-Length"])
     except (*FAILURES, TypeError, ValueError):
         return None
 
 
-def download_file(url: str, path: Path, *, tries: int = 5, timeout_s: float = 60) -> Path:
-    """Fetch a file; what arrived before a break is kept in `path`.part and continued, now or next time.
+def download_file(url: str, path: Path, *, tries: int = 5) -> Path:
+    """Fetch a file. What has arrived when the connection breaks stays in `path`.part; the rest is fetched at
+    once or by the next call. `path` appears when it is complete.
 
-    The rest is asked for by a byte range. A server that knows no ranges, or whose file is another one by now
-    (ETag, date or size), sends all of it again. `path` appears when it is complete.
+    Only the rest is asked for, as a byte range. All of the file is fetched anew if the server does not know
+    ranges, or if its file has changed (by ETag, date or size).
+
+    Args:
+        tries: how many times in a row nothing may arrive.
 
     Raises:
-        OSError: not reachable, refused, or cut short `tries` times without progress; the disk is full.
-        KeyboardInterrupt: passed on; the part is kept.
+        OSError: the server cannot be reached or refuses, nothing arrived `tries` times, or the disk is full.
+        KeyboardInterrupt: is passed on; the part stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -82,7 +88,7 @@ def download_file(url: str, path: Path, *, tries: int = 5, timeout_s: float = 60
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            _fetch(url, part, timeout_s)
+            _fetch(url, part)
             break
         except urllib.error.HTTPError as error:
             raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
@@ -104,7 +110,7 @@ def _notes(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 
 
-def _fetch(url: str, part: Path, timeout_s: float) -> None:
+def _fetch(url: str, part: Path) -> None:
     have, known = part.stat().st_size if part.exists() else 0, {}
     if have and _notes(part).is_file():
         try:
@@ -115,14 +121,14 @@ def _fetch(url: str, part: Path, timeout_s: float) -> None:
     if have and known.get("url") == url and known.get("version"):
         headers |= {"Range": f"bytes={have}-", "If-Range": known["version"]}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
         if error.headers.get("Content-Range") == f"bytes */{have}" and known.get("size") == have:
             return  # it was complete already
         part.unlink()
-        return _fetch(url, part, timeout_s)
+        return _fetch(url, part)
     with response:
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if version and version.startswith("W/"):
@@ -134,7 +140,7 @@ def _fetch(url: str, part: Path, timeout_s: float) -> None:
             size = int(match[2]) if match and match[2] != "*" else None
             if not match or int(match[1]) != have or version != known["version"] or size != known.get("size"):
                 part.unlink()
-                return _fetch(url, part, timeout_s)
+                return _fetch(url, part)
         else:
             have = 0
         need = (size or 0) - have
@@ -158,10 +164,10 @@ def _fetch(url: str, part: Path, timeout_s: float) -> None:
 
 
 def check_zip(archive: Path) -> list[zipfile.ZipInfo]:
-    """The files in a zip, after reading all of it once against its checksums.
+    """The files in a zip, all of which is read once and compared with its checksums.
 
     Raises:
-        ValueError: no zip, damaged, encrypted, or a member that is a link or leads out of the folder.
+        ValueError: not a zip, damaged or encrypted, or a member is a link or leads out of the folder.
     """
     try:
         with zipfile.ZipFile(archive) as packed:

@@ -3,9 +3,10 @@
     python common/compare.py runs/a/evaluation runs/b/evaluation
     python common/compare.py predictions_a predictions_b --target labels --metric dice hd95_mm
 
-Takes tables of evaluate.py (results.csv in a folder, or the file), a row a case and class; or, with --target,
-folders of NIfTI label maps, which are scored first. Writes comparison.csv to --out. Differences are B - A.
-Cases or structures that were missed or invented count with the worst score, and are counted beside it.
+Takes tables of evaluate.py (the file results.csv or its folder) with one row for each case and class; or,
+with --target, folders of NIfTI label maps, which are scored first. Writes comparison.csv to --out.
+Differences are B - A. A structure that was missed or invented counts with the worst score, and how many there
+were stands beside it.
 """
 
 import csv
@@ -32,17 +33,29 @@ from common.splits import natural_key, patients_of
 
 RESULTS = "results.csv"
 SUFFIXES = ("_pred", "_prediction", "_seg", "_segmentation", "_mask", "_label", "_labels", "_gt")
-VOLUMES = ("target_mm3", "pred_mm3")  # no scores
+VOLUMES = ("target_mm3", "pred_mm3")  # columns that are not scores
 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("run_a", help="results.csv, its folder, or with --target a folder of label maps")
+    parser.add_argument("run_a", help="results.csv or its folder; with --target a folder of label maps")
     parser.add_argument("run_b", help="the other run, of the same kind")
-    parser.add_argument("--metric", nargs="+", help="columns to compare; default: all that both have")
-    parser.add_argument("--target", help="folder of reference label maps, NIfTI, named as the predictions")
-    parser.add_argument("--patient_pattern", help="regular expression whose group is the patient in a case")
-    parser.add_argument("--out", default="comparison", help="folder for the tables")
+    parser.add_argument(
+        "--metric",
+        nargs="+",
+        help="columns of the tables to compare, such as dice; by default all that both have",
+    )
+    parser.add_argument(
+        "--target",
+        help="folder of true label maps (NIfTI) with the names of the predictions; needed only if run_a and "
+        "run_b are folders of label maps",
+    )
+    parser.add_argument(
+        "--patient_pattern",
+        help="regular expression whose group finds the patient in the name of a case, as 'sub-([0-9]+)'; "
+        "needed if a patient has several cases, which count as one in the test and the interval",
+    )
+    parser.add_argument("--out", default="comparison", help="folder that the tables are written to")
     return parser
 
 
@@ -51,8 +64,8 @@ def read_results(path: str | Path) -> list[dict]:
 
     Raises:
         FileNotFoundError: no such table.
-        ValueError: no row, a missing column, a cell that is no number, a case and class twice, or an empty
-            metric of a structure that is not absent.
+        ValueError: an empty table, a missing column, a cell that is not a number, a case and class twice, or
+            an empty metric of a structure that is not absent.
     """
     path = Path(path)
     path = path / RESULTS if path.is_dir() else path
@@ -74,7 +87,7 @@ def read_results(path: str | Path) -> list[dict]:
             try:
                 row[metric] = float(row[metric] or "nan")
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{where}: {metric} is {row[metric]!r}, no number") from error
+                raise ValueError(f"{where}: {metric} is {row[metric]!r}, not a number") from error
             if np.isnan(row[metric]) and row["status"] != "absent":
                 raise ValueError(
                     f"{where}: {row['status']}, but its {metric} is empty. Left out it would flatter the "
@@ -132,12 +145,20 @@ def score_folders(
 
 
 def compare(a: list[dict], b: list[dict], metrics: list[str] | None = None) -> list[dict]:
-    """A row a metric and class, and "all" (mean over the classes of a case); see `paired_wilcoxon`.
+    """The table of differences between two runs, B - A.
 
-    p_holm is adjusted over the classes of a metric. missed_a, hallucinated_a, ...: structures.
+    Args:
+        a, b: rows as of `read_results`; cases that only one of them has are left out.
+        metrics: columns to compare; by default all that both have.
+
+    Returns:
+        One row for each metric and class, and one with class "all" for the mean over the classes of a case:
+        the columns of `paired_wilcoxon`; p_holm, the p value adjusted over the classes of a metric; and how
+        many structures each run missed and hallucinated (missed_a, hallucinated_a, missed_b, hallucinated_b).
 
     Raises:
-        ValueError: no common case, a case whose classes differ, an unknown metric, two patients of a case.
+        ValueError: the runs have no case in common, or a case with other classes or another patient; an
+            unknown metric.
     """
     cases = {r["case"] for r in a} & {r["case"] for r in b}
     if not cases:
@@ -176,10 +197,11 @@ def compare(a: list[dict], b: list[dict], metrics: list[str] | None = None) -> l
 
 
 def print_comparison(table: list[dict]) -> None:
-    """The table as aligned text; missed and invented structures as A/B."""
+    """Print the table of `compare`; missed and invented structures are given as A/B."""
     widths = (-22, 9, 9, 9, 20, 7, 8, 5, 9, 10)
 
     def show(*cells: object) -> None:
+        # A negative width aligns to the left.
         print("".join(f"{c:>{w}}" if w > 0 else f"{c:<{-w}}" for c, w in zip(cells, widths, strict=True)))
 
     show("", "A", "B", "B - A", "95 % interval", "p", "p Holm", "n", "missed", "invented")

@@ -18,7 +18,7 @@ class Case:
 
 
 def find_decathlon(folder: str | Path) -> Path | None:
-    """`folder` itself or its only subfolder, whichever holds imagesTr; None if neither does."""
+    """The folder that holds imagesTr: `folder` itself or its only sub-folder that does; None without one."""
     folder = Path(folder)
     if (folder / "imagesTr").is_dir():
         return folder
@@ -27,12 +27,12 @@ def find_decathlon(folder: str | Path) -> Path | None:
 
 
 def list_cases(folder: str | Path) -> list[Case]:
-    """Training cases by natural order of their names; macOS resource files (`._*`) are passed over.
+    """Training cases in the natural order of their names; macOS resource files (`._*`) are passed over.
 
     Raises:
-        FileNotFoundError: no imagesTr or labelsTr.
-        ValueError: no scan at all, a scan without label, a label without scan, or two files of one case;
-            names them.
+        FileNotFoundError: imagesTr or labelsTr is missing.
+        ValueError: there is not one scan, or a scan without label, a label without scan, or two files of one
+            case; names them.
     """
     folder = Path(folder)
     for name in ("imagesTr", "labelsTr"):
@@ -44,24 +44,24 @@ def list_cases(folder: str | Path) -> list[Case]:
     images, labels = _files_by_case(folder / "imagesTr"), _files_by_case(folder / "labelsTr")
     if not images and not labels:
         raise ValueError(f"{folder}: imagesTr and labelsTr hold no .nii or .nii.gz file")
-    problems = [
-        f"{len(names)} {kind}: {', '.join(sorted(names, key=natural_key)[:10])}{', ...' * (len(names) > 10)}"
-        for kind, names in (
-            ("scan(s) without a file of that name in labelsTr", images.keys() - labels.keys()),
-            ("label(s) without a file of that name in imagesTr", labels.keys() - images.keys()),
-        )
-        if names
-    ]
+    problems = []
+    for kind, names in (
+        ("scan(s) without a file of that name in labelsTr", images.keys() - labels.keys()),
+        ("label(s) without a file of that name in imagesTr", labels.keys() - images.keys()),
+    ):
+        if names:
+            listed = ", ".join(sorted(names, key=natural_key)[:10])
+            problems.append(f"{len(names)} {kind}: {listed}{', ...' if len(names) > 10 else ''}")
     if problems:
         raise ValueError(f"{folder}: {'; '.join(problems)}. Add the missing files or move these away")
     return [Case(name, images[name], labels[name]) for name in sorted(images, key=natural_key)]
 
 
 def read_dataset_json(folder: str | Path) -> dict:
-    """dataset.json of the folder, {} when absent.
+    """The content of the folder's dataset.json; {} if there is no such file.
 
     Raises:
-        ValueError: not valid JSON, or no object.
+        ValueError: the file is not valid JSON, or not an object.
     """
     path = Path(folder) / "dataset.json"
     if not path.is_file():

@@ -7,9 +7,12 @@ from torch import nn
 class WeightAverage:
     """Exponential moving average of a model's parameters *and* float buffers.
 
-    Averaging BatchNorm's running statistics as well matters: averaged weights with the live model's
-    statistics belong to no model. The decay is ramped, min(decay, (1 + n) / (10 + n)) in the n-th update, so
-    that the random initial weights do not linger. Integer buffers are copied.
+    BatchNorm's running statistics are averaged too, because those of the model under training do not fit
+    averaged weights. The decay of the n-th update is min(decay, (1 + n) / (10 + n)), so that the random
+    initial weights are soon forgotten. Integer buffers are copied.
+
+    Args:
+        decay: share of the old average that stays in an update, such as 0.999.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -18,6 +21,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        """Let the average follow the model's present weights; called after each update of the weights."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         for name, value in model.state_dict().items():

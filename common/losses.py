@@ -1,4 +1,4 @@
-"""Segmentation losses on raw logits. All sums in float32, whatever the precision of the network.
+"""Segmentation losses on raw logits. All sums are in float32, whatever the precision of the network.
 
 logits are (N, C, *spatial) before softmax, targets (N, *spatial) int64 in [0, C). `batch_dice_loss` and
 `dice_ce_loss` also take the single logit of a binary network, (N, 1, *spatial) before the sigmoid.
@@ -28,8 +28,9 @@ def _probs_and_onehot(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
     """1 - soft Dice of the foreground classes, per image and class, then averaged. Scalar in [0, 1].
 
-    `smooth` (voxels) stands above and below. On an image without a class, 1 / 10 / 100 false-positive voxels
-    cost 0.50 / 0.91 / 0.99: a strong but saturating penalty; an empty prediction there costs 0.
+    `smooth`, in voxels, is added above and below the fraction line. In an image without the class, 1, 10 or
+    100 false-positive voxels cost 0.50, 0.91 or 0.99: a strong penalty that saturates. An empty prediction
+    there costs 0.
 
     Source: Milletari et al. 2016, V-Net, arXiv:1606.04797. Differs: denominator not squared.
     """
@@ -41,9 +42,9 @@ def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
 def balanced_cross_entropy(logits: Tensor, target: Tensor, *, foreground_weight: float = 0.5) -> Tensor:
     """Cross-entropy in which foreground and background of each image count alike, however small the tumour.
 
-    Each foreground voxel weighs w / number of foreground voxels of its image, each background voxel
-    (1 - w) / number of background voxels; summed per image, averaged over the batch. An image without
-    foreground has total weight 1 - w, one without background w.
+    With w = `foreground_weight`, each foreground voxel weighs w / number of foreground voxels of its image,
+    each background voxel (1 - w) / number of background voxels. The sum over each image is averaged over the
+    batch. An image without foreground has the total weight 1 - w, one without background w.
     """
     _check(logits, target)
     per_voxel = F.cross_entropy(logits.float(), target, reduction="none").flatten(1)
@@ -83,18 +84,18 @@ def focal_tversky_loss(
 def batch_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
     """1 - soft Dice of each foreground class over the whole batch, averaged over the classes in the target.
 
-    Classes without a target voxel are left out (their Dice would be about 0 whatever is predicted); 0 if
-    there is no foreground at all: false positives in such a batch are the cross-entropy's business.
+    Classes without a target voxel are left out, as their Dice would be about 0 whatever is predicted. A batch
+    without any foreground has the loss 0: its false positives are left to the cross-entropy.
 
     Args:
-        smooth: in voxels, above and below.
+        smooth: added above and below the fraction line, in voxels.
 
     Source: Milletari et al. 2016, arXiv:1606.04797. Differs: over the batch, denominator not squared.
     """
     _check(logits, target, least_classes=1)
     probs = logits.float().sigmoid() if logits.shape[1] == 1 else logits.float().softmax(dim=1)[:, 1:]
     lost_and_present = []
-    for k in range(probs.shape[1]):  # one class at a time: no one-hot target of all classes
+    for k in range(probs.shape[1]):  # one class at a time saves a one-hot target of all classes
         onehot = (target == 1 + k).to(probs.dtype)
         overlap, total, present = (probs[:, k] * onehot).sum(), probs[:, k].sum() + onehot.sum(), onehot.any()
         lost = (1 - (2 * overlap + smooth) / (total + smooth)) * present

@@ -1,6 +1,6 @@
 """Closed surface meshes of label maps, and a web page that shows them offline.
 
-The page draws with plain JavaScript on a canvas: no network, no graphics card, no WebGL is needed.
+The page draws with plain JavaScript on a canvas, so it needs neither network nor graphics card nor WebGL.
 """
 
 import base64
@@ -8,65 +8,58 @@ import html
 import json
 import os
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from common.surface_nets import smooth, surface_nets
 from common.volumes import expand_box, resample, resampled_shape
 
-TAUBIN = (0.5, -0.53)  # a step inwards, then one outwards: smooths without shrinking
 SIZE_LIMIT = 5_000_000  # bytes of a page
-EDGES = [  # of a cell of eight voxels: (corner, corner, axis z y x)
-    (corner, tuple(np.add(corner, np.eye(3, dtype=int)[axis]).tolist()), axis)
-    for axis in range(3)
-    for corner in product((0, 1), repeat=3)
-    if corner[axis] == 0
-]
+SMALLEST_STEP_MM = 1.0  # side of the cubes that a label is resampled to, unless all voxels are larger
 
 
 def surface_mesh(
     labels: np.ndarray,
     spacing_mm: Sequence[float],
     *,
-    step_mm: float | None = None,
     max_faces: int = 220_000,
     smoothing: int = 20,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One closed, smooth surface for each label.
 
-    Each label is resampled to cubes of `step_mm` as a share of 0 to 1, and its 0.5 level is meshed with
-    surface nets (Gibson 1998): one vertex in each cell that the surface cuts, at the mean of the cuts of its
-    edges. More faces than `max_faces` are avoided by larger cubes, so the surface stays closed; vertex
-    clustering would join sheets that are close. Where labels touch, each has its own wall.
+    Each label is resampled to cubes, as the share of the cube that it fills (0 to 1). The cubes have the
+    smallest spacing as side, 1 mm at least. The level 0.5 is then meshed with surface nets (Gibson 1998): one
+    vertex in each cell that the surface cuts, at the mean of the cuts of its edges. Where that would give
+    more than `max_faces`, larger cubes are taken: the surface stays closed, which merging vertices would not
+    ensure. Where labels touch, each has its own wall.
 
     Args:
-        labels: (z, y, x) bool or integers from 0, 0 is background; outside the array is background.
+        labels: (z, y, x) bool or integers; 0 is background, and so is everything outside the array.
         spacing_mm: z y x.
-        step_mm: side of the cubes; default: the smallest spacing, at least 1 mm.
         smoothing: rounds of Taubin's filter (1995), which keeps the volume.
 
     Returns:
-        vertices: (n, 3) float32, mm, x y z; 0 is the centre of the first voxel.
-        faces: (m, 3) int32, counter-clockwise seen from outside. Every edge has two faces; where two parts of
-            a label touch along an edge of cubes, four.
-        vertex_labels: (n,) the label of each vertex.
-        All empty for an empty mask.
+        vertices: (n, 3) float32, x y z in mm; 0 is the centre of the first voxel.
+        faces: (m, 3) int32, counter-clockwise seen from outside. Every edge belongs to two faces, or to four
+            where two parts of a label touch along an edge of cubes.
+        vertex_labels: (n,) the label of each vertex, ascending.
+        All three are empty for an empty mask.
 
     Raises:
-        ValueError: labels that are not 3-D whole numbers, or a spacing that is not above 0.
+        ValueError: as `check_labels`.
     """
     check_labels(labels, spacing_mm)
-    step = step_mm or max(1.0, min(spacing_mm))
+    step_mm = max(SMALLEST_STEP_MM, min(spacing_mm))
     while True:
-        parts = [(label, *_label_mesh(*found, spacing_mm, step)) for label, *found in _masks(labels)]
+        parts = [(label, *_label_mesh(*found, spacing_mm, step_mm)) for label, *found in _masks(labels)]
         num_faces = sum(len(faces) for _, _, faces in parts)
         if num_faces <= max_faces:
             break
-        step *= 1.02 * (num_faces / max_faces) ** 0.5  # the number of faces falls with the square
+        step_mm *= 1.02 * (num_faces / max_faces) ** 0.5  # the number of faces falls with the square
     vertices, faces, names, count = [np.zeros((0, 3))], [np.zeros((0, 3), int)], [], 0
     for label, points, triangles in parts:
-        vertices.append(_smooth(points, triangles, smoothing))
+        vertices.append(smooth(points, triangles, smoothing))
         faces.append(triangles + count)
         names.append(np.full(len(points), label, labels.dtype))
         count += len(points)
@@ -75,7 +68,11 @@ def surface_mesh(
 
 
 def check_labels(labels: np.ndarray, spacing_mm: Sequence[float]) -> None:
-    """ValueError unless `labels` is 3-D, bool or integer, with three spacings above 0."""
+    """
+    Raises:
+        ValueError: `labels` is not 3-D, not of bool or whole numbers, or `spacing_mm` is not three numbers
+            above 0.
+    """
     if labels.ndim != 3 or labels.dtype.kind not in "bui":
         raise ValueError(
             f"labels {labels.shape} {labels.dtype}: (z, y, x) of bool or whole numbers are needed"
@@ -97,7 +94,7 @@ def split_mesh(
 
 
 def _masks(labels: np.ndarray):
-    """(label, mask of its box and some voxels around, first voxel) of each label, ascending."""
+    """Each label in turn as (label, its mask in a box with a rim of 3 voxels, first voxel of the box)."""
     from scipy import ndimage
 
     if labels.dtype == bool:
@@ -111,78 +108,17 @@ def _masks(labels: np.ndarray):
 def _label_mesh(
     mask: np.ndarray, start: Sequence[int], spacing_mm: Sequence[float], step_mm: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(vertices mm x y z, faces) of one mask whose first voxel is `start`."""
+    """(vertices x y z in mm, faces) of a mask whose first voxel lies at `start` in the whole volume."""
     from scipy import ndimage
 
     shape = resampled_shape(mask.shape, spacing_mm, (step_mm,) * 3)
     share = resample(mask, shape)
-    # A binary mask has steps; half a source voxel of blur makes them slopes.
-    ratio = np.divide(shape, mask.shape)
-    share = ndimage.gaussian_filter(np.pad(share, 3), np.maximum(0.5 * ratio, 0.6))
+    cubes_per_voxel = np.divide(shape, mask.shape)
+    # A binary mask has steps; blurring by half a voxel of the mask makes slopes of them.
+    share = ndimage.gaussian_filter(np.pad(share, 3), np.maximum(0.5 * cubes_per_voxel, 0.6))
     points, faces = surface_nets(share - 0.5)
-    voxels = (points - 3 + 0.5) / ratio - 0.5 + start
+    voxels = (points - 3 + 0.5) / cubes_per_voxel - 0.5 + start
     return (voxels * spacing_mm)[:, ::-1], faces
-
-
-def surface_nets(field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The zero level of a (z, y, x) field that is below 0 all around: (points (n, 3) in voxels z y x, faces).
-
-    Faces are (m, 3), counter-clockwise seen from the negative side once the points are read as x y z.
-    """
-    inside = field >= 0
-    cells = np.zeros(np.subtract(field.shape, 1), np.uint8)  # how many of the eight corners are inside
-    for corner in product((0, 1), repeat=3):
-        cells += inside[tuple(slice(c, c + n) for c, n in zip(corner, cells.shape, strict=True))]
-    places = np.argwhere((cells > 0) & (cells < 8))
-    index = np.full(cells.shape, -1, np.int32)
-    index[tuple(places.T)] = np.arange(len(places))
-
-    points, cuts = np.zeros((len(places), 3)), np.zeros(len(places))
-    for first, second, axis in EDGES:
-        a, b = field[tuple((places + first).T)], field[tuple((places + second).T)]
-        cut = (a >= 0) != (b >= 0)
-        position = places[cut] + np.array(first, float)
-        position[:, axis] += a[cut] / (a[cut] - b[cut])
-        points[cut] += position
-        cuts += cut
-    points /= np.maximum(cuts, 1)[:, None]
-
-    quads = []
-    for axis in range(3):
-        low, high = (
-            np.moveaxis(inside, axis, 0)[:-1],
-            np.moveaxis(inside, axis, 0)[1:],
-        )
-        across = np.moveaxis(index, axis, 0)  # one cell for each pair along the axis
-        for leaves, order in ((low & ~high, 1), (high & ~low, -1)):
-            i, j, k = np.nonzero(leaves)
-            around = [across[i, j - dj, k - dk] for dj, dk in ((0, 0), (1, 0), (1, 1), (0, 1))]
-            # The axes that remain after `moveaxis` are (y, x), (z, x), (z, y): the middle pair is mirrored.
-            quads.append(np.stack(around[:: order * (1 if axis == 1 else -1)], axis=1))
-    quads = np.concatenate(quads)
-    corners = points[quads]
-    shorter = np.linalg.norm(corners[:, 0] - corners[:, 2], axis=1) <= np.linalg.norm(
-        corners[:, 1] - corners[:, 3], axis=1
-    )
-    first = np.where(shorter[:, None], quads[:, [0, 1, 2]], quads[:, [0, 1, 3]])
-    second = np.where(shorter[:, None], quads[:, [0, 2, 3]], quads[:, [1, 2, 3]])
-    return points, np.concatenate([first, second])
-
-
-def _smooth(points: np.ndarray, faces: np.ndarray, rounds: int) -> np.ndarray:
-    """Taubin's filter: each vertex moves towards the mean of its neighbours, then a little more back."""
-    from scipy import sparse
-
-    if not len(points):
-        return points
-    rows, columns = faces[:, [0, 1, 2, 1, 2, 0]].ravel(), faces[:, [1, 2, 0, 0, 1, 2]].ravel()
-    near = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(points),) * 2)
-    near.data[:] = 1
-    degree = np.asarray(near.sum(axis=1)).reshape(-1, 1)
-    for _ in range(rounds):
-        for step in TAUBIN:
-            points = points + step * (near @ points / degree - points)
-    return points
 
 
 # ---- a page that shows meshes ----
@@ -192,17 +128,17 @@ def save_html(
     path: str | Path,
     meshes: Sequence[tuple[str, Sequence[int], np.ndarray, np.ndarray]],
     title: str,
-    size_limit: int = SIZE_LIMIT,
 ) -> None:
-    """Write one page that needs nothing else: drag turns, the wheel zooms, boxes show and hide.
+    """Write a web page that needs no other file. Dragging turns, the wheel zooms, boxes show and hide a mesh.
+
+    A page of 220,000 faces has 2.7 MB, or 4.4 MB if they are one mesh, whose indices then need 32 bits.
 
     Args:
-        meshes: (name, (r, g, b) 0-255, vertices (n, 3) mm x y z, faces (m, 3)) each; vertices are stored as
-            16 bits an axis of the common box, so 1 m has steps of 0.015 mm.
-        size_limit: bytes; a page of 220,000 faces has 2.7 MB, 4.4 MB as one label (32-bit indices).
+        meshes: (name, (r, g, b) of 0 to 255, vertices (n, 3) x y z in mm, faces (m, 3)) for each mesh. A
+            vertex is stored with 16 bits for each axis of the box around all meshes: 0.015 mm steps in 1 m.
 
     Raises:
-        ValueError: no mesh with a vertex, or a page above the limit.
+        ValueError: no mesh has a vertex, or the page would have more than 5 MB.
     """
     meshes = [mesh for mesh in meshes if len(mesh[2])]
     if not meshes:
@@ -223,11 +159,11 @@ def save_html(
             }
         )
     size = ((high - low) / scale).tolist()
-    script = json.dumps({"size": size, "meshes": content}).replace("<", "\\u003c")  # no tag may begin in it
+    script = json.dumps({"size": size, "meshes": content}).replace("<", "\\u003c")  # no tag begins in it
     page = PAGE.replace("@TITLE@", html.escape(title)).replace("@DATA@", script)
-    if len(page.encode()) > size_limit:
+    if len(page.encode()) > SIZE_LIMIT:
         raise ValueError(
-            f"{path}: the page has {len(page) / 1e6:.1f} MB, more than {size_limit / 1e6:.1f} MB; "
+            f"{path}: the page has {len(page) / 1e6:.1f} MB, more than {SIZE_LIMIT / 1e6:.1f} MB; "
             "make the mesh with a smaller max_faces"
         )
     path = Path(path)

@@ -1,9 +1,9 @@
 """Shaded pictures of label maps without a viewer or a graphics card.
 
-A ray a pixel goes through the smoothed mask to where it first enters, by `grid_sample` on the CPU. Light is
-Lambert's with a soft shadow in hollows, from the difference of the depth to its blurred self. All views are
-without perspective, with the head up; azimuth 0 looks at the patient's front, with the right side on the
-left as radiologists do, 90 at the left side, 180 at the back.
+Rays go through the smoothed mask, on the CPU by `grid_sample`, to where they first enter it. The light is
+Lambert's with a soft shadow in hollows, which are found by comparing the depth with its blurred self. All
+views are without perspective and with the head up. Azimuth 0 looks at the patient's front, so the right side
+is on the left of the picture, as radiologists have it; 90 looks at the left side, 180 at the back.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,9 @@ from common.volumes import box_of, resample, resampled_shape
 
 BONE = (226, 209, 178)  # RGB, for masks of one class
 MAX_VOXELS = 10_000_000  # of the grid that is drawn: 40 MB as float32
-BLOCK_ROWS = 16  # of pixels, followed at once: a million samples, 20 MB
-LIGHT = np.array([-0.37, 0.46, 0.81])  # to the right, up, towards the eye
+BLOCK_ROWS = 16  # rows of pixels whose rays are followed at once: a million samples, 20 MB
+RAYS_PER_SIDE = 2  # each pixel is the mean of 2 x 2 rays
+LIGHT = np.array([-0.37, 0.46, 0.81])  # from where it comes: right, up, towards the eye
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class Scene:
 
     Attributes:
         density: (z, y, x) float32, 0 to 1; the surface is where it is 0.5.
-        slopes: (z, y, x) float32, smoother, from which the normals come.
+        slopes: (z, y, x) float32, a smoother density, from which the normals of the surface come.
         rgb: (z, y, x, 3) uint8 colour of each voxel.
-        weight: (z, y, x) uint8, 255 in the mask; 1 in a rim, whose colour counts where no other is near.
+        weight: (z, y, x) uint8 of the colours: 255 in the mask, and 1 in a rim around it, so that its colour
+            counts only where no voxel of the mask is near.
         spacing_mm: z y x.
     """
 
@@ -47,7 +49,8 @@ class Scene:
 
 
 def label_colors(labels: np.ndarray, colors: Sequence) -> np.ndarray:
-    """(highest label + 1, 3) uint8: the colours in turn from label 1 on; a single label is like bone."""
+    """Table of colours, (highest label + 1, 3) uint8: `colors` in turn from label 1 on. A mask of one class
+    gets the colour of bone."""
     highest = int(labels.max(initial=0))
     table = np.zeros((highest + 1, 3), np.uint8)
     for label in range(1, highest + 1):
@@ -63,12 +66,14 @@ def make_scene(
     voxel_mm: float = 1.0,
     box: tuple | None = None,
 ) -> Scene:
-    """Cut to the content, resample to cubes of `voxel_mm` or, above 10 million of them, larger ones; smooth.
+    """A label map cut to its content, resampled to cubes and smoothed, ready to be drawn from any side.
 
     Args:
-        labels: (z, y, x) bool or integers from 0, 0 is background.
+        labels: (z, y, x) bool or integers; 0 is background.
         colors: (highest label + 1, 3) uint8 RGB by label; see `label_colors`.
-        box: (start, stop) in voxels to draw, default the box of the labels; pictures of one box compare.
+        voxel_mm: side of the cubes; larger where there would be more than 10 million of them.
+        box: (start, stop) in voxels of what is drawn, by default the box around all labels. Pictures of the
+            same box have the same scale.
 
     Raises:
         ValueError: labels of another kind, a label without a colour, or a spacing that is not above 0.
@@ -80,19 +85,19 @@ def make_scene(
         raise ValueError(f"label {highest} has no colour; the table has {len(colors)} rows")
     start, stop = box or box_of(labels) or ((0, 0, 0), (1, 1, 1))
     labels = labels[tuple(map(slice, start, stop))]
-    shape, spacing_mm = drawn_grid(labels.shape, spacing_mm, voxel_mm)
-    ratio = np.divide(shape, labels.shape)
-    nearest = [((np.arange(n) + 0.5) / r).astype(int) for n, r in zip(shape, ratio, strict=True)]
+    shape, drawn_mm = drawn_grid(labels.shape, spacing_mm, voxel_mm)
+    drawn_per_voxel = np.divide(shape, labels.shape)
+    nearest = [((np.arange(n) + 0.5) / r).astype(int) for n, r in zip(shape, drawn_per_voxel, strict=True)]
     density, drawn = resample(labels > 0, shape), labels[np.ix_(*nearest)].astype(np.uint16)
-    rim = ndimage.maximum_filter(drawn, tuple(2 * np.ceil(ratio).astype(int) + 1))
+    rim = ndimage.maximum_filter(drawn, tuple(2 * np.ceil(drawn_per_voxel).astype(int) + 1))
     weight = np.where(drawn > 0, np.uint8(255), (rim > 0).astype(np.uint8))
-    return scene_of(density, ratio, colors[np.where(drawn > 0, drawn, rim)], weight, spacing_mm)
+    return scene_of(density, drawn_per_voxel, colors[np.where(drawn > 0, drawn, rim)], weight, drawn_mm)
 
 
 def drawn_grid(
     shape: Sequence[int], spacing_mm: Sequence[float], voxel_mm: float
 ) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
-    """(shape, spacing_mm) of about `voxel_mm`, or larger where that were more than MAX_VOXELS."""
+    """(shape, spacing_mm) of a grid of about `voxel_mm`, coarser where it would have over MAX_VOXELS."""
     size_mm = np.multiply(shape, spacing_mm)
     voxel_mm = max(voxel_mm, float(np.prod(size_mm) / MAX_VOXELS) ** (1 / 3))
     new_shape = resampled_shape(shape, spacing_mm, (voxel_mm,) * 3)
@@ -100,14 +105,24 @@ def drawn_grid(
 
 
 def scene_of(
-    density: np.ndarray, ratio: np.ndarray, rgb: np.ndarray, weight: np.ndarray, spacing_mm: Sequence[float]
+    density: np.ndarray,
+    drawn_per_voxel: np.ndarray,
+    rgb: np.ndarray,
+    weight: np.ndarray,
+    spacing_mm: Sequence[float],
 ) -> Scene:
-    """The scene of a mask as it is drawn, smoothed; `ratio` is drawn voxels a source voxel (z y x)."""
+    """The scene of a mask that is already on the grid that is drawn; it gets a rim of 3 voxels.
+
+    Args:
+        density, rgb, weight: as in `Scene`, without the rim.
+        drawn_per_voxel: (3,) how many drawn voxels there are to a voxel of the mask, z y x.
+        spacing_mm: of the drawn voxels, z y x.
+    """
     from scipy import ndimage
 
-    # Half a source voxel of blur turns the steps of a mask into slopes; the rim lets the surface close.
+    # A blur by about half a voxel of the mask turns its steps into slopes; the rim lets the surface close.
     rim = 3
-    density = ndimage.gaussian_filter(np.pad(density, rim), np.clip(0.6 * ratio, 0.7, 4))
+    density = ndimage.gaussian_filter(np.pad(density, rim), np.clip(0.6 * drawn_per_voxel, 0.7, 4))
     slopes = ndimage.gaussian_filter(density, 1.3)
     around = ((rim, rim),) * 3
     rgb, weight = np.pad(rgb, (*around, (0, 0))), np.pad(weight, around)
@@ -117,40 +132,21 @@ def scene_of(
 # ---- one picture ----
 
 
-def render_labels(
-    labels: np.ndarray,
-    spacing_mm: Sequence[float],
-    *,
-    colors: np.ndarray,
-    azimuth_deg: float = 0.0,
-    elevation_deg: float = 0.0,
-    size: tuple[int, int] = (800, 400),
-    background: Sequence[int] = (255, 255, 255),
-) -> np.ndarray:
-    """(h, w, 3) uint8 picture of a label map; `make_scene` and `render_scene` in one, see there."""
-    scene = make_scene(labels, spacing_mm, colors)
-    return render_scene(scene, azimuth_deg, elevation_deg, size, background=background)
-
-
 def render_scene(
     scene: Scene,
     azimuth_deg: float = 0.0,
     elevation_deg: float = 0.0,
     size: tuple[int, int] = (800, 400),
-    *,
-    background: Sequence[int] = (255, 255, 255),
-    supersample: int = 2,
 ) -> np.ndarray:
-    """(h, w, 3) uint8 picture; the scale is such that the scene fits from every azimuth, so views compare.
+    """Picture (h, w, 3) uint8 on white; its scale is the same from every azimuth, such that all views fit.
 
     Args:
-        azimuth_deg: 0 front, 90 the patient's left side, 180 back, 270 right side.
+        azimuth_deg: 0 looks at the front, 90 at the patient's left side, 180 at the back, 270 at the right.
         elevation_deg: of the eye above the horizon.
         size: (h, w) pixels.
-        supersample: rays a pixel and axis.
     """
     eye = _axes(azimuth_deg, elevation_deg)
-    height, width = (n * supersample for n in size)
+    height, width = (n * RAYS_PER_SIDE for n in size)
     tall, deep, broad = scene.size_mm
     across = float(np.hypot(deep, broad))
     elevation = np.deg2rad(abs(elevation_deg))
@@ -158,7 +154,7 @@ def render_scene(
     pixel_mm = max(upright / height, across / width)
     right_mm = (np.arange(width) - (width - 1) / 2) * pixel_mm
     up_mm = ((height - 1) / 2 - np.arange(height)) * pixel_mm
-    depth = _first_hits(scene, eye, up_mm, right_mm)  # mm from the plane through the centre; inf = none
+    depth = _first_hits(scene, eye, up_mm, right_mm)
     hit = np.isfinite(depth)
     rows, columns = np.nonzero(hit)
     places = np.stack([right_mm[columns], up_mm[rows], -depth[hit]], axis=1) @ eye  # x y z mm
@@ -170,15 +166,14 @@ def render_scene(
     shine = np.clip(normals @ (middle / np.linalg.norm(middle)), 0, 1) ** 40
     shade = (0.22 + 0.58 * diffuse + 0.24 * facing) * _open_sky(depth, hit, pixel_mm)[hit]
     color = _surface_colors(scene, voxels) * shade[:, None]
-    picture = np.empty((height, width, 3))
-    picture[:] = background
+    picture = np.full((height, width, 3), 255.0)
     picture[hit] = np.clip(color + 45 * shine[:, None], 0, 255)
-    picture = picture.reshape(size[0], supersample, size[1], supersample, 3).mean(axis=(1, 3))
+    picture = picture.reshape(size[0], RAYS_PER_SIDE, size[1], RAYS_PER_SIDE, 3).mean(axis=(1, 3))
     return picture.round().astype(np.uint8)
 
 
 def _axes(azimuth_deg: float, elevation_deg: float) -> np.ndarray:
-    """(3, 3) rows right, up, towards the eye; columns x y z."""
+    """(3, 3): the rows are the directions right, up and towards the eye, the columns x y z."""
     a, e = np.deg2rad([azimuth_deg, elevation_deg])
     return np.array(
         [
@@ -190,11 +185,12 @@ def _axes(azimuth_deg: float, elevation_deg: float) -> np.ndarray:
 
 
 def _first_hits(scene: Scene, eye: np.ndarray, up_mm: np.ndarray, right_mm: np.ndarray) -> np.ndarray:
-    """(h, w) distance behind the plane through the centre, mm, where rays meet the surface; inf = nowhere."""
+    """(h, w) mm: how far behind the plane through the scene's centre each ray meets the surface; infinite for
+    rays that do not meet it."""
     step, pool = min(scene.spacing_mm), 4
     half_mm = (np.array(scene.weight.shape) - 1) / 2 * scene.spacing_mm
     volume = scene.density[None, None]
-    # Only rays near something are followed, and only there: a spine fills a few percent of its box.
+    # Rays are followed only where something is near: a spine fills a few percent of its box.
     coarse = F.max_pool3d(volume, pool, ceil_mode=True)[0, 0]
     filled = np.argwhere(coarse.numpy() >= 0.5) * pool + (pool - 1) / 2
     filled = (filled * scene.spacing_mm - half_mm)[:, ::-1] @ eye.T  # right, up, towards the eye
@@ -204,36 +200,37 @@ def _first_hits(scene: Scene, eye: np.ndarray, up_mm: np.ndarray, right_mm: np.n
     depth = np.full((len(up_mm), len(right_mm)), np.inf, np.float32)
     for first in range(0, len(up_mm), BLOCK_ROWS):
         rows = up_mm[first : first + BLOCK_ROWS]
-        there = filled[(filled[:, 1] > rows[-1] - margin) & (filled[:, 1] < rows[0] + margin)]
-        if not len(there):
+        near_rows = filled[(filled[:, 1] > rows[-1] - margin) & (filled[:, 1] < rows[0] + margin)]
+        if not len(near_rows):
             continue
-        left, last = np.searchsorted(right_mm, (there[:, 0].min() - margin, there[:, 0].max() + margin))
-        behind = np.arange(-there[:, 2].max() - margin, -there[:, 2].min() + margin + step, step)
+        ends = near_rows[:, 0].min() - margin, near_rows[:, 0].max() + margin
+        left, last = np.searchsorted(right_mm, ends)
+        behind = np.arange(-near_rows[:, 2].max() - margin, -near_rows[:, 2].min() + margin + step, step)
         grid = (
             torch.from_numpy(rows).float()[:, None, None] * up
             + torch.from_numpy(right_mm[left:last]).float()[:, None] * right
             - torch.from_numpy(behind).float()[:, None, None, None] * near
         )
         found = F.grid_sample(volume, grid[None], align_corners=True)[0, 0]  # (behind, rows, columns)
-        number = (found >= 0.5).to(torch.uint8).argmax(dim=0)
-        inside = found.gather(0, number[None])[0]
-        before = found.gather(0, (number - 1).clamp(min=0)[None])[0]
-        too_far = (number > 0) * (inside - 0.5) / (inside - before).clamp(min=1e-6)
-        place = (number - too_far) * step + behind[0]
+        first_inside = (found >= 0.5).to(torch.uint8).argmax(dim=0)
+        inside = found.gather(0, first_inside[None])[0]
+        before = found.gather(0, (first_inside - 1).clamp(min=0)[None])[0]
+        too_far = (first_inside > 0) * (inside - 0.5) / (inside - before).clamp(min=1e-6)  # in steps
+        place = (first_inside - too_far) * step + behind[0]
         depth[first : first + BLOCK_ROWS, left:last] = torch.where(inside >= 0.5, place, torch.inf).numpy()
     return depth
 
 
 def _normals(scene: Scene, voxels: np.ndarray) -> np.ndarray:
-    """(n, 3) unit vectors x y z out of the surface, from central differences of the density."""
+    """(n, 3) unit vectors x y z that point out of the surface, from central differences of the density."""
     from scipy import ndimage
 
     normals = []
     for axis in (2, 1, 0):
-        apart = np.zeros(3)
-        apart[axis] = 1.0
+        one_voxel = np.zeros(3)
+        one_voxel[axis] = 1.0
         ahead, behind = (
-            ndimage.map_coordinates(scene.slopes, (voxels + side * apart).T, order=1, mode="nearest")
+            ndimage.map_coordinates(scene.slopes, (voxels + side * one_voxel).T, order=1, mode="nearest")
             for side in (1, -1)
         )
         normals.append((behind - ahead) / scene.spacing_mm[axis])
@@ -242,20 +239,20 @@ def _normals(scene: Scene, voxels: np.ndarray) -> np.ndarray:
 
 
 def _surface_colors(scene: Scene, voxels: np.ndarray) -> np.ndarray:
-    """(n, 3) mean colour of the mask around each place, weighted as by linear interpolation."""
+    """(n, 3) mean colour of the voxels around each place, weighted as in linear interpolation."""
     first = np.clip(voxels.astype(int), 0, np.array(scene.weight.shape) - 2)
     part = np.clip(voxels - first, 0.05, 0.95)
     total, weights = np.zeros((len(voxels), 3)), np.full((len(voxels), 1), 1e-9)
     for offset in product((0, 1), repeat=3):
-        at = tuple((first + offset).T)
-        weight = np.prod(np.where(offset, part, 1 - part), axis=1) * scene.weight[at]
-        total += weight[:, None] * scene.rgb[at]
+        corner = tuple((first + offset).T)
+        weight = np.prod(np.where(offset, part, 1 - part), axis=1) * scene.weight[corner]
+        total += weight[:, None] * scene.rgb[corner]
         weights += weight[:, None]
     return total / weights
 
 
 def _open_sky(depth: np.ndarray, hit: np.ndarray, pixel_mm: float) -> np.ndarray:
-    """(h, w) share of light that reaches a place: less where it lies behind the mean of its neighbourhood."""
+    """(h, w) share of the light that reaches each pixel: less where it lies deeper than its neighbourhood."""
     from scipy import ndimage
 
     light = np.ones(depth.shape)

@@ -13,12 +13,20 @@ def learning_rate(
     warmup: float = 0.0,
     plateau_drops: int = 0,
 ) -> float:
-    """Learning rate at `progress`, the share of epochs or of the time budget that is done, 0..1.
+    """The learning rate at a moment of the run.
 
     Args:
-        schedule: cosine_annealing (half a cosine from `lr` to `min_lr`), warmup_cosine (linear up to `lr`
+        schedule: cosine_annealing (half a cosine from `lr` to `min_lr`), warmup_cosine (linear from 0 to `lr`
             during the share `warmup`, then the cosine over the rest), reduce_on_plateau (halved
-            `plateau_drops` times, not below `min_lr`), constant.
+            `plateau_drops` times), constant.
+        progress: share of the epochs or of the time budget that is done, 0 to 1.
+        lr: the highest rate.
+        min_lr: the lowest rate.
+        warmup: share of the run, for warmup_cosine.
+        plateau_drops: see the function of this name; for reduce_on_plateau.
+
+    Raises:
+        ValueError: an unknown schedule.
 
     Source: cosine, Loshchilov and Hutter 2017, SGDR, arXiv:1608.03983.
     """
@@ -37,9 +45,12 @@ def learning_rate(
 
 
 def plateau_drops(scores: list[float], patience: int) -> int:
-    """How often more than `patience` epochs in a row brought no better score; each drop restarts the count.
+    """How often more than `patience` epochs in a row did not bring a better score.
 
-    Like torch's ReduceLROnPlateau without threshold.
+    Each drop restarts the count, as in torch's ReduceLROnPlateau without a threshold.
+
+    Args:
+        scores: of all epochs so far; higher is better.
     """
     best, waited, drops = -math.inf, 0, 0
     for score in scores:

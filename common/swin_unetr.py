@@ -22,7 +22,7 @@ def _relative_index(n: int, device: torch.device) -> Tensor:
     """Row of the bias table for each pair of the first n voxels of a 7 x 7 x 7 window, (n, n).
 
     A window clipped to (d, h, w) takes the first d*h*w voxels of the full window, which are not its own
-    offsets. Source and published weights do so, and the table is learned, so this is kept.
+    offsets. The source and its published weights do the same, and the table is learned from it.
     """
     i = torch.arange(n, device=device)
     span = 2 * WINDOW - 1

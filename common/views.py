@@ -1,4 +1,4 @@
-"""Three-dimensional structures as files: views, turntables, errors in mm, straightened planes."""
+"""Pictures of three-dimensional structures: views, turntables, errors in mm, straightened planes."""
 
 import os
 from collections.abc import Sequence
@@ -11,16 +11,19 @@ from common.plots import save_figure
 from common.render import Scene, drawn_grid, make_scene, render_scene, scene_of
 from common.volumes import box_of, resample
 
-MISSED = (60, 120, 255)  # RGB
+MISSED = (60, 120, 255)  # RGB of what a prediction leaves out
 PIXELS_PER_INCH = 100  # of `save_figure`
+TURNTABLE_ELEVATION_DEG = 10.0
+FRAME_S = 0.1  # how long a turntable shows each frame
 
 
 def save_pictures(
     path: str | Path, pictures: Sequence[np.ndarray], titles: Sequence[str], bar: tuple | None = None
 ) -> None:
-    """Pictures (h, w, 3) uint8 of one height side by side, pixel by pixel, a title above each.
+    """Save pictures side by side, each with a title above it; they are not scaled.
 
     Args:
+        pictures: (h, w, 3) uint8, all of one height.
         bar: (colour map, highest value, label) of a colour bar on the right.
     """
     from matplotlib.cm import ScalarMappable
@@ -46,7 +49,11 @@ def save_pictures(
 
 
 def trimmed(pictures: Sequence[np.ndarray], margin: int = 8) -> list[np.ndarray]:
-    """Each white picture without its empty columns; rows that are empty in all of them go as well."""
+    """The pictures without their white margins: columns are cut from each, rows only where all are white.
+
+    Args:
+        margin: white pixels that stay on each side.
+    """
     rows = np.any([(p < 255).any(axis=(1, 2)) for p in pictures], axis=0).nonzero()[0]
     top, bottom = (max(rows[0] - margin, 0), rows[-1] + 1 + margin) if len(rows) else (0, None)
     result = []
@@ -65,10 +72,8 @@ def save_turntable(
     colors: np.ndarray,
     frames: int = 36,
     size: tuple[int, int] = (420, 240),
-    elevation_deg: float = 10.0,
-    frame_s: float = 0.1,
 ) -> None:
-    """An animated GIF of one full turn that repeats for ever; 36 frames of a spine have 0.5 to 0.8 MB.
+    """Save an animated GIF of a full turn that repeats for ever; 36 frames of a spine have 0.5 to 0.8 MB.
 
     Args:
         labels, spacing_mm, colors: as `make_scene`.
@@ -78,8 +83,8 @@ def save_turntable(
 
     scene = make_scene(labels, spacing_mm, colors, voxel_mm=1.5)  # coarser: the pictures are small
     angles = [360 * i / frames for i in range(frames)]
-    pictures = [render_scene(scene, angle, elevation_deg, size) for angle in angles]
-    # One palette for all, or colours would flicker; no dithering, which LZW cannot compress.
+    pictures = [render_scene(scene, angle, TURNTABLE_ELEVATION_DEG, size) for angle in angles]
+    # All frames share a palette, or colours would flicker; LZW cannot compress dithered pictures.
     sheet = Image.fromarray(np.concatenate(pictures[:: max(1, frames // 6)], axis=1))
     palette = sheet.quantize(256)
     images = [Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
@@ -91,7 +96,7 @@ def save_turntable(
             format="GIF",
             save_all=True,
             append_images=images[1:],
-            duration=round(frame_s * 1000),
+            duration=round(FRAME_S * 1000),
             loop=0,
         )
         os.replace(partial, path)
@@ -111,22 +116,24 @@ def save_triptych(
     missed_mm: float = 2.0,
     height: int = 800,
 ) -> None:
-    """Truth, prediction, and the prediction coloured by its distance to the true surface, in mm.
+    """Save three pictures: the truth, the prediction, and the prediction coloured by its error in mm.
 
-    The third part treats both as one structure, whatever the labels; a wrong label shows in the colours of
-    the first two. Target voxels farther than `missed_mm` (at least 1.5 drawn voxels) from the prediction are
-    added to it in blue.
+    The error is the distance to the true surface. It takes all labels together as one structure; a wrong
+    label shows in the colours of the first two pictures. Voxels of the truth that are farther than
+    `missed_mm` from the prediction are added to it in blue.
 
     Args:
         target, pred: (z, y, x) of one shape, bool or integers.
         colors: as `make_scene`, for the labels of both.
+        azimuth_deg: as `render_scene`.
         highest_mm: where the colour scale ends; larger distances have its last colour.
+        missed_mm: at least 1.5 drawn voxels are taken.
 
     Raises:
-        ValueError: two shapes, and as `make_scene`.
+        ValueError: the shapes differ, both masks are empty, and as `make_scene`.
     """
     if target.shape != pred.shape:
-        raise ValueError(f"target {target.shape} and prediction {pred.shape} are not of one shape")
+        raise ValueError(f"{path}: target {target.shape} and prediction {pred.shape} are not of one shape")
     check_labels(target, spacing_mm)
     check_labels(pred, spacing_mm)
     both = np.minimum(target, 1) | np.minimum(pred, 1)
@@ -147,7 +154,7 @@ def save_triptych(
 def _error_scene(
     target: np.ndarray, pred: np.ndarray, spacing_mm: Sequence[float], highest_mm: float, missed_mm: float
 ) -> tuple[Scene, object]:
-    """(the prediction coloured by distance with missed parts in blue, the colour map)."""
+    """(the prediction coloured by its distance to the truth with missed parts in blue, the colour map)."""
     import matplotlib
     from scipy import ndimage
 
@@ -184,15 +191,16 @@ def curved_planar(
 
     Args:
         volume: (z, y, x) image, or labels with order=0.
-        points_zyx: (n, 3) voxels, two or more along the structure, from either end.
-        half_width_mm: on both sides of the curve.
-        plane: sagittal (the front is left) or coronal (the patient's right is left).
-        beyond_mm: the curve goes on straight for so long at both ends.
+        points_zyx: (n, 3) voxels, two or more points along the structure, beginning at either end.
+        half_width_mm: how far the picture reaches on both sides of the curve.
+        plane: sagittal (the front is on the left) or coronal (the patient's right is on the left).
+        pixel_mm: side of a pixel.
+        beyond_mm: length by which the curve goes on straight beyond its first and last point.
         order: of the interpolation; 0 takes the nearest voxel, 1 is linear.
         fill: value outside the volume.
 
     Returns:
-        (h, w) of the volume's type; the upper end of the curve is at the top.
+        (h, w) in the volume's type; the upper end of the curve is at the top.
 
     Raises:
         ValueError: fewer than two points, points at one place, or an unknown plane.
@@ -209,7 +217,7 @@ def curved_planar(
     if points_mm[0, 0] < points_mm[-1, 0]:
         points_mm, lengths = points_mm[::-1], lengths[::-1]
     knots = np.concatenate([[0], np.cumsum(lengths)])
-    # Natural: no bend at the ends, where the curve goes on straight.
+    # A natural spline does not bend at its ends, where the curve goes on straight.
     spline = CubicSpline(knots, points_mm, bc_type="natural")
     along = np.arange(-beyond_mm, knots[-1] + beyond_mm, pixel_mm)
     within = np.clip(along, 0, knots[-1])

@@ -1,4 +1,4 @@
-"""Get and check the lung tumour scans, from Kaggle or from the Medical Segmentation Decathlon's archive.
+"""Fetch and check the lung tumour scans, from Kaggle or from the Medical Segmentation Decathlon's archive.
 
     python lung_tumor/download.py --out data/lung_tumor_raw
     python lung_tumor/download.py --out data/lung_tumor_raw --archive Task06_Lung.tar
@@ -41,21 +41,32 @@ MSD_STEPS = """The Decathlon hands out its files through a browser:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--out", default="data/lung_tumor_raw", help="folder for the scans")
-    parser.add_argument("--source", choices=["kaggle", "msd"], default="kaggle", help="kaggle is about 40 GB")
+    parser.add_argument("--out", default="data/lung_tumor_raw", help="folder that the scans are put into")
     parser.add_argument(
-        "--archive", help="what you already have: Task06_Lung.tar, or a folder, used in place"
+        "--source",
+        choices=["kaggle", "msd"],
+        default="kaggle",
+        help="where from; kaggle fetches about 40 GB, msd prints the steps to do by hand",
     )
-    help_force = "get the scans anew; replaces --out only if this script made it"
-    parser.add_argument("--force", action=Switch, default=False, help=help_force)
+    parser.add_argument(
+        "--archive",
+        help="what you have already: Task06_Lung.tar, which is unpacked, or a folder, which is used in place",
+    )
+    parser.add_argument(
+        "--force",
+        action=Switch,
+        default=False,
+        help="fetch the scans anew, although --out holds some; it is replaced only if this script made it",
+    )
     return parser
 
 
 def unpack_tar(archive: Path, out: Path) -> None:
-    """Unpack beside `out`, then rename: `out` is whole or as before.
+    """Unpack beside `out`, then rename. After an error `out` is as it was before.
 
     Raises:
-        ValueError: a damaged tar, a link, device or path that leads outside, not the Decathlon's layout.
+        ValueError: a damaged tar; a member that is a link or a device or leads outside; or another layout
+            than the Decathlon's.
     """
     part = out.with_name(out.name + ".unpacking")
     delete_own(part)
@@ -77,7 +88,8 @@ def unpack_tar(archive: Path, out: Path) -> None:
                     shutil.copyfileobj(packed, file, 1 << 20)
                 bar.update(member.size)
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a cut between two members for the end
+            # tarfile would take a cut between two members for the end.
+            if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("its end is missing")
         if find_decathlon(part) is None:
             raise ValueError(
@@ -93,10 +105,11 @@ def unpack_tar(archive: Path, out: Path) -> None:
 
 
 def download_kaggle(out: Path) -> Path:
-    """Let kagglehub fetch the set beside `out`, then rename it to `out`. Returns where the set lies.
+    """Let kagglehub fetch the set beside `out`, then rename it to `out`; returns where the set lies.
 
     Raises:
-        RuntimeError: kagglehub is missing or gave up; what it fetched stays in `out`.partial for next time.
+        RuntimeError: kagglehub is missing or gave up; what it has fetched stays in `out`.partial for the next
+            time.
     """
     part = out.with_name(out.name + ".partial")
     try:

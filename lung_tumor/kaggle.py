@@ -1,16 +1,14 @@
 """The Kaggle set modaresimr/medical-image-segmentation: find a task, list its cases, read image and label.
 
-    Task006_Lung/CT.zip             <case>.nii or <case>.nii.gz, one a case
+    Task006_Lung/CT.zip             <case>.nii or <case>.nii.gz, one for each case
                  GroundTruth/       <case>.pkl: a pickled object of the package evalseg
-                 Predictions/       not used
-                 metadata.json      labels, description
+                 Predictions/, metadata.json    not used
 
-Opening a pickle in the ordinary way can run any program. Here nothing in it is called: a name that a label
-needs becomes a `_Record` of what was asked for, any other name is refused, and the numbers are rebuilt from
-the records.
+Opening a pickle in the ordinary way can run any program. Here nothing that it names is called: a name that a
+label needs becomes a `_Record` of what was to be called, any other name is refused, and the numbers are
+rebuilt from the records.
 """
 
-import json
 import os
 import pickle
 import re
@@ -47,10 +45,11 @@ def is_kaggle_folder(folder: str | Path) -> bool:
 
 
 def find_task(folder: str | Path, task: str) -> Path:
-    """The one task folder in `folder` (or `folder` itself) whose name contains `task`, in any case.
+    """The task folder in `folder` (or `folder` itself) whose name contains `task`; upper and lower case are
+    not told apart.
 
     Raises:
-        ValueError: none or several match; the message lists the tasks that are there.
+        ValueError: not one or several match; the message lists the tasks that are there.
     """
     tasks = _task_folders(Path(folder))
     names = {path: path.resolve().name.casefold() for path in tasks}
@@ -67,7 +66,8 @@ def list_kaggle_cases(task_folder: str | Path) -> list[KaggleCase]:
     """All cases in natural order (2 before 10); macOS resource files are left out.
 
     Raises:
-        ValueError: damaged CT.zip, no case, two images of one case, an image or a label without the other.
+        ValueError: CT.zip is damaged or without a case, there are two images of one case, or an image or a
+            label without the other.
     """
     folder = Path(task_folder)
     labels = {p.stem: p for p in (folder / "GroundTruth").glob("*.pkl") if not p.name.startswith(".")}
@@ -89,19 +89,6 @@ def list_kaggle_cases(task_folder: str | Path) -> list[KaggleCase]:
             "Download the task again or remove what does not belong there"
         )
     return [KaggleCase(case, images[case], labels[case]) for case in sorted(images, key=natural_key)]
-
-
-def read_metadata(task_folder: str | Path) -> dict:
-    """The fields of metadata.json, with labels as {1: "cancer", ...}; {} if there is no such file."""
-    path = Path(task_folder) / "metadata.json"
-    if not path.is_file():
-        return {}
-    try:
-        metadata = dict(json.loads(path.read_text(encoding="utf-8-sig")))
-        metadata["labels"] = {int(value): str(name) for value, name in metadata.get("labels", {}).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the expected JSON ({error}); repair it or delete it") from error
-    return metadata
 
 
 def extract_image(task_folder: str | Path, case: KaggleCase, out_dir: str | Path) -> Path:
@@ -131,7 +118,7 @@ def extract_image(task_folder: str | Path, case: KaggleCase, out_dir: str | Path
 
 
 def load_ground_truth(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Read the label map of one case; nothing that the pickle names is run.
+    """Read the label map of a case; nothing that the pickle names is run.
 
     Args:
         path: GroundTruth/<case>.pkl with `shape` and `segments` (attributes or dict keys), or a list of
@@ -139,11 +126,11 @@ def load_ground_truth(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
         shape: of the scan in its file's index order, nibabel's (x, y, z).
 
     Returns:
-        uint8, `shape`: elementwise maximum over the segments, 0 elsewhere and without any segment. A label of
-        exactly the reverse shape is transposed.
+        uint8 of `shape`: the maximum over the segments at each voxel, 0 outside of all. A label of exactly
+        the reverse shape is transposed.
 
     Raises:
-        ValueError: a name that could run code, a damaged file, or contents that do not fit the scan.
+        ValueError: the file names what could run code, is damaged, or its contents do not fit the scan.
     """
     try:
         with open(path, "rb") as file:
@@ -161,7 +148,9 @@ def load_ground_truth(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
         raise
     except Exception as error:  # a damaged or hostile file can fail in any way
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: no usable label ({reason[:300]}). Delete it, download it again") from error
+        raise ValueError(
+            f"{path}: not a usable label ({reason[:300]}). Delete it, download it again"
+        ) from error
     return mask if stated == shape else np.ascontiguousarray(mask.T)
 
 
@@ -173,14 +162,14 @@ def _draw(segment: dict, mask: np.ndarray) -> None:
     if data.shape != box.shape:
         raise ValueError(f"segment with roi {roi} has data of shape {data.shape}, expected {box.shape}")
     if not ((data >= 0) & (data <= 255) & (data == np.rint(data))).all():  # NaN fails every comparison
-        raise ValueError(f"segment with roi {roi} has values that are no whole numbers in 0..255")
+        raise ValueError(f"segment with roi {roi} has values other than whole numbers in 0..255")
     if _numbers(segment.get("fill_value", 0)):
         raise ValueError(f"segment with roi {roi} fills its outside with something else than 0")
     np.maximum(box, data.astype(np.uint8), out=box)
 
 
 class _Record:
-    """What the pickle asks for, written down instead of looked up and called."""
+    """What the pickle wants to be called, written down instead."""
 
     name = ""
 
@@ -256,4 +245,4 @@ def _open_archive(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: no complete zip archive ({error}); download it again") from error
+        raise ValueError(f"{path}: not a complete zip archive ({error}); download it again") from error

@@ -75,7 +75,7 @@ def _paint_bones(rng, image, grid, cage_mm, cage_y, spine_y, size, edge_mm) -> N
 
 
 def _paint_vessel_tree(rng, image, axes_mm, lung_mm, root_mm, num_targets, edge_mm) -> None:
-    """Grow a tree from the hilum to random points of one lung (lung_mm: its distance) and paint it."""
+    """Paint a tree from the hilum to random points of a lung; `lung_mm` is the distance to the lung."""
     picked = rng.choice(np.argwhere(lung_mm < -4), num_targets)
     targets = np.stack([a[index] for a, index in zip(axes_mm, picked.T, strict=True)], 1)
     # z counts less, so that many vessels run along z and cross a slice as round spots, as small tumours do
@@ -99,7 +99,7 @@ def _paint_vessel_tree(rng, image, axes_mm, lung_mm, root_mm, num_targets, edge_
 
 
 def _paint_chest(rng, axes_mm, half_x, edge_mm) -> tuple[np.ndarray, np.ndarray]:
-    """A chest without tumours: HU (Z, Y, X) float32, and the distance to the lungs' outline, same shape.
+    """A chest without tumours: HU (Z, Y, X) float32, and the distance to the lungs' outline, of that shape.
 
     Args:
         axes_mm: voxel centres along z, y, x; y and x are zero in the middle of the body.
@@ -175,7 +175,7 @@ def _paint_tumours(rng, image, axes_mm, lung_mm, spacing_mm) -> np.ndarray:
     for index in range(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2])):
         limits_mm = TUMOUR_DIAMETER_MM if index else MAIN_TUMOUR_DIAMETER_MM
         radius = float(np.exp(rng.uniform(*np.log(limits_mm)))) / 2
-        # 0.7 radii of depth keep a tumour at the pleura nearly whole; every third one is put there.
+        # A depth of 0.7 radii keeps a tumour nearly whole; every third one is put at the pleura.
         wanted = (-lung_mm >= 0.7 * radius) & (free_mm > 1.3 * radius + 10)
         wanted &= -lung_mm <= (radius if rng.uniform() < 0.35 else np.inf)
         places = np.argwhere(wanted)
@@ -198,7 +198,7 @@ def _paint_tumours(rng, image, axes_mm, lung_mm, spacing_mm) -> np.ndarray:
         edge_mm = np.sqrt(sum((o * s) ** 2 for o, s in zip(offsets, spacing_mm, strict=True))) / distance
         filled = np.clip(0.5 - outside_mm / np.maximum(edge_mm, min(spacing_mm)), 0, 1)
         core = filled.argmax()
-        filled.flat[core] = max(filled.flat[core], 0.5)  # no tumour is lost between the voxels
+        filled.flat[core] = max(filled.flat[core], 0.5)  # a tumour cannot get lost between the voxels
         image[box] += (rng.uniform(10, 80) - image[box]) * filled
         label[box] |= filled >= 0.5
         offsets = _offsets(axes_mm, (slice(None),) * 3, centre)
@@ -214,8 +214,8 @@ def chest_phantom(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A synthetic chest CT with one to three lung tumours; the same arguments give the same scan.
 
-    The body fills the slice and the lungs the scan, whatever the field of view. One tumour at least has a
-    diameter of 15 mm or more, the others reach down to 4 mm; edges are about one voxel wide.
+    The body fills the slice and the lungs fill the scan, whatever the field of view. At least one tumour has
+    a diameter of 15 mm or more, the others of 4 mm or more; edges are about one voxel wide.
 
     Args:
         shape: z y x, voxels.
@@ -224,7 +224,7 @@ def chest_phantom(
 
     Returns:
         image: int16 HU in [-1024, 3071], (z, y, x) RAS+ (z up, y to the front, x to the patient's right).
-        label: uint8, same shape, 1 where at least half of a voxel is tumour, never empty.
+        label: uint8 of the same shape, 1 where at least half of a voxel is tumour; never empty.
 
     Raises:
         ValueError: the field of view is smaller than 120 x 240 x 240 mm.
@@ -256,9 +256,9 @@ def write_chest_phantoms(
         folder/imagesTr/lung_001.nii.gz   int16 HU
         folder/labelsTr/lung_001.nii.gz   uint8, 0 background, 1 cancer
 
-    Cases differ in slices (shape[0] less 16 % to plus 22 %), coverage (135-180 mm along z, 307-384 mm in the
-    slice, so 3-6 mm and 2.4-3.0 mm a voxel by default), stored orientation and origin. The folder appears
-    when it is complete; if it is there already, nothing is done.
+    Cases differ in the number of slices (84 to 122 % of shape[0]), in coverage (135-180 mm along z, 307-384
+    mm in the slice; by default voxels of 3-6 mm and 2.4-3.0 mm), in stored orientation and origin. The folder
+    appears when it is complete; if it is there already, nothing is done.
 
     Args:
         num_cases: 1 or more.

@@ -122,7 +122,7 @@ def test_tables_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="case case1, class 1: stands there twice"):
         read_results(path)
     write_table(path, [{**rows[0], "dice": "good"}])
-    with pytest.raises(ValueError, match="dice is 'good', no number"):
+    with pytest.raises(ValueError, match="dice is 'good', not a number"):
         read_results(path)
     path.write_text("case,class,status,dice\n")
     with pytest.raises(ValueError, match="no rows"):

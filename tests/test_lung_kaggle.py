@@ -1,4 +1,3 @@
-import json
 import os
 import pickle
 import subprocess
@@ -16,7 +15,6 @@ from lung_tumor.kaggle import (
     is_kaggle_folder,
     list_kaggle_cases,
     load_ground_truth,
-    read_metadata,
 )
 
 SHAPE = (6, 5, 4)
@@ -128,19 +126,6 @@ def test_two_images_of_one_case_are_refused(tmp_path):
         list_kaggle_cases(task)
 
 
-def test_metadata(tmp_path):
-    assert read_metadata(tmp_path) == {}
-    path = tmp_path / "metadata.json"
-    path.write_text(json.dumps({"labels": {"0": "background", "1": "cancer"}, "description": "lung"}))
-    assert read_metadata(tmp_path) == {"labels": {0: "background", 1: "cancer"}, "description": "lung"}
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"metadata\.json.*repair it or delete it"):
-        read_metadata(tmp_path)
-
-
-# ---- images ----
-
-
 def test_extracts_exactly_one_image(tmp_path):
     task = make_task(tmp_path / "Task006_Lung")
     path = extract_image(task, list_kaggle_cases(task)[1], tmp_path / "out")
@@ -174,7 +159,7 @@ def test_damaged_archives_leave_nothing_behind(tmp_path):
         extract_image(task, case, tmp_path / "out")
     (task / "CT.zip").write_bytes(whole[:100])
     for read in (lambda: extract_image(task, case, tmp_path / "out"), lambda: list_kaggle_cases(task)):
-        with pytest.raises(ValueError, match=r"CT\.zip: no complete zip archive.*download it again"):
+        with pytest.raises(ValueError, match=r"CT\.zip: not a complete zip archive.*download it again"):
             read()
     assert os.listdir(tmp_path / "out") == []
 
@@ -274,11 +259,11 @@ ONES = np.ones((2, 2, 2), np.uint8)
         ([{"roi": (0, 0, 0), "data": ONES}], "int in a roi where a slice belongs"),
         ([{"roi": np.s_[0:2, 0:2], "data": ONES}], "shorter|longer"),
         ([{"roi": np.s_[0:3, 0:2, 0:2], "data": ONES}], r"data of shape \(2, 2, 2\), expected \(3, 2, 2\)"),
-        ([{"roi": ROI, "data": ONES * np.nan}], "no whole numbers"),
-        ([{"roi": ROI, "data": ONES * np.inf}], "no whole numbers"),
-        ([{"roi": ROI, "data": ONES * 0.5}], "no whole numbers"),
-        ([{"roi": ROI, "data": ONES.astype(int) * 256}], r"no whole numbers in 0\.\.255"),
-        ([{"roi": ROI, "data": ONES.astype(int) * -1}], r"no whole numbers in 0\.\.255"),
+        ([{"roi": ROI, "data": ONES * np.nan}], "other than whole numbers"),
+        ([{"roi": ROI, "data": ONES * np.inf}], "other than whole numbers"),
+        ([{"roi": ROI, "data": ONES * 0.5}], "other than whole numbers"),
+        ([{"roi": ROI, "data": ONES.astype(int) * 256}], r"other than whole numbers in 0\.\.255"),
+        ([{"roi": ROI, "data": ONES.astype(int) * -1}], r"other than whole numbers in 0\.\.255"),
         ([{"roi": ROI, "data": ONES.astype(object)}], "type '|O8' where plain numbers belong"),
         ([{"roi": ROI, "data": ONES.astype("U1")}], "where plain numbers belong"),
         ([{"roi": ROI, "data": ONES.astype("datetime64[s]")}], "where plain numbers belong"),
@@ -292,7 +277,7 @@ ONES = np.ones((2, 2, 2), np.uint8)
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_contents_that_do_not_fit_are_refused(tmp_path, content, reason, protocol):
     path = write(tmp_path / "case7.pkl", content, protocol)
-    with pytest.raises(ValueError, match=rf"case7\.pkl: no usable label \(.*({reason})"):
+    with pytest.raises(ValueError, match=rf"case7\.pkl: not a usable label \(.*({reason})"):
         load_ground_truth(path, SHAPE)
 
 
@@ -300,7 +285,7 @@ def test_damaged_files(tmp_path):
     whole = write(tmp_path / "1.pkl", [{"roi": ROI, "data": ONES}]).read_bytes()
     for content in (b"", b"no pickle", whole[:-30], whole[: len(whole) // 2]):
         (tmp_path / "1.pkl").write_bytes(content)
-        with pytest.raises(ValueError, match=r"1\.pkl: no usable label.*download it again"):
+        with pytest.raises(ValueError, match=r"1\.pkl: not a usable label.*download it again"):
             load_ground_truth(tmp_path / "1.pkl", SHAPE)
     with pytest.raises(FileNotFoundError):
         load_ground_truth(tmp_path / "absent.pkl", SHAPE)
@@ -364,7 +349,7 @@ def test_a_function_of_evalseg_is_recorded_but_not_called(tmp_path, trap):
     sys.modules["evalseg"] = package
     try:
         path = write(tmp_path / "evil.pkl", Call(package.run))
-        with pytest.raises(ValueError, match=r"evil\.pkl: no usable label"):
+        with pytest.raises(ValueError, match=r"evil\.pkl: not a usable label"):
             load_ground_truth(path, SHAPE)
     finally:
         del sys.modules["evalseg"]

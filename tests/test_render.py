@@ -1,4 +1,4 @@
-"""common/mesh.py, common/render.py and common/views.py on shapes whose size and place are known."""
+"""common/{mesh,surface_nets,render,views}.py on shapes whose size and place are known."""
 
 import base64
 import json
@@ -10,8 +10,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from common.mesh import save_html, split_mesh, surface_mesh, surface_nets
-from common.render import label_colors, make_scene, render_labels, render_scene
+from common.mesh import save_html, split_mesh, surface_mesh
+from common.render import label_colors, make_scene, render_scene
+from common.surface_nets import surface_nets
 from common.views import MISSED, _error_scene, curved_planar, save_triptych, save_turntable, trimmed
 
 RED, GREEN, BLUE = (220, 0, 0), (0, 200, 0), (0, 0, 220)
@@ -160,10 +161,11 @@ def test_the_page_holds_the_meshes_and_nothing_from_elsewhere(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_page_too_large_or_without_a_mesh_is_refused(tmp_path):
+def test_a_page_too_large_or_without_a_mesh_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.mesh.SIZE_LIMIT", 10_000)
     mesh = ("ball", RED, *surface_mesh(ball(9), (1, 1, 1))[:2])
     with pytest.raises(ValueError, match=r"more than 0\.0 MB; make the mesh with a smaller max_faces"):
-        save_html(tmp_path / "a.html", [mesh], "a", size_limit=10_000)
+        save_html(tmp_path / "a.html", [mesh], "a")
     with pytest.raises(ValueError, match="no mesh to show"):
         save_html(tmp_path / "a.html", [("none", RED, np.zeros((0, 3)), np.zeros((0, 3), int))], "a")
     assert not list(tmp_path.iterdir())
@@ -242,10 +244,8 @@ def test_views_have_the_head_up_and_the_right_sides():
 
 
 def test_what_is_in_front_hides_what_is_behind():
-    labels = two_blocks()
-    front, back = (
-        render_labels(labels, (1, 1, 1), colors=COLORS, azimuth_deg=a, size=(60, 60)) for a in (0, 180)
-    )
+    scene = make_scene(two_blocks(), (1, 1, 1), COLORS)
+    front, back = (render_scene(scene, angle, 0, (60, 60)) for angle in (0, 180))
     assert where(front, 1) and not where(front, 2)
     assert where(back, 2) and not where(back, 1)
 
@@ -264,7 +264,8 @@ def test_a_ball_is_round_and_of_the_right_size(spacing_mm, angles):
 
 
 def test_light_comes_from_the_upper_left():
-    picture = render_labels(ball(18), (1, 1, 1), colors=COLORS[:2], size=(90, 90)).astype(float)
+    scene = make_scene(ball(18), (1, 1, 1), COLORS[:2])
+    picture = render_scene(scene, size=(90, 90)).astype(float)
     inside = (picture < 250).any(axis=2)
     rows, columns = np.nonzero(inside)
     middle = rows.mean(), columns.mean()
@@ -278,15 +279,15 @@ def test_thick_slices_leave_no_speck_without_a_colour():
     labels = ball(20, (5, 2, 2)).astype(np.uint8) * 2
     colors = np.array([(0, 0, 0), (0, 0, 0), (0, 220, 0)], np.uint8)
     for angle in (0, 45):
-        picture = render_labels(labels, (5, 2, 2), colors=colors, azimuth_deg=angle, size=(100, 100))
+        picture = render_scene(make_scene(labels, (5, 2, 2), colors), angle, 0, (100, 100))
         inside = (picture < 250).any(axis=2)
         assert picture[inside][:, 1].min() > 20
 
 
 def test_an_empty_mask_is_background_and_a_missing_colour_an_error():
     empty = np.zeros((5, 6, 7), np.uint8)
-    picture = render_labels(empty, (1, 1, 1), colors=COLORS, size=(20, 30), background=(9, 8, 7))
-    assert picture.shape == (20, 30, 3) and (picture == (9, 8, 7)).all()
+    picture = render_scene(make_scene(empty, (1, 1, 1), COLORS), size=(20, 30))
+    assert picture.shape == (20, 30, 3) and (picture == 255).all()
     with pytest.raises(ValueError, match="label 5 has no colour; the table has 4 rows"):
         make_scene(empty + 5, (1, 1, 1), COLORS)
 

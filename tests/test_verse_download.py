@@ -146,7 +146,7 @@ def test_a_changed_file_is_fetched_anew(server, tmp_path, change):
     server.etag = None if change == "no etag" else server.etag
     part = tmp_path / "a.zip.part"
     with pytest.raises(ConnectionError, match="300000 of 1024000"):
-        archives._fetch(server.url("a.zip"), part, 10)
+        archives._fetch(server.url("a.zip"), part)
     server.files["a.zip"] = new = DATA[::-1] + (b"more" if change == "size" else b"")
     server.cut_after, server.heed_if_range = None, "ignores" not in change
     if "etag of" in change or change == "etag":
@@ -168,7 +168,7 @@ def test_a_part_that_is_complete_already(server, tmp_path):
     """Ctrl-C between the last byte and the renaming: the server answers 416."""
     server.files["a.zip"] = DATA
     part = tmp_path / "a.zip.part"
-    archives._fetch(server.url("a.zip"), part, 10)
+    archives._fetch(server.url("a.zip"), part)
     assert download_file(server.url("a.zip"), tmp_path / "a.zip").read_bytes() == DATA
     assert server.gets()[-1] == ("a.zip", f"bytes={len(DATA)}-") and everything(tmp_path) == ["a.zip"]
 
@@ -176,7 +176,7 @@ def test_a_part_that_is_complete_already(server, tmp_path):
 def test_a_part_that_is_too_long_starts_again(server, tmp_path):
     server.files["a.zip"] = DATA
     part = tmp_path / "a.zip.part"
-    archives._fetch(server.url("a.zip"), part, 10)
+    archives._fetch(server.url("a.zip"), part)
     part.write_bytes(DATA + b"x")
     assert download_file(server.url("a.zip"), tmp_path / "a.zip").read_bytes() == DATA
 

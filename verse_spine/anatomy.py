@@ -1,8 +1,8 @@
 """The shapes of which `phantoms.py` builds a CT of the spine: vertebrae, other bones, soft tissue.
 
 Shapes are given by distances in mm that are negative inside; points are (z, y, x) in mm, directions (up,
-front, right). `labels`, `levels` and `frames` list the vertebrae from the head down: VerSe's number, the row
-of the tables below (1-24, from 25 on the sacrum), and place with axes.
+front, right). Three lists describe the vertebrae from the head down: `labels` has their numbers in VerSe,
+`levels` their place in the tables below (1 to 24; from 25 on the sacrum), `frames` their positions and axes.
 """
 
 import numpy as np
@@ -28,11 +28,12 @@ PITCH = (12, 8, -20, 0, 18, 0, -22, -55)  # degrees by which the way down leads 
 
 
 def at_level(values: tuple, level: float) -> float:
+    """The size of a vertebra at `level` from one of the tables above."""
     return float(np.interp(level, AT, values))
 
 
 class _Frame:
-    """Place and axes of one vertebra; `local` gives coordinates (up, front, right) in mm."""
+    """Position and axes of one vertebra."""
 
     def __init__(self, centre, pitch, roll):
         self.centre = np.asarray(centre, float)
@@ -42,10 +43,11 @@ class _Frame:
         self.right = right * np.sign(right[2])
 
     def point(self, up, front, right):
+        """(z, y, x) in mm of a point that is given in the vertebra's own axes."""
         return self.centre + up * self.up + front * self.front + right * self.right
 
     def local(self, axes_mm, reach_mm):
-        """Slices of the box within reach, and the three coordinates of its voxels."""
+        """Slices of the box within reach, and its voxels' coordinates up, front and right from the centre."""
         box = box_between(axes_mm, self.centre - reach_mm, self.centre + reach_mm)
         z, y, x = np.ix_(*(a[s] - np.float32(c) for a, s, c in zip(axes_mm, box, self.centre, strict=True)))
         return box, *(
@@ -54,7 +56,7 @@ class _Frame:
 
 
 def _paint_tubes(image, axes_mm, points, radius, hu, edge_mm):
-    """A bone or vessel along a chain of points; with a pair of `hu` the second is that of the marrow."""
+    """Paint a bone or vessel along a chain of points; `hu` may be a pair, whose second is the marrow's."""
     for start, end in zip(points[:-1], points[1:], strict=True):
         reach = radius + edge_mm
         box = box_between(axes_mm, np.minimum(start, end) - reach, np.maximum(start, end) + reach)
@@ -65,7 +67,7 @@ def _paint_tubes(image, axes_mm, points, radius, hu, edge_mm):
 
 
 def _vertebra_mm(level: int, size: float, up, front, right):
-    """Distance to the vertebra of that number (1-24), in the coordinates of its frame."""
+    """Distance to the vertebra of level 1 to 24, in the coordinates of its frame."""
     half_up, half_front, half_right = (size * at_level(v, level) / 2 for v in (HEIGHT, DEPTH, WIDTH))
     canal_front, canal_side = size * at_level(CANAL_FRONT, level), size * at_level(CANAL_SIDE, level)
     back = -half_front - canal_front + (10 * size if level == 1 else 0)  # the canal's centre
@@ -116,7 +118,7 @@ def _vertebra_mm(level: int, size: float, up, front, right):
 
 
 def lay_out(rng, variant: str) -> tuple[list[int], list[float], list[_Frame], float]:
-    """Numbers, size levels (1-29; from 25 on the sacrum), frames of a whole spine, and its size."""
+    """A whole spine: its labels, levels and frames (see above), and its size as a factor on all lengths."""
     extra = {"normal": [], "T13": [28], "L6": [25]}[variant]
     labels = sorted([*range(1, 25), *extra], key=lambda label: 19.5 if label == 28 else label)
     levels = [{28: 19, 25: 24}.get(label, label) for label in labels] + list(range(25, 30))
@@ -138,6 +140,7 @@ def lay_out(rng, variant: str) -> tuple[list[int], list[float], list[_Frame], fl
 
 
 def paint_soft_tissue(rng, image, axes_mm, levels, frames, size, edge_mm) -> None:
+    """Skin, fat, muscles, organs, air and vessels around the spine."""
     z, y, x = np.ix_(*axes_mm)
     heights = [f.centre[0] for f in frames][::-1]
     level = np.interp(z, heights, levels[::-1]).astype(np.float32)
@@ -237,7 +240,7 @@ def paint_other_bones(rng, image, axes_mm, labels, levels, frames, size, edge_mm
 
 
 def paint_vertebrae(rng, image, axes_mm, labels, levels, frames, size, edge_mm) -> np.ndarray:
-    """Discs, canal and vertebrae; returns the label."""
+    """Paint discs, canal and vertebrae; returns the label map, uint8 with VerSe's numbers."""
     nearest = np.full(image.shape, 99, np.float32)
     second, label = nearest.copy(), np.zeros(image.shape, np.uint8)
     for number, level, frame in zip(labels, levels, frames, strict=False):
@@ -273,6 +276,7 @@ def paint_vertebrae(rng, image, axes_mm, labels, levels, frames, size, edge_mm) 
 
 
 def paint_screws(rng, image, axes_mm, levels, frames, size, edge_mm) -> None:
+    """Two pedicle screws in each of four vertebrae, joined by a rod on either side."""
     first = int(rng.integers(15, 21))
     used = [
         (level, frame)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from common.layers import check_image, make_norm, padded_to_multiple, stage_runner
 
 CHANNELS = (16, 32, 64, 128, 256, 512)  # of the six levels
+REDUCTION = 16  # by how much SCA's hidden layer is narrower than its input
 
 
 def _double_conv(in_channels: int, mid_channels: int, out_channels: int) -> nn.Sequential:
@@ -31,12 +32,12 @@ class SCA(nn.Module):
     Differs: x itself is added, so that the result is 1 to 3 times x: it can amplify but not suppress.
     """
 
-    def __init__(self, channels: int, reduction: int = 16) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.channel = nn.Sequential(
-            nn.Linear(channels, channels // reduction),
+            nn.Linear(channels, channels // REDUCTION),
             nn.ReLU(inplace=True),
-            nn.Linear(channels // reduction, channels),
+            nn.Linear(channels // REDUCTION, channels),
         )
         self.position = nn.Conv3d(channels, 1, 1, bias=False)
 

@@ -27,9 +27,9 @@ class Case:
     """One scan of one patient.
 
     Attributes:
-        subject: the patient, e.g. sub-verse004; what a split has to keep together.
-        name: the scan, e.g. sub-verse004_dir-sag; no two cases share it.
-        mask, centroids: None where the data set has none.
+        subject: the patient, such as sub-verse004; what a split has to keep together.
+        name: the scan, such as sub-verse004_dir-sag; different for each case.
+        mask, centroids: None where the data set does not have the file.
         part: training, validation or test, None outside of a dataset-... folder.
         edition: 19, 20 or None if the folders do not tell.
     """
@@ -52,9 +52,9 @@ def find_cases(folder: str | Path, editions: tuple[int, ...] = (19, 20)) -> list
         editions: which of verse19 and verse20 to take where both are.
 
     Raises:
-        FileNotFoundError: no such folder, or no `rawdata` in it.
-        ValueError: masks without a scan, two files of one kind for one scan, or a patient in two parts of one
-            edition; lists them.
+        FileNotFoundError: the folder, `rawdata` in it, or the wanted edition is missing.
+        ValueError: lists masks without a scan, two files of one kind for one scan, or patients in two parts
+            of one edition.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -93,18 +93,18 @@ def find_cases(folder: str | Path, editions: tuple[int, ...] = (19, 20)) -> list
 
 
 def merge_editions(cases19: list[Case], cases20: list[Case]) -> list[Case]:
-    """One list without a scan twice and without a patient in two parts.
+    """The cases of both editions in one list, in which each scan is found once and each patient in one part.
 
-    VerSe20 wins twice: a scan that both have is taken from it, as its annotation is the newer one; and a
-    patient that both know belongs, with all scans, to the part that VerSe20 put the patient in. (VerSe20's
-    own release leaves out scans that VerSe19 holds, so the two together are the whole data set.)
+    VerSe20 counts where the two differ: a scan that both have is taken from it, as its annotation is newer;
+    and a patient that both have belongs, with all scans, to the part in which VerSe20 has the patient.
+    (VerSe20 leaves out scans that VerSe19 holds, so only the two together are the whole data set.)
     """
     names = {case.name for case in cases20}
     parts = {case.subject: case.part for case in cases20}
-    kept = [
+    only19 = [
         replace(case, part=parts.get(case.subject, case.part)) for case in cases19 if case.name not in names
     ]
-    return sorted([*kept, *cases20], key=lambda case: natural_key(case.name))
+    return sorted([*only19, *cases20], key=lambda case: natural_key(case.name))
 
 
 def _edition(root: Path) -> int | None:

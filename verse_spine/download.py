@@ -4,10 +4,10 @@
     python verse_spine/download.py --out data/verse --dataset_edition 19 20 --parts training validation
     python verse_spine/download.py --out data/verse --dataset_edition 20 --archives Downloads
 
-Fetches up to six zips, about 30 GB together, each from the authors' server or else from OSF. Stop it whenever
-you like; the same command goes on. What is there already is left as it is. VerSe20 leaves out scans that
-VerSe19 holds: take both for the whole data set. Ends with the number of scans and the command that comes
-next, or with the steps to do by hand.
+Fetches up to six zips, about 30 GB together, each from the authors' server or, if that fails, from OSF. You
+can stop it at any time; the same command goes on where it stopped. What is there already stays as it is.
+VerSe20 leaves out scans that VerSe19 holds: take both for the whole data set. Ends with the number of scans
+and the command that comes next, or with the steps to do by hand.
 """
 
 import argparse
@@ -43,19 +43,29 @@ STEPS = """By hand, in a browser:
 
 
 def sources(edition: int, part: str) -> dict[str, str]:
-    """Where a zip can be had, in the order in which it is tried: {short name: address}."""
+    """Where a zip can be had, {short name: address}, the first choice first."""
     osf = OSF.format(node=OSF_NODES[edition], folder=OSF_FOLDERS[edition, part])
     return {"authors": AUTHORS.format(edition=edition, part=part), "osf": osf}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--out", default="data/verse", help="folder for verse19 and verse20")
+    parser.add_argument("--out", default="data/verse", help="folder in which verse19 and verse20 are made")
     parser.add_argument(
-        "--dataset_edition", type=int, nargs="+", choices=[19, 20], default=[19], help="19, 20, or both"
+        "--dataset_edition",
+        type=int,
+        nargs="+",
+        choices=[19, 20],
+        default=[19],
+        help="fetch VerSe19, VerSe20, or both",
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which parts of them")
-    parser.add_argument("--archives", help="folder with zips that you have already; they are kept")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which parts of the editions to fetch"
+    )
+    parser.add_argument(
+        "--archives",
+        help="folder with zips that you have already; they are unpacked instead of fetched, and stay there",
+    )
     return parser
 
 
@@ -101,7 +111,8 @@ def _unpacking(target: Path) -> Path:
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack beside `target`, then move the folder that holds rawdata there: whole or as before."""
+    """Unpack beside `target`, then move the folder that holds rawdata there. After an error `target` is as it
+    was before."""
     part = _unpacking(target)
     delete_own(part)
     try:
@@ -143,10 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         if missing and not args.archives:
             sizes = [remote_size(next(iter(sources(*pair).values()))) for pair in missing]
             known = sum(size or 0 for size in sizes) / 1e9
-            print(
-                f"To fetch: {len(missing)} zips, {known:.1f} GB"
-                + " and some of unknown size" * (None in sizes)
-            )
+            rest = " and some of unknown size" if None in sizes else ""
+            print(f"To fetch: {len(missing)} zips, {known:.1f} GB{rest}")
         for pair in missing:
             target = dataset_folder(out, *pair)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -30,30 +30,23 @@ LABEL_NAMES = {
 }
 VERTEBRAE = (*range(1, 26), 28)  # the annotated ones
 MODES = ("binary", "region3", "levels26")
-MAX_DISTANCE_MM = (
-    25.0  # between a mask's centre and the body's; farther means that the files do not belong together
-)
-HIT_DISTANCE_MM = 20.0  # of the VerSe challenge
-THICK = (
-    0.6  # share of the largest depth from which on a voxel counts as body; 0.5 lets the arch in at T12, L1
-)
+# Between the centre of a vertebra's mask and of its body; files that differ by more do not belong together.
+MAX_DISTANCE_MM = 25.0
+HIT_DISTANCE_MM = 20.0  # within which the VerSe challenge counts a centre as found
+# A voxel this deep below the surface, as a share of the largest depth, counts as body. With 0.5 the arches of
+# T12 and L1 would count too.
+BODY_DEPTH = 0.6
 
-_AXES = {
-    "L": (2, -1),
-    "R": (2, 1),
-    "P": (1, -1),
-    "A": (1, 1),
-    "I": (0, -1),
-    "S": (0, 1),
-}  # axis of z y x, sign
+# The axis (0 z, 1 y, 2 x) that each axis code names, and its sign in RAS+.
+_AXES = {"L": (2, -1), "R": (2, 1), "P": (1, -1), "A": (1, 1), "I": (0, -1), "S": (0, 1)}
 
 
 @dataclass(frozen=True)
 class Centroids:
-    """Content of a centroid file.
+    """What a centroid file holds.
 
     Attributes:
-        direction: axis codes of the image that the voxels belong to, e.g. ("P", "I", "R").
+        direction: axis codes of the image that the voxels belong to, such as ("P", "I", "R").
         voxels: {label: (X, Y, Z)}; 0 is the centre of the first voxel.
     """
 
@@ -65,7 +58,7 @@ class Centroids:
 
 
 def class_names(mode: str) -> list[str]:
-    """Names by class index, 0 the background; see `map_labels` for the modes."""
+    """Names of the classes by their index; 0 is the background. See `map_labels` for the modes."""
     if mode == "binary":
         return ["background", "vertebra"]
     if mode == "region3":
@@ -76,12 +69,12 @@ def class_names(mode: str) -> list[str]:
 
 
 def num_classes(mode: str) -> int:
-    """Classes with the background: 2, 4 or 27."""
+    """How many classes there are with the background: 2, 4 or 27."""
     return len(class_names(mode))
 
 
 def num_outputs(mode: str) -> int:
-    """Channels of a network's logits: 1 for binary (a sigmoid), else one for each class: 4 or 27."""
+    """Channels of a network's logits: 1 for binary (a sigmoid), otherwise one for each class: 4 or 27."""
     return 1 if mode == "binary" else num_classes(mode)
 
 
@@ -108,7 +101,7 @@ def map_labels(labels: np.ndarray, mode: str) -> np.ndarray:
 
 
 def unmap_labels(pred: np.ndarray, mode: str) -> np.ndarray:
-    """Class indices -> what is written to a file, uint8: VerSe's numbers for levels26, else unchanged."""
+    """Class indices -> uint8 numbers for a file: VerSe's for levels26, the class indices otherwise."""
     _check_range(pred, num_classes(mode) - 1, f"mode {mode} has the classes 0-{num_classes(mode) - 1}")
     return np.array([0, *VERTEBRAE], np.uint8)[pred] if mode == "levels26" else pred.astype(np.uint8)
 
@@ -156,7 +149,7 @@ def read_centroids(path: str | Path) -> Centroids:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: entry {str(item)[:80]} is not complete; {expected}") from error
         if isinstance(label, bool) or label not in LABEL_NAMES:
-            raise ValueError(f"{path}: label {label!r} is no vertebra number of VerSe (1-28)")
+            raise ValueError(f"{path}: label {label!r} is not a vertebra number of VerSe (1-28)")
         if any(map(math.isnan, position)):
             continue
         if int(label) in voxels or not all(map(math.isfinite, position)):
@@ -196,12 +189,9 @@ def centroids_to_mm(centroids: Centroids, scan: NiftiFile) -> dict[int, tuple[fl
 def centroids_to_voxels(
     centres_mm: dict[int, tuple[float, float, float]],
     scan: NiftiFile,
-    direction: tuple[str, str, str] | None = None,
 ) -> Centroids:
-    """The reverse of `centroids_to_mm`; `direction` is by default the orientation of the scan's file."""
-    direction = tuple(direction or scan.orientation)
-    if not _is_direction(direction):
-        raise ValueError(f"direction {direction} is no orientation; an example is ('P', 'I', 'R')")
+    """The reverse of `centroids_to_mm`, in the orientation of the scan's file."""
+    direction = tuple(scan.orientation)
     from_mm = np.linalg.inv(scan.affine @ _direction_to_ras(direction, scan.shape))
     voxels = {
         label: tuple(float(v) for v in (from_mm @ [*position[::-1], 1.0])[:3])
@@ -211,12 +201,10 @@ def centroids_to_voxels(
 
 
 def _is_direction(codes: object) -> bool:
-    if not isinstance(codes, (list, tuple)) or len(codes) != 3:
+    """Whether `codes` are three axis codes, one of each axis."""
+    if not isinstance(codes, (list, tuple)) or not all(isinstance(code, str) for code in codes):
         return False
-    return (
-        all(isinstance(code, str) and code in _AXES for code in codes)
-        and len({_AXES[c][0] for c in codes}) == 3
-    )
+    return len(codes) == 3 and sorted(_AXES[code][0] for code in codes if code in _AXES) == [0, 1, 2]
 
 
 def _direction_to_ras(direction: tuple[str, str, str], shape: tuple[int, int, int]) -> np.ndarray:
@@ -256,8 +244,8 @@ def body_centres(labels: np.ndarray, affine: np.ndarray) -> dict[int, tuple[floa
 
     Arch and processes pull the centre of mass of a vertebra backwards by about 10 mm. The body is its
     thickest part: of the voxels whose depth below the surface is at least 0.6 of the largest, the biggest
-    connected piece is taken. Mean distance to the annotated centres (of the masks' centres of mass): 1.1 mm
-    (11.7) for nine vertebrae of VerSe, 0.7 mm (8.4) and 1.7 mm (14.6) in two other scans.
+    connected piece is taken. Its mean distance from the annotated centres was 1.1 mm for nine vertebrae of
+    VerSe, 0.7 mm and 1.7 mm in two other scans; that of the masks' centres of mass 11.7, 8.4 and 14.6 mm.
 
     Args:
         labels: (z, y, x) RAS+, VerSe's numbers.
@@ -270,7 +258,7 @@ def body_centres(labels: np.ndarray, affine: np.ndarray) -> dict[int, tuple[floa
         strides = step if mask[:: step[0], :: step[1], :: step[2]].any() else np.ones(3, int)
         coarse = mask[:: strides[0], :: strides[1], :: strides[2]]
         depth = ndimage.distance_transform_edt(np.pad(coarse, 1), sampling=spacing_mm * strides)
-        pieces, _ = ndimage.label(depth[1:-1, 1:-1, 1:-1] >= THICK * depth.max())
+        pieces, _ = ndimage.label(depth[1:-1, 1:-1, 1:-1] >= BODY_DEPTH * depth.max())
         sizes = np.bincount(pieces.ravel())
         voxel = np.argwhere(pieces == 1 + sizes[1:].argmax()).mean(axis=0) * strides + start
         centres[label] = _to_space(affine, voxel[::-1])
@@ -278,7 +266,7 @@ def body_centres(labels: np.ndarray, affine: np.ndarray) -> dict[int, tuple[floa
 
 
 def _boxes(labels: np.ndarray):
-    """(label, mask of its box, first voxel z y x) for each annotated vertebra in the volume."""
+    """(label, its mask in its box, first voxel of the box z y x) for each annotated vertebra."""
     found = ndimage.find_objects(labels)
     for label in VERTEBRAE:
         box = found[label - 1] if label <= len(found) else None
@@ -289,16 +277,16 @@ def _boxes(labels: np.ndarray):
 def check_centroids(
     centres_mm: dict[int, tuple[float, float, float]], labels: np.ndarray, affine: np.ndarray
 ) -> tuple[list[str], list[str]]:
-    """Compare a centroid file with the mask of its case: releases of VerSe differ in their coordinates.
+    """Compare a centroid file with the mask of its case, as releases of VerSe differ in their coordinates.
 
     Args:
         centres_mm: from `centroids_to_mm`.
         labels, affine: as `mask_centres`.
 
     Returns:
-        problems: the files do not belong together: a centre more than 25 mm from that of the mask, or no
-            label in common. Such a case should be set aside.
-        notes: labels that only one of them has, as happens for vertebrae that the scan cuts.
+        problems: why the files do not belong together: a centre more than 25 mm from that of the mask, or
+            not one label in common. Such a case should be set aside.
+        notes: labels that only one of them has, as happens with vertebrae that the scan cuts.
     """
     in_mask = mask_centres(labels, affine)
     problems, notes = [], []
@@ -322,14 +310,15 @@ def _names(labels) -> str:
 def identification_rate(pred_mm: dict[int, tuple], target_mm: dict[int, tuple]) -> dict[str, float]:
     """Which vertebrae of one scan have the right name and place (Sekuboyina et al. 2021, arXiv:2001.09193).
 
-    Of the labels that both have, one is a hit if the nearest true centre to the predicted one is its own and
-    lies within 20 mm. A missing or an extra vertebra is therefore never a hit, and does not spoil another.
+    A label that both have is a hit if, of the true centres of such labels, its own is the nearest to the
+    predicted centre, and lies within 20 mm. A missing or an additional vertebra is therefore never a hit, and
+    does not spoil another one.
 
     Returns:
         hits, targets, predicted: counts; add them over scans for the rate of a data set.
-        rate: hits / targets, NaN without targets. recall is the same number.
-        precision: hits / predicted, NaN without predictions.
-        d_mean_mm: mean distance of the hits, NaN without any; `targets - hits` were missed.
+        rate, recall: hits / targets; NaN without targets.
+        precision: hits / predicted; NaN without predictions.
+        d_mean_mm: mean distance of the hits; NaN without hits.
     """
     both = sorted(pred_mm.keys() & target_mm.keys())
     distances = []

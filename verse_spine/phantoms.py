@@ -1,7 +1,7 @@
 """Synthetic CT of the spine in VerSe's layout, so that the demo and the tests need no download.
 
-Twenty-four vertebrae of plain shapes along a curved spine, with all that a threshold would take for vertebrae
-as well: ribs, sacrum, pelvis, skull, contrast agent, screws. It models no disease; scores on it mean nothing
+Twenty-four vertebrae of plain shapes along a curved spine, and what a threshold would take for vertebrae too:
+ribs, sacrum, pelvis, skull, contrast agent, screws. It does not model any disease; scores on it mean nothing
 for patients.
 """
 
@@ -42,7 +42,7 @@ def spine_phantom(
     Args:
         spacing_mm: z y x.
         levels: first and last vertebra in the scan, 1 (C1) to 24 (L5); parts of the next ones are in it too.
-        field_mm: y x, centred on the vertebrae; y is enlarged where a curved spine needs it.
+        field_mm: field of view, y x, around the vertebrae; larger along y where a curved spine needs it.
         variant: normal, T13 (a thirteenth thoracic vertebra, number 28) or L6 (number 25).
         metal: pedicle screws and rods over four vertebrae.
         noise_hu: standard deviation of the noise; 0 for none.
@@ -112,7 +112,7 @@ def write_verse_phantoms(
     there already, nothing is done.
 
     Args:
-        num_cases: 3 or more; each is a patient of its own, numbered from 801.
+        num_cases: 3 or more; each is another patient, numbered from 801.
         spacing_scale: 1 gives voxels of 2.2 to 3.3 mm, about 110 x 55 x 50 of them; 0.4 those of real scans.
         full_spine: show C1 to L5 in every case.
 

@@ -21,7 +21,8 @@ LABEL_COLORS = np.array(
 
 
 def middle(mask: np.ndarray) -> tuple[int, int, int]:
-    """Where the three planes go: the median voxel of the mask, the middle of the volume without one."""
+    """The voxel through which the three planes go: the median of the mask, or the volume's middle if the mask
+    is empty."""
     centre = []
     for axis in range(3):
         below = np.count_nonzero(mask, axis=tuple({0, 1, 2} - {axis})).cumsum()
@@ -30,17 +31,21 @@ def middle(mask: np.ndarray) -> tuple[int, int, int]:
 
 
 def plane(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """One plane with the head up, the front up in axial ones, and the patient's right on the left."""
+    """The plane `index` across `axis` as it is shown: head up (in axial planes the front up), the patient's
+    right on the left."""
     picture = np.take(volume, index, axis)
-    # Rows and columns grow with z, y, x; pictures grow downwards. In the sagittal plane the front is left.
+    # Indices grow upwards, to the front and to the right, but pictures from the upper left corner. In the
+    # sagittal plane the front is on the left.
     return picture[::-1, ::-1]
 
 
 def true_plane(
     volume: np.ndarray, axis: int, index: int, spacing_mm: tuple, voxel_mm: float, labels: bool = False
 ) -> np.ndarray:
-    """`plane` with square pixels of `voxel_mm`; image linear, labels nearest. Only this plane is resampled:
-    a body CT would take half a GB."""
+    """As `plane`, but with square pixels of `voxel_mm`; images are interpolated, labels take the nearest.
+
+    Only this plane is resampled: a resampled CT of the whole body would take half a GB.
+    """
     picture = plane(volume, axis, index)
     sides_mm = [n * s for n, s in zip(picture.shape, np.delete(spacing_mm, axis), strict=True)]
     shape = [max(1, round(mm / voxel_mm)) for mm in sides_mm]
@@ -57,7 +62,8 @@ def window(image: np.ndarray) -> np.ndarray:
 
 
 def error_picture(grey: np.ndarray, pred: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Grey (h, w) with false positives in orange and false negatives in blue; another class is both."""
+    """The picture `grey` (h, w) in RGB with the errors of `pred` against `target`: blue where a structure is
+    missed, orange where one is found that is not there or is another one."""
     rgb = overlay(grey, (pred != target) & (pred > 0), FALSE_POSITIVE, 0.7)
     missed = (pred != target) & (target > 0) & (pred == 0)
     rgb[missed] = (0.3 * rgb[missed] + 0.7 * np.array(FALSE_NEGATIVE)).astype(np.uint8)
@@ -65,7 +71,7 @@ def error_picture(grey: np.ndarray, pred: np.ndarray, target: np.ndarray) -> np.
 
 
 def color_overlay(grey: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """Grey (h, w) with each label in one of six colours; neighbouring levels differ."""
+    """The picture `grey` (h, w) in RGB with each label in one of six colours; those of neighbours differ."""
     rgb = np.repeat(grey[..., None], 3, -1).astype(np.float32)
     inside = labels > 0
     rgb[inside] = (1 - alpha) * rgb[inside] + alpha * LABEL_COLORS[(labels[inside] - 1) % len(LABEL_COLORS)]
@@ -84,18 +90,19 @@ def save_planes(
     """Three planes through the spine: the scan, the prediction, with a target also that and the error.
 
     Args:
-        image: HU (z, y, x); pred, target: labels of the same grid.
-        voxel_mm: of the pictures.
+        image: HU, (z, y, x).
+        pred, target: labels on the same grid.
+        voxel_mm: side of the pictures' pixels.
+        title: stands above the first picture, behind the name of the plane.
     """
     centre = middle(pred if target is None or not target.any() else target)
     rows, titles = [], []
     for axis, name in enumerate(PLANES):
-        where = axis, centre[axis], spacing_mm, voxel_mm
-        grey = window(true_plane(image, *where))
-        pred_plane = true_plane(pred, *where, labels=True)
+        grey = window(true_plane(image, axis, centre[axis], spacing_mm, voxel_mm))
+        pred_plane = true_plane(pred, axis, centre[axis], spacing_mm, voxel_mm, labels=True)
         row, names = [grey], [f"{name} {title}" if axis == 0 else name]
         if target is not None:
-            target_plane = true_plane(target, *where, labels=True)
+            target_plane = true_plane(target, axis, centre[axis], spacing_mm, voxel_mm, labels=True)
             row.append(color_overlay(grey, target_plane))
             names.append("truth")
         row.append(color_overlay(grey, pred_plane))
@@ -109,8 +116,8 @@ def save_planes(
 
 
 def save_case_preview(folder: Path, epoch: int, model: TrainedModel, case: CaseFile) -> None:
-    """previews/epoch_NNN.png of one validation case: the middle of its spine, at most two patches high, so
-    that an epoch's preview costs a few windows."""
+    """Save previews/epoch_NNN.png of one validation case: the middle of its spine, at most two patches high,
+    so that a preview takes only a few windows to predict."""
     folder.mkdir(exist_ok=True)
     box = spine_box(case, 20.0) or (np.zeros(3, int), np.array(case.shape))
     centre = (np.asarray(box[0]) + box[1]) // 2
@@ -134,11 +141,12 @@ def save_case_preview(folder: Path, epoch: int, model: TrainedModel, case: CaseF
 def save_heatmap_preview(
     path: Path, image: np.ndarray, target: np.ndarray, heat: np.ndarray, boxes: dict[str, tuple | None]
 ) -> None:
-    """Three planes of the small grid: scan with boxes, target, heat map.
+    """Save three planes of the small grid: the scan with boxes, the target, the heat map.
 
     Args:
-        image: HU; target, heat: [0, 1]; all (z, y, x) on the small grid.
-        boxes: {"truth": (start, stop), "prediction": ...} on the small grid; None is left out.
+        image: HU, (z, y, x) on the small grid.
+        target, heat: values in [0, 1], of the same shape.
+        boxes: {"truth": (start, stop) or None, "prediction": ...} in voxels of the small grid.
     """
     import matplotlib
 

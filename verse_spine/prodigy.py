@@ -9,12 +9,12 @@ import torch
 class Prodigy(torch.optim.Optimizer):
     """Adam whose step size d grows by itself to the estimated distance from the start to the solution.
 
-    `lr` is a factor on d: leave it at 1.0 and let a schedule lower it; d_coef is the knob for runs that learn
-    too slowly or diverge. d is one number for all parameters. A parameter without gradient, and all of a
-    group with lr 0, stay as they are in that step.
+    `lr` is a factor on d: leave it at 1.0 and let a schedule lower it. Change d_coef for runs that learn too
+    slowly or diverge. d is one number for all parameters. A parameter without gradient, and a group whose lr
+    is 0, stay as they are in that step.
 
-    Needs 16 bytes a parameter besides weights and gradients (start x0, momentum m, second moment v,
-    numerator s; Adam needs 8): 0.9 GiB for Swin UNETR with 62 million.
+    Besides weights and gradients it needs 16 bytes for each parameter (start x0, momentum m, second moment v,
+    numerator s; Adam needs 8): 0.9 GiB for Swin UNETR with 62 million parameters.
 
     Args:
         params: parameters or groups of them, all on one device.
@@ -24,7 +24,7 @@ class Prodigy(torch.optim.Optimizer):
         weight_decay: decoupled, as in AdamW; times lr and d.
         d0: first d.
         d_coef: factor on the estimate of d.
-        growth_rate: d grows by this factor a step at most; 1.02 acts as a warm-up.
+        growth_rate: the largest factor by which d grows in one step; 1.02 acts as a warm-up.
         bias_correction: Adam's correction of m and v in the first steps.
 
     Raises:
@@ -62,7 +62,7 @@ class Prodigy(torch.optim.Optimizer):
         self.betas, self.eps, self.d0, self.d_coef = betas, eps, d0, d_coef
         self.growth_rate, self.bias_correction = growth_rate, bias_correction
         start = self.param_groups[0]["params"][0].new_tensor(d0)
-        # A key that is no parameter: state_dict keeps it as it is.
+        # state_dict leaves an entry as it is whose key is not a parameter.
         self.state["all"] = {"d": start, "d_max": start, "numerator": torch.zeros_like(start), "steps": 0}
 
     @property
@@ -115,7 +115,7 @@ class Prodigy(torch.optim.Optimizer):
         denominator = torch.stack(sums).sum().clamp(min=1e-38)  # all gradients so far can be 0
         estimate = self.d_coef * numerator / denominator
         d_max = torch.maximum(shared["d_max"].to(d.device), estimate)
-        # The first growth is free: d0 is no estimate.
+        # The first growth is not limited, as d0 is not an estimate.
         grown = torch.where(d == self.d0, torch.maximum(d, estimate), d) * self.growth_rate
         d = torch.minimum(d_max, grown)
         # A new dictionary: the old one may also be another optimiser's, which was loaded from this one.

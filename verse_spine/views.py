@@ -3,9 +3,10 @@
     python verse_spine/views.py --mask mask.nii.gz
     python verse_spine/views.py --mask mask.nii.gz --target truth.nii.gz --image scan.nii.gz --out pictures
 
-Of <name>.nii.gz it writes <name>_3d.png (front, left side, back), <name>_turntable.gif and <name>_mesh.html
-(to turn in a browser, offline); with --target also <name>_error.png (truth, prediction, distance in mm), with
---image <name>_curved.png (planes along the vertebral bodies, straightened). No graphics card is needed.
+For the mask <name>.nii.gz it writes <name>_3d.png (front, left side, back), <name>_turntable.gif and
+<name>_mesh.html (to turn in a browser, offline); with --target also <name>_error.png (truth, prediction and
+distance in mm), with --image also <name>_curved.png (straightened planes along the vertebral bodies). A
+graphics card is not needed.
 """
 
 import sys
@@ -31,17 +32,20 @@ from verse_spine.pictures import LABEL_COLORS, color_overlay, window
 from verse_spine.segment import count_bodies
 
 VIEWS = {"front": 0, "left side": 90, "back": 180}  # degrees
-HEIGHT, FRAMES = 800, 36  # pixels; of the turntable
-MIN_DROP_MM = 8.0  # between the centres of neighbouring bodies
-NUM_REGIONS = 3  # masks without a higher label hold no levels: binary or region3
+HEIGHT = 800  # of the pictures, in pixels
+FRAMES = 36  # of the turntable
+MIN_DROP_MM = 8.0  # the least by which the centre of a body lies below that of the next one
+NUM_REGIONS = 3  # a mask without a higher label holds classes (binary or region3) and not levels
 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--mask", required=True, help="NIfTI mask: VerSe's numbers, or classes")
-    parser.add_argument("--target", help="true mask of the same grid, for the error in mm")
-    parser.add_argument("--image", help="CT of the same grid, for the curved planes")
-    parser.add_argument("--out", help="folder of the pictures; default: that of the mask")
+    parser.add_argument("--mask", required=True, help="NIfTI mask with VerSe's numbers or with classes")
+    parser.add_argument(
+        "--target", help="true mask on the same grid; needed for the picture of the error in mm"
+    )
+    parser.add_argument("--image", help="CT on the same grid; needed for the straightened planes")
+    parser.add_argument("--out", help="folder that the pictures are written to; by default that of the mask")
     return parser
 
 
@@ -56,13 +60,14 @@ def save_views(
     """Write all pictures that the arguments allow; see the head of this file.
 
     Args:
-        stem: path whose name is continued, e.g. out/case for out/case_3d.png.
+        stem: path with the beginning of the names, such as out/case for out/case_3d.png.
         labels: (z, y, x) RAS+, VerSe's numbers or classes; uint8 or another integer type.
         spacing_mm: z y x.
-        target: true labels; image: HU; both on the same grid.
+        target: true labels on the same grid.
+        image: HU on the same grid.
 
     Returns:
-        The files written. Without a voxel in the mask only the error is drawn; a curve needs two bodies.
+        The files written. For an empty mask only the error is drawn; the curve needs at least two bodies.
     """
     stem = Path(stem)
     paths = {
@@ -75,7 +80,7 @@ def save_views(
         scene = make_scene(labels, spacing_mm, colors)
         pictures = [render_scene(scene, angle, 0, (HEIGHT, HEIGHT)) for angle in VIEWS.values()]
         save_pictures(paths["3d.png"], trimmed(pictures), list(VIEWS))
-        size = HEIGHT // 2, HEIGHT * 3 // 10
+        size = (HEIGHT // 2, HEIGHT * 3 // 10)
         save_turntable(paths["turntable.gif"], labels, spacing_mm, colors=colors, frames=FRAMES, size=size)
         parts = split_mesh(*surface_mesh(labels, spacing_mm))
         meshes = [(_name(n, labels), colors[n], *mesh) for n, mesh in parts.items()]
@@ -103,7 +108,8 @@ def body_points(labels: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
         points = count_bodies(labels, spacing_mm)
         return points[_longest_chain(points * spacing_mm)]
     centres = body_centres(labels, np.diag([*spacing_mm[::-1], 1.0]))
-    cut = {1, *np.unique(labels[[0, -1]]).tolist()}  # C1 has no body; one that the scan cuts may have none
+    # C1 does not have a body, and of a vertebra that the scan cuts the body may be missing.
+    cut = {1, *np.unique(labels[[0, -1]]).tolist()}
     if len(centres.keys() - cut) > 1:
         centres = {label: place for label, place in centres.items() if label not in cut}
     points = np.array(list(centres.values())).reshape(-1, 3) / spacing_mm
@@ -111,9 +117,12 @@ def body_points(labels: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
 
 
 def _longest_chain(points_mm: np.ndarray) -> list[int]:
-    """Indices of the most points, from head to foot, with each next one below the last at less than 45
-    degrees; of equal chains the straightest. Leaves out pieces of arches that were counted as bodies."""
-    best: list[tuple[float, list[int]]] = []  # of the chains that end at each point
+    """Indices of the longest chain of points from head to foot, in which each point lies below the one before
+    at less than 45 degrees; of chains of one length the straightest.
+
+    It leaves out pieces of arches that were counted as bodies.
+    """
+    best: list[tuple[float, list[int]]] = []  # (score, chain) of the best chain that ends at each point
     for i, point in enumerate(points_mm):
         score, chain = 0.0, []
         for before, (its_score, its_chain) in zip(points_mm[:i], best, strict=True):
@@ -130,9 +139,9 @@ def save_curved(
     """Straightened sagittal and coronal planes through the bodies, the scan alone and with the mask."""
     pictures, titles = [], []
     for plane in ("sagittal", "coronal"):
-        how = {"plane": plane, "pixel_mm": 0.5}
-        grey = window(curved_planar(image, points, spacing_mm, 55, **how))
-        mask = curved_planar(labels, points, spacing_mm, 55, order=0, fill=0, **how)
+        straight = curved_planar(image, points, spacing_mm, 55, plane=plane, pixel_mm=0.5)
+        mask = curved_planar(labels, points, spacing_mm, 55, plane=plane, pixel_mm=0.5, order=0, fill=0)
+        grey = window(straight)
         pictures += [np.repeat(grey[..., None], 3, -1), color_overlay(grey, mask, 0.45)]
         titles += [f"{plane}, straightened", "with the mask"]
     save_pictures(path, pictures, titles)
