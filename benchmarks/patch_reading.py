@@ -24,14 +24,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.lung_tumor_patches import write_results
 from common.config import make_parser, parse_args, positive_int
-from common.hdf5 import COMPRESSIONS, CaseFile, write_case
+from common.hdf5 import CaseFile, write_case
 from common.nifti import load_nifti, write_nifti
 from lung_tumor.phantoms import chest_phantom
 
 SPACING_MM = (1.0, 1.0, 1.0)
 PHANTOM_SHAPE = (128, 192, 256)
-FILL = -1024
-VARIANTS = {"blosc2, bit-shuffle": 32, "blosc2, 64^3 chunks": 64, "contiguous": 0}  # chunk side, voxels
+HU_RANGE = (-1024, 3071)
+BLOSC2 = {"cname": "lz4", "clevel": 5}
+# Chunk side in voxels (0: contiguous) and options of h5py's create_dataset.
+VARIANTS = {
+    "lzf": (32, {"compression": "lzf", "shuffle": True}),
+    "gzip": (32, {"compression": "gzip", "compression_opts": 1, "shuffle": True}),
+    "not compressed": (32, {}),
+    "blosc2, bit-shuffle": (32, dict(hdf5plugin.Blosc2(**BLOSC2, filters=hdf5plugin.Blosc2.BITSHUFFLE))),
+    "blosc2, 64^3 chunks": (64, dict(hdf5plugin.Blosc2(**BLOSC2, filters=hdf5plugin.Blosc2.SHUFFLE))),
+    "contiguous": (0, {}),
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -53,19 +62,15 @@ def large_scan(source: str | None, shape: tuple[int, ...]) -> np.ndarray:
     else:
         spacing_mm = tuple(mm / n for mm, n in zip((250.0, 300.0, 400.0), PHANTOM_SHAPE, strict=True))
         scan = chest_phantom(0, PHANTOM_SHAPE, spacing_mm)[0]
-    scan = np.clip(scan[tuple(slice(n) for n in shape)], FILL, 3071).astype(np.int16)
+    scan = np.clip(scan[tuple(slice(n) for n in shape)], *HU_RANGE).astype(np.int16)
     return np.pad(scan, [(0, n - m) for n, m in zip(shape, scan.shape, strict=True)], mode="symmetric")
 
 
-def write_variant(path: Path, scan: np.ndarray, name: str, chunk: int) -> None:
+def write_variant(path: Path, scan: np.ndarray, chunk: int, options: dict) -> None:
     """An HDF5 file of one dataset `image`, stored as common/hdf5.py does not."""
-    options = {}
-    if chunk:
-        shuffle = hdf5plugin.Blosc2.BITSHUFFLE if "bit" in name else hdf5plugin.Blosc2.SHUFFLE
-        options = dict(hdf5plugin.Blosc2(cname="lz4", clevel=5, filters=shuffle))
-        options["chunks"] = tuple(min(chunk, n) for n in scan.shape)
+    chunks = tuple(min(chunk, n) for n in scan.shape) if chunk else None
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
-        file.create_dataset("image", data=scan, **options)
+        file.create_dataset("image", data=scan, chunks=chunks, **options)
 
 
 def ways_to_read(folder: Path, scan: np.ndarray) -> dict[str, tuple[Path, Callable]]:
@@ -75,15 +80,13 @@ def ways_to_read(folder: Path, scan: np.ndarray) -> dict[str, tuple[Path, Callab
     def sliced(stored) -> Callable:
         return lambda start, side: np.array(stored[tuple(slice(s, s + side) for s in start)])
 
-    for compression in COMPRESSIONS:
-        path = folder / f"{compression}.h5"
-        write_case(path, scan, attributes={"spacing_mm": SPACING_MM}, compression=compression)
-        read = CaseFile(path).read_image
-        name = "hdf5.py, default: blosc2" if compression == "blosc2" else f"hdf5.py, {compression}"
-        ways[name] = path, lambda start, side, read=read: read(start, (side,) * 3, FILL)
-    for name, chunk in VARIANTS.items():
+    path = folder / "case.h5"
+    compression = write_case(path, scan, attributes={"spacing_mm": SPACING_MM})
+    read = CaseFile(path).read_image
+    ways[f"hdf5.py: {compression}"] = path, lambda start, side: read(start, (side,) * 3)
+    for name, (chunk, options) in VARIANTS.items():
         path = folder / f"{name}.h5"
-        write_variant(path, scan, name, chunk)
+        write_variant(path, scan, chunk, options)
         ways[f"h5py, {name}"] = path, sliced(h5py.File(path, "r", locking=False)["image"])
     np.save(folder / "scan.npy", scan)
     ways["npy, mapped into memory"] = folder / "scan.npy", sliced(np.load(folder / "scan.npy", mmap_mode="r"))

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.lung_tumor_patches import write_results
 from common.config import make_parser, parse_args, positive_int
 from common.hardware import peak_memory_mib
-from common.inference import predict_labels, prediction_peak_mib
+from common.inference import predict_labels
+from common.windows import prediction_peak_mib
 
 WAYS = ("ours", "monai")
 COLUMNS = {"peak MiB": "peak_mib", "CPU s": "cpu_s", "s": "seconds"}

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.warp import sampling_grid, warp
+
 Triple = tuple[float, float, float]
 # A cubic B-spline field is one to one while no control point moves by more than this share of their spacing
 # (Choi and Lee 2000, doi:10.1006/gmod.1999.0514: 1 / 2.48 in 3-D).
@@ -45,8 +47,7 @@ class Augmentation3d:
         brightness: +- largest shift, uniform; units of the image.
         contrast: factor 1 +- contrast about the mean of each channel, uniform; in [0, 1].
         low_resolution: lowest and highest factor, uniform, >= 1, by which voxels are made coarser, then fine
-            again.
-        low_resolution_all_axes: along all three axes; else along one, drawn with equal chance.
+            again, along one axis, drawn with equal chance: thick slices.
         gamma: lowest and highest exponent, > 0, uniform in its logarithm.
         value_range: grey values that gamma keeps; values outside pass through it unchanged.
 
@@ -72,7 +73,6 @@ class Augmentation3d:
     contrast: float = 0.25
     low_resolution_probability: float = 0.2
     low_resolution: tuple[float, float] = (1.5, 3.0)
-    low_resolution_all_axes: bool = False
     gamma_probability: float = 0.2
     gamma: tuple[float, float] = (0.7, 1.5)
     value_range: tuple[float, float] = (-1.0, 1.0)
@@ -196,78 +196,6 @@ def draw(settings: Augmentation3d, seed: int, shape: Sequence[int], spacing_mm: 
     return drawn
 
 
-def sampling_grid(
-    shape: Sequence[int],
-    spacing_mm: Triple,
-    rotation_deg: Triple = (0.0, 0.0, 0.0),
-    scale: float = 1.0,
-    elastic_mm: Tensor | None = None,
-    elastic_grid_mm: float = 1.0,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Where each voxel of the result is read: (D, H, W, 3) float32, x y z in -1..1, for `F.grid_sample`.
-
-    The result is the patch scaled, then rotated about the x, y and z axis in this order, all about the patch
-    centre in mm: position p is read at R^T p / scale + displacement(p). Positive angles turn x towards y
-    (about z), z towards x (about y), y towards z (about x).
-
-    Args:
-        shape: (D, H, W) of the patch.
-        elastic_mm: (gz, gy, gx, 3) displacements of the control points along z y x, or None. Uniform cubic
-            B-spline; its second control point along each axis stands at the first edge of the patch.
-        elastic_grid_mm: distance of the control points.
-    """
-    size_mm = [n * mm for n, mm in zip(shape, spacing_mm, strict=True)]
-    inverse = _rotation(rotation_deg).T / scale  # z y x in mm -> z y x in mm
-    # mm, x y z -> share of half the patch
-    to_grid = torch.tensor([2 / mm for mm in reversed(size_mm)], dtype=torch.float64)
-    terms = []
-    for axis, (n, mm) in enumerate(zip(shape, spacing_mm, strict=True)):
-        position_mm = (torch.arange(n, dtype=torch.float64) - (n - 1) / 2) * mm
-        term = position_mm[:, None] * (inverse[:, axis].flip(0) * to_grid)
-        terms.append(term.float().to(device))  # (n, 3)
-    # An affine map is a sum of one term an axis: no matrix product over all voxels.
-    grid = terms[0][:, None, None] + (terms[1][:, None] + terms[2])
-    if elastic_mm is not None:
-        field = (elastic_mm.flip(-1) * to_grid).float().to(device)  # (gz, gy, gx, 3)
-        weights = [
-            _bspline_weights(n, mm, points, elastic_grid_mm).to(device)
-            for n, mm, points in zip(shape, spacing_mm, field.shape, strict=False)
-        ]
-        field = torch.einsum("zyxc,wx->zywc", field, weights[2])
-        field = torch.einsum("zywc,hy->zhwc", field, weights[1])
-        # z last: the only product of full size, and it is contiguous.
-        grid.view(shape[0], -1).addmm_(weights[0], field.reshape(field.shape[0], -1))
-    return grid
-
-
-def _rotation(rotation_deg: Triple) -> Tensor:
-    """(3, 3) float64, acting on (z, y, x): about x first, then y, then z."""
-    z, y, x = (math.radians(angle) for angle in rotation_deg)
-    cos, sin = math.cos, math.sin
-    about_z = torch.tensor([[1, 0, 0], [0, cos(z), sin(z)], [0, -sin(z), cos(z)]], dtype=torch.float64)
-    about_y = torch.tensor([[cos(y), 0, -sin(y)], [0, 1, 0], [sin(y), 0, cos(y)]], dtype=torch.float64)
-    about_x = torch.tensor([[cos(x), sin(x), 0], [-sin(x), cos(x), 0], [0, 0, 1]], dtype=torch.float64)
-    return about_z @ about_y @ about_x
-
-
-def _bspline_weights(n: int, mm: float, points: int, grid_mm: float) -> Tensor:
-    """(n, points) float32: weight of each control point at each voxel centre; rows sum to 1."""
-    position = (torch.arange(n, dtype=torch.float64) + 0.5) * mm / grid_mm + 1  # in control points
-    distance = (position[:, None] - torch.arange(points)).abs()
-    near, far = 2 / 3 - distance**2 + distance**3 / 2, (2 - distance).clamp(min=0) ** 3 / 6
-    return torch.where(distance < 1, near, far).float()
-
-
-def _warp(x: Tensor, grid: Tensor, mode: str) -> Tensor:
-    """Read (C, D, H, W) at the grid; beyond the edge, the edge."""
-    # A slice of the result as an item of the batch: torch's CPU kernel spreads only the batch over threads.
-    # `expand` copies nothing.
-    x = x.expand(grid.shape[0], *x.shape)
-    out = F.grid_sample(x, grid.unsqueeze(1), mode=mode, padding_mode="border", align_corners=False)
-    return out.squeeze(2).transpose(0, 1)
-
-
 def _change_space(
     image: Tensor, label: Tensor | None, drawn: dict, settings: Augmentation3d, spacing_mm: Triple
 ) -> tuple:
@@ -289,10 +217,10 @@ def _change_space(
             settings.elastic_grid_mm,
             image.device,
         )
-        image = _warp(image, grid, "bilinear")
+        image = warp(image, grid, "bilinear")
         if label is not None:
             whole = label.float() if soft else label.float().unsqueeze(0)
-            whole = _warp(whole, grid, "bilinear" if soft else "nearest")
+            whole = warp(whole, grid, "bilinear" if soft else "nearest")
             label = (whole if soft else whole.squeeze(0)).to(label.dtype)
     return image, label
 
@@ -325,11 +253,9 @@ def _change_grey_values(image: Tensor, drawn: dict, settings: Augmentation3d, sp
         mean = image.mean(dim=(1, 2, 3), keepdim=True)
         image.mul_(drawn["contrast"]).add_(mean, alpha=1 - drawn["contrast"])
     if drawn["low_resolution"] is not None:
-        axes = range(3) if settings.low_resolution_all_axes else (drawn["low_resolution_axis"],)
-        factor = drawn["low_resolution"]
-        _mix_along(
-            image, [_coarse_matrix(n, factor) if axis in axes else None for axis, n in enumerate(shape)]
-        )
+        axis, matrices = drawn["low_resolution_axis"], [None, None, None]
+        matrices[axis] = _coarse_matrix(shape[axis], drawn["low_resolution"])
+        _mix_along(image, matrices)
     if drawn["gamma"] is not None:
         low, high = settings.value_range
         share = image.sub(low).div_(high - low).clamp_(0, 1)

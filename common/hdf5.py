@@ -1,11 +1,11 @@
-"""One HDF5 file a case: image, label, attributes, and an index of places where patches are worth drawing.
+"""Preprocessed cases, an HDF5 file for each: image, label, attributes, and places worth drawing patches from.
 
     write_case("case.h5", image, label, attributes={"spacing_mm": (1, 1, 1)}, index=location_index(label))
     case = CaseFile("case.h5")  # opens nothing yet: safe to build before the data workers start
-    patch = case.read_image((10, -5, 0), (128, 128, 128), fill=-1024)
+    patch = case.read_image((10, -5, 0), (128, 128, 128))
 
-In the file: datasets `image` and `label`, group `index` (one dataset of (n, 3) places a name), group
-`attributes` (geometry and preprocessing). Only this file uses h5py and hdf5plugin.
+In the file: datasets `image` and `label`; a group `index` with (n, 3) places by name (common/patches.py); a
+group `attributes` (geometry and preprocessing). Only this module uses h5py and hdf5plugin.
 """
 
 import io
@@ -20,7 +20,6 @@ import numpy as np
 
 FORMAT_VERSION = 1
 IMAGE_DTYPES = ("int16", "uint8", "uint16", "float16", "float32")
-COMPRESSIONS = ("blosc2", "lzf", "gzip", "none")
 CHUNK = 32  # voxels a side; a random 128^3 patch of CT costs 5.5 ms of CPU time, 7.7 ms with chunks of 64^3
 # A chunk cache of 64 MB made random patches no faster (128^3 in 5.0 to 5.6 ms with 0, 1 and 64 MB) and would
 # be held for image and label of every open file; 1 MB keeps 64 open files of a worker cheap.
@@ -41,7 +40,6 @@ def write_case(
     *,
     attributes: dict[str, Any],
     index: dict[str, np.ndarray] | None = None,
-    compression: str = "auto",
 ) -> str:
     """Write one case under a temporary name (`path` + ".partial") and rename it when it is complete.
 
@@ -50,14 +48,13 @@ def write_case(
         label: (z, y, x) uint8.
         attributes: str, numbers, bool, None, numeric arrays, and lists or dicts of plain values (kept as
             JSON, so a tuple comes back as a list). `spacing_mm` (z y x) is what `CaseFile.spacing_mm` reads.
-        index: (n, 3) places z y x by name, as from `location_index`.
-        compression: one of COMPRESSIONS; "auto" takes blosc2 if hdf5plugin is installed, else lzf, else gzip.
+        index: (n, 3) places z y x by name, as from `location_index` of common/patches.py.
 
     Returns:
-        the compression used.
+        the compression used: blosc2 if hdf5plugin is installed, else gzip.
 
     Raises:
-        ValueError: wrong shape or dtype, an attribute that cannot be stored, a compression not available.
+        ValueError: wrong shape or dtype, or an attribute that cannot be stored.
         OSError: the file cannot be written, e.g. the disk is full. An older file of this name stays.
     """
     import h5py
@@ -71,7 +68,7 @@ def write_case(
     shape = image.shape[-3:]
     if label is not None and (label.shape != shape or label.dtype != np.uint8):
         raise ValueError(f"{path}: label {label.dtype} {label.shape}, expected uint8 {shape}")
-    used, options = _filter_options(path, compression)
+    used, options = _filter_options()
     chunks = tuple(min(CHUNK, n) for n in shape)
 
     # Built in memory (as large as the file, 58 MB for 320 x 320 x 512 of CT): when the disk is full, HDF5
@@ -183,16 +180,22 @@ class CaseFile:
             places[name] = file["index"][name][()]
         return places[name]
 
-    def read_image(self, start: Sequence[int], shape: Sequence[int], fill: float) -> np.ndarray:
+    def read_image(self, start: Sequence[int], shape: Sequence[int]) -> np.ndarray:
         """Box of `shape` voxels from `start`, both z y x, in the file's dtype; (c, *shape) with channels.
 
-        The box may reach beyond the volume or lie outside; what is not in the volume is `fill`.
+        The box may reach beyond the volume or lie outside of it; there the nearest voxel of the volume is
+        repeated. Prediction (common/inference.py) and augmentation (common/augment.py) do the same, so that a
+        network sees beyond the border of a scan what it saw there in training.
         """
-        return self._read(self.image, start, shape, fill)
+        return self._read(self.image, start, shape)
 
     def read_label(self, start: Sequence[int], shape: Sequence[int]) -> np.ndarray:
-        """Box of the label like `read_image`, uint8; 0 beyond the volume."""
-        return self._read(self.label, start, shape, 0)
+        """Box of the label like `read_image`, uint8; beyond the volume the nearest label is repeated too.
+
+        A repeated voxel looks like the one that it repeats. Called background there, it would teach the
+        network that what looks like, say, the end of a cut vertebra is none.
+        """
+        return self._read(self.label, start, shape)
 
     def close(self) -> None:
         """Close the file and forget what was read; the next use opens it again."""
@@ -212,20 +215,20 @@ class CaseFile:
         _open.move_to_end(id(self))
         return _open[id(self)]
 
-    def _read(self, dataset, start: Sequence[int], shape: Sequence[int], fill: float) -> np.ndarray:
+    def _read(self, dataset, start: Sequence[int], shape: Sequence[int]) -> np.ndarray:
         volume, start, shape = dataset.shape[-3:], [int(s) for s in start], [int(n) for n in shape]
         if len(start) != 3 or len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"{self.path}: box from {start} of {shape}, expected z y x and sizes above 0")
-        low = [max(0, s) for s in start]
-        high = [min(v, s + n) for v, s, n in zip(volume, start, shape, strict=True)]
-        inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        if all(b - a == n for a, b, n in zip(low, high, shape, strict=True)):
-            return self._slice(dataset, inside)
-        box = np.full((*dataset.shape[:-3], *shape), fill, dataset.dtype)
-        if all(b > a for a, b in zip(low, high, strict=True)):
-            target = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
-            box[(..., *target)] = self._slice(dataset, inside)
-        return box
+        inside, around = [], [(0, 0)] * (dataset.ndim - 3)
+        for first, length, size in zip(start, shape, volume, strict=True):
+            low = min(max(first, 0), size - 1)  # one voxel at least, where the box lies outside
+            high = max(min(first + length, size), low + 1)
+            missing = length - (high - low)
+            before = min(max(low - first, 0), missing)
+            inside.append(slice(low, high))
+            around.append((before, missing - before))
+        box = self._slice(dataset, tuple(inside))
+        return np.pad(box, around, mode="edge") if np.any(around) else box
 
     def _slice(self, dataset, inside: tuple[slice, ...]) -> np.ndarray:
         try:
@@ -236,85 +239,14 @@ class CaseFile:
             ) from error
 
 
-def location_index(
-    label: np.ndarray,
-    image: np.ndarray | None = None,
-    *,
-    per_class: int = 10_000,
-    boundary: int = 5_000,
-    hard_negatives: int = 5_000,
-    hard_negative_above: float | None = None,
-    seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """Random places of each kind, so that training never has to scan a volume; repeatable by `seed`.
-
-    Args:
-        label: (z, y, x) integers; 0 is background.
-        image: (z, y, x), needed for hard negatives only.
-        per_class, boundary, hard_negatives: the most places to keep of each kind.
-        hard_negative_above: background brighter than this is a hard negative, e.g. 150 HU beside vertebrae:
-            ribs, pelvis, metal. None: the index has no `hard_negative`.
-
-    Returns:
-        (n, 3) uint16 places z y x: `class_<n>` for each value above 0 found, `boundary` (a voxel of a label,
-        one of its 6 neighbours has another value), `hard_negative`. The last two may be empty.
-
-    Raises:
-        ValueError: a label of another type or too large, an image that is missing or of another shape.
-    """
-    if label.ndim != 3 or max(label.shape) > 65_536 or label.dtype.kind not in "ui" or label.min() < 0:
-        raise ValueError(
-            f"label {label.dtype} {label.shape}: expected (z, y, x), integers from 0, sides up to 65,536"
-        )
-    rng = np.random.default_rng(seed)
-
-    def pick(flat: np.ndarray, most: int) -> np.ndarray:
-        if len(flat) > most:
-            flat = np.sort(rng.choice(flat, most, replace=False, shuffle=False))
-        return np.stack(np.unravel_index(flat, label.shape), axis=1).astype(np.uint16)
-
-    foreground = np.flatnonzero(label)
-    values = label.ravel()[foreground]
-    index = {f"class_{n}": pick(foreground[values == n], per_class) for n in np.unique(values)}
-
-    edge = np.zeros(label.shape, bool)
-    for axis in range(3):
-        values, edges = np.moveaxis(label, axis, 0), np.moveaxis(edge, axis, 0)
-        changes = values[1:] != values[:-1]
-        edges[1:] |= changes
-        edges[:-1] |= changes
-    index["boundary"] = pick(foreground[edge.ravel()[foreground]], boundary)
-
-    if hard_negative_above is not None:
-        if image is None or image.shape != label.shape:
-            shape = None if image is None else image.shape
-            raise ValueError(f"hard negatives need an image of the label's shape {label.shape}, got {shape}")
-        index["hard_negative"] = pick(
-            np.flatnonzero((label == 0) & (image > hard_negative_above)), hard_negatives
-        )
-    return index
-
-
-def _filter_options(path: Path, compression: str) -> tuple[str, dict]:
+def _filter_options() -> tuple[str, dict]:
     """(compression used, options of h5py's create_dataset)."""
-    import h5py
-
-    if compression not in ("auto", *COMPRESSIONS):
-        raise ValueError(f"{path}: compression {compression!r}, expected auto, {', '.join(COMPRESSIONS)}")
-    if compression in ("auto", "blosc2"):
-        try:
-            from hdf5plugin import Blosc2
-        except ImportError:
-            if compression == "blosc2":
-                raise ValueError(f"{path}: blosc2 needs a package: pip install hdf5plugin") from None
-        else:
-            # Bit-shuffle makes CT 10 % smaller, and a 128^3 patch costs 7.3 instead of 5.5 ms of CPU time.
-            return "blosc2", dict(Blosc2(cname="lz4", clevel=5, filters=Blosc2.SHUFFLE))
-    if compression == "none":
-        return "none", {}
-    if compression == "lzf" or (compression == "auto" and h5py.h5z.filter_avail(h5py.h5z.FILTER_LZF)):
-        return "lzf", {"compression": "lzf", "shuffle": True}
-    return "gzip", {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+    try:
+        from hdf5plugin import Blosc2
+    except ImportError:
+        return "gzip", {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+    # Bit-shuffle makes CT 10 % smaller, and a 128^3 patch costs 7.3 instead of 5.5 ms of CPU time.
+    return "blosc2", dict(Blosc2(cname="lz4", clevel=5, filters=Blosc2.SHUFFLE))
 
 
 def _checked_places(places: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:

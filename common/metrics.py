@@ -12,7 +12,7 @@ import numpy as np
 
 from common.surfaces import check_grid, diagonal_mm, distances_between, summarise, surfels
 
-NOT_METRICS = ("case", "patient", "class", "name", "status")  # columns of a row of a case
+NOT_METRICS = ("case", "patient", "class", "name", "status")  # columns that are no metric
 
 
 def binary_counts(pred: np.ndarray, target: np.ndarray) -> tuple[int, int, int, int]:
@@ -58,15 +58,18 @@ def case_metrics(
     tolerances_mm: Sequence[float] = (1.0, 2.0),
     *,
     surfaces: bool = True,
+    voxel_mm3: float | None = None,
 ) -> list[dict]:
-    """A row a class: class, name, status, dice, iou, volume_similarity, hd_mm, hd95_mm, assd_mm, nsd_<t>mm,
-    target_mm3, pred_mm3.
+    """A row for each class: class, name, status, dice, iou, volume_similarity, hd_mm, hd95_mm, assd_mm,
+    nsd_<t>mm, target_mm3, pred_mm3.
 
     Args:
         pred, target: (z, y, x) label maps of integers or booleans, 0 = background.
         spacing_mm: z y x.
         classes: {label: name}, without the background.
         surfaces: False leaves the distances out, which take most of the time.
+        voxel_mm3: volume of a voxel, see `voxel_mm3` in common/nifti.py. None = the product of the spacings,
+            which is right only where the axes are at right angles: not after gantry tilt.
 
     status is "ok"; "missed": in the target only; "hallucinated": in the prediction only; "absent": in
     neither. Missed and hallucinated classes score 0 overlap and NSD, and the image's diagonal as distances;
@@ -77,7 +80,8 @@ def case_metrics(
     """
     check_grid(pred, target, spacing_mm)
     counts = _joint_counts(pred, target, list(classes))
-    voxel_mm3 = float(np.prod(spacing_mm))
+    if voxel_mm3 is None:
+        voxel_mm3 = float(np.prod(spacing_mm))
     elements = [surfels(labels, classes, spacing_mm) for labels in (pred, target) if surfaces]
     worst_mm = diagonal_mm(pred.shape, spacing_mm)
     rows = []
@@ -211,7 +215,7 @@ def metric_columns(rows: Sequence[dict]) -> list[str]:
 
 
 def class_table(rows: Sequence[dict]) -> list[dict]:
-    """A row a class and metric over cases, and "all": the mean over the classes of a case, then over cases.
+    """A row for each class and metric over cases; "all" is the mean over a case's classes, then over cases.
 
     Args:
         rows: of `case_metrics`, each with "case" and, where scans share one, "patient" in front.

@@ -25,6 +25,15 @@ FORM_TOLERANCE_MM = 1.0  # sform and qform may differ by this much at a corner w
 CHUNK_BYTES = 2**22  # that are read at once: several planes, as turning the axes of each plane is slow
 
 
+def voxel_mm3(affine: np.ndarray) -> float:
+    """Volume of a voxel in mm^3, of a (4, 4) affine in mm: the determinant, right for sheared grids too.
+
+    The product of the spacings is too large wherever axes are not at right angles, as after gantry tilt.
+    """
+    x, y, z = np.asarray(affine, float)[:3, :3].T
+    return float(abs(np.cross(x, y) @ z))
+
+
 @dataclass(frozen=True)
 class NiftiFile:
     """A 3-D volume in a file of which only the header has been read.
@@ -57,7 +66,7 @@ class NiftiFile:
     @property
     def voxel_mm3(self) -> float:
         """Volume of one voxel in mm^3; right for sheared affines too."""
-        return float(abs(np.linalg.det(self.affine[:3, :3])))
+        return voxel_mm3(self.affine)
 
     @cached_property
     def lowest(self) -> float:
@@ -85,16 +94,20 @@ class NiftiFile:
         """`file[a:b]`: the slices a to b along z, as `read_box` reads them."""
         return self.read_box((rows.start, 0, 0), (rows.stop, *self.shape[1:]))
 
-    def read_reduced(self, factors: Sequence[int]) -> np.ndarray:
+    def read_reduced(self, factors: Sequence[int], value_range: Sequence[float] | None = None) -> np.ndarray:
         """Means over blocks of `factors` (z y x) voxels; needs the memory of the result and of a chunk.
+
+        Values are cut to `value_range` before they are averaged, see `clip_values` in common/volumes.py.
 
         Returns (z, y, x) float32; the last block of an axis may have fewer voxels to average.
         """
+        from common.volumes import clip_values
+
         if len(factors) != 3 or any(f != int(f) or f < 1 for f in factors):
             raise ValueError(f"{self.path}: factors {factors}, expected three whole numbers above 0 (z y x)")
         sums = np.zeros([-(-n // f) for n, f in zip(self.shape, factors, strict=True)])
         for place, part in self._parts((0, 0, 0), self.shape):
-            part = without_nan(self._scaled(part), lambda: self.lowest)
+            part = clip_values(without_nan(self._scaled(part), lambda: self.lowest), value_range)
             # The number of the block that each plane of the part belongs to, along each axis.
             blocks = [np.arange(p.start, p.stop) // f for p, f in zip(place, factors, strict=True)]
             for axis in (2, 1, 0):

@@ -1,4 +1,8 @@
-"""Which patch to draw next: strata of places from a case's index (common/hdf5.py); no volume is scanned."""
+"""Where patches are worth drawing, and which to draw next.
+
+`location_index` lists places of each kind once, in preprocessing; common/hdf5.py keeps them with the case.
+`draw_patch` draws from them in training, which never has to look through a volume.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,9 +11,73 @@ import numpy as np
 
 from common.hdf5 import CaseFile
 
+# The most places of each kind that the index keeps.
+MOST_PER_CLASS = 10_000
+MOST_BOUNDARY = 5_000
+MOST_HARD_NEGATIVES = 5_000
+
 STRATA = ("class", "boundary", "hard_negative", "ends", "box", "uniform")
 
+# Patches around a place of the index are moved at random by up to this share of their size along each axis,
+# so that the object is not always in the middle. Below 0.5: it stays in the patch.
+JITTER = 0.25
+ENDS_MM = 40.0  # along z: how far the first and the last part of a box reach
 Triple = tuple[int, int, int]
+
+
+def location_index(
+    label: np.ndarray,
+    image: np.ndarray | None = None,
+    *,
+    hard_negative_above: float | None = None,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Random places of each kind, so that training never has to look through a volume; repeatable by `seed`.
+
+    Args:
+        label: (z, y, x) integers; 0 is background.
+        image: (z, y, x), needed for hard negatives only.
+        hard_negative_above: background brighter than this is a hard negative, e.g. 150 HU beside vertebrae:
+            ribs, pelvis, metal. None: the index has no `hard_negative`.
+
+    Returns:
+        (n, 3) uint16 places z y x: `class_<n>` for each value above 0 found, `boundary` (a voxel of a label,
+        one of its 6 neighbours has another value), `hard_negative`. The last two may be empty. Of each kind
+        there are at most MOST_PER_CLASS, MOST_BOUNDARY and MOST_HARD_NEGATIVES.
+
+    Raises:
+        ValueError: a label of another type or too large, an image that is missing or of another shape.
+    """
+    if label.ndim != 3 or max(label.shape) > 65_536 or label.dtype.kind not in "ui" or label.min() < 0:
+        raise ValueError(
+            f"label {label.dtype} {label.shape}: expected (z, y, x), integers from 0, sides up to 65,536"
+        )
+    rng = np.random.default_rng(seed)
+
+    def pick(flat: np.ndarray, most: int) -> np.ndarray:
+        if len(flat) > most:
+            flat = np.sort(rng.choice(flat, most, replace=False, shuffle=False))
+        return np.stack(np.unravel_index(flat, label.shape), axis=1).astype(np.uint16)
+
+    foreground = np.flatnonzero(label)
+    values = label.ravel()[foreground]
+    index = {f"class_{n}": pick(foreground[values == n], MOST_PER_CLASS) for n in np.unique(values)}
+
+    edge = np.zeros(label.shape, bool)
+    for axis in range(3):
+        values, edges = np.moveaxis(label, axis, 0), np.moveaxis(edge, axis, 0)
+        changes = values[1:] != values[:-1]
+        edges[1:] |= changes
+        edges[:-1] |= changes
+    index["boundary"] = pick(foreground[edge.ravel()[foreground]], MOST_BOUNDARY)
+
+    if hard_negative_above is not None:
+        if image is None or image.shape != label.shape:
+            shape = None if image is None else image.shape
+            raise ValueError(f"hard negatives need an image of the label's shape {label.shape}, got {shape}")
+        bright = np.flatnonzero((label == 0) & (image > hard_negative_above))
+        index["hard_negative"] = pick(bright, MOST_HARD_NEGATIVES)
+    return index
 
 
 def patch_start(centre: Sequence[int], patch_shape: Sequence[int], volume_shape: Sequence[int]) -> Triple:
@@ -31,55 +99,47 @@ def draw_patch(
     weights: dict[str, float],
     rng: np.random.Generator,
     *,
-    jitter: float = 0.25,
     box: tuple[Sequence[int], Sequence[int]] | None = None,
-    classes: Iterable[int] | None = None,
-    ends_mm: float = 40.0,
 ) -> tuple[Triple, str]:
     """Draw one patch: first a stratum by weight, then a place in it.
 
     Strata:
         class: a voxel of a label; each label that the case has is equally likely, whatever its size.
-        boundary, hard_negative: a voxel of that part of the index.
+        boundary, hard_negative: a voxel of that part of the index. These three move by JITTER.
         box: centred on any voxel of `box`.
-        ends: centred on a voxel of the first or last `ends_mm` along z of `box` (without one, of the volume).
+        ends: centred on a voxel of the first or last ENDS_MM along z of `box` (without one, of the volume).
         uniform: every patch that lies inside the volume is equally likely, the first and last included.
 
     Args:
         patch_shape: z y x.
         weights: by stratum, not negative; need not add up to 1.
-        jitter: patches of the first three strata are moved at random by up to this share of their size along
-            each axis, so that the object is not always in the middle. Below 0.5: it stays in the patch.
         box: (start, stop) z y x, stop not included; cut to the volume.
-        classes: labels that the stratum `class` may draw; None for all.
 
     Returns:
         start (z y x; negative where the volume is smaller than the patch) and the stratum. It is "uniform" if
         the case has nothing of the stratum drawn: no such voxel in the index, or no box.
 
     Raises:
-        ValueError: an unknown stratum, weights that are negative or add up to 0, a jitter out of 0 to 0.5.
+        ValueError: an unknown stratum, or weights that are negative or add up to 0.
     """
     unknown = sorted(set(weights) - set(STRATA))
     total = sum(weights.values())
     if unknown or not total > 0 or min(weights.values()) < 0:
         raise ValueError(f"patch weights {weights}: expected {', '.join(STRATA)}, at least one above 0")
-    if not 0 <= jitter < 0.5:
-        raise ValueError(f"jitter {jitter}: expected at least 0 and below 0.5")
     volume = case.shape
     name = str(rng.choice(list(weights), p=np.array(list(weights.values())) / total))
 
     if name in ("class", "boundary", "hard_negative"):
-        place = _draw_place(case, name, rng, classes)
+        place = _draw_place(case, name, rng)
         if place is not None:
-            reach = [int(jitter * n) for n in patch_shape]
+            reach = [int(JITTER * n) for n in patch_shape]
             centre = [int(c) + int(rng.integers(-r, r + 1)) for c, r in zip(place, reach, strict=True)]
             return patch_start(centre, patch_shape, volume), name
     elif name in ("ends", "box"):
         low, high = _cut_box(box, volume)
         if (box is not None or name == "ends") and all(a < b for a, b in zip(low, high, strict=True)):
             if name == "ends":
-                depth = min(max(round(ends_mm / case.spacing_mm[0]), 1), high[0] - low[0])
+                depth = min(max(round(ENDS_MM / case.spacing_mm[0]), 1), high[0] - low[0])
                 first = rng.random() < 0.5
                 low[0], high[0] = (low[0], low[0] + depth) if first else (high[0] - depth, high[0])
             return patch_start(rng.integers(low, high), patch_shape, volume), name
@@ -95,14 +155,9 @@ def histogram(names: Iterable[str] | dict[str, int]) -> dict[str, float]:
     return {name: counts[name] / counts.total() for name in STRATA if name in counts}
 
 
-def _draw_place(
-    case: CaseFile, name: str, rng: np.random.Generator, classes: Iterable[int] | None
-) -> np.ndarray | None:
+def _draw_place(case: CaseFile, name: str, rng: np.random.Generator) -> np.ndarray | None:
     """A place (3,) of the index of this kind; None where the case has none."""
     names = [n for n in case.index_names if n == name or (name == "class" and n.startswith("class_"))]
-    if name == "class" and classes is not None:
-        wanted = {f"class_{n}" for n in classes}
-        names = [n for n in names if n in wanted]
     if not names:
         return None
     places = case.locations(names[rng.integers(len(names))])

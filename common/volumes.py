@@ -1,4 +1,4 @@
-"""Resample, crop, pad and window (z, y, x) volumes; every result can be had slab by slab along z.
+"""Clip, resample and crop (z, y, x) volumes; every result can be had slab by slab along z.
 
 Resampling keeps the field of view: output voxel i has its centre at (i + 0.5) * n_in / n_out - 0.5. It is
 linear; where an axis shrinks, the triangle is widened by the ratio, so that nothing aliases. Weights that
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from common.metrics import largest_component
 
+Triple = tuple[int, int, int]  # z y x
+Box = tuple[Triple, Triple]  # start and stop, z y x, half-open
+
 # Of a slab in work, input and output together; 2^22 to 2^25 were compared, this was the fastest by a little.
 SLAB_BYTES = 2**24
 BODY_GRID = 128  # voxels of an axis that body_box looks at, at most
@@ -24,7 +27,7 @@ BODY_GRID = 128  # voxels of an axis that body_box looks at, at most
 
 def resampled_shape(
     shape: Sequence[int], spacing_mm: Sequence[float], new_spacing_mm: Sequence[float]
-) -> tuple[int, int, int]:
+) -> Triple:
     """Voxels (z y x) of about `new_spacing_mm` in the same field of view, at least 1 an axis.
 
     The spacing really got is shape * spacing_mm / result: the field of view is kept, not the spacing.
@@ -49,10 +52,33 @@ def crop_affine(affine: np.ndarray, start_zyx: Sequence[int]) -> np.ndarray:
     return affine @ to_old
 
 
+# ---- values ----
+
+
+def clip_values(array: np.ndarray, value_range: Sequence[float] | None) -> np.ndarray:
+    """The array cut to [low, high], of its type; as it is if `value_range` is None.
+
+    Comes before any resampling or averaging: a screw of 30,000 HU or padding of -3024 would else spread into
+    the voxels beside it. Preprocessing and prediction do so alike.
+    """
+    if value_range is None:
+        return array
+    low, high = value_range
+    if array.dtype.kind in "iu":  # numpy refuses limits that the type cannot hold
+        low, high = max(low, np.iinfo(array.dtype).min), min(high, np.iinfo(array.dtype).max)
+    return array.clip(low, high)
+
+
 # ---- resampling ----
 
 
-def resample(volume: Any, shape: Sequence[int], *, rows: tuple[int, int] | None = None) -> np.ndarray:
+def resample(
+    volume: Any,
+    shape: Sequence[int],
+    *,
+    rows: tuple[int, int] | None = None,
+    value_range: Sequence[float] | None = None,
+) -> np.ndarray:
     """Linear resampling to `shape` (z y x) with the field of view kept, antialiased where an axis shrinks.
 
     Args:
@@ -60,6 +86,7 @@ def resample(volume: Any, shape: Sequence[int], *, rows: tuple[int, int] | None 
             compressed NIfTI is decompressed again for every slab: read what is needed of it beforehand.
         shape: of the whole result.
         rows: [first, last) along z of the result, None = all. Bit for bit the same as the whole cut there.
+        value_range: values are cut to it before they are weighed; see `clip_values`.
 
     Returns:
         float32, (z, y, x) of the result or of its rows.
@@ -71,7 +98,8 @@ def resample(volume: Any, shape: Sequence[int], *, rows: tuple[int, int] | None 
     result = np.empty((last - first, *shape[1:]), np.float32)
     for a, b in _slabs(volume.shape, shape, first, last):
         start, stop = needed_rows((a, b), volume.shape[0], shape[0])
-        slab = torch.from_numpy(np.array(volume[start:stop], dtype=np.float32))[None]
+        values = clip_values(np.asarray(volume[start:stop]), value_range)
+        slab = torch.from_numpy(np.array(values, dtype=np.float32))[None]
         part = resample_slab(slab, start, volume.shape[0], shape[0], (a, b), tuple(shape[1:]))
         result[a - first : b - first] = part[0].numpy()
     return result
@@ -155,12 +183,17 @@ def _resample_planes(slab: Tensor, plane: tuple[int, int]) -> Tensor:
     """(C, rows, Y, X) float32 -> (C, rows, Y', X')."""
     if tuple(slab.shape[2:]) == tuple(plane):
         return slab
-    shrinks = (
-        plane[0] < slab.shape[2] or plane[1] < slab.shape[3]
-    )  # else antialias is 3 times the time for nothing
+    shrinks = plane[0] < slab.shape[2] or plane[1] < slab.shape[3]  # antialias takes three times as long
     planes = slab.reshape(-1, 1, *slab.shape[2:])
+    # To planes one voxel wide, torch's antialiasing on the CPU gives every row the weights of the first (seen
+    # in 2.13); planes one voxel high are right.
+    lies_wrong = plane[1] == 1
+    if lies_wrong:
+        planes, plane = planes.mT, plane[::-1]
     planes = F.interpolate(planes, plane, mode="bilinear", align_corners=False, antialias=shrinks)
-    return planes.reshape(*slab.shape[:2], *plane)
+    if lies_wrong:
+        planes = planes.mT
+    return planes.reshape(*slab.shape[:2], *planes.shape[2:])
 
 
 def resample_labels(
@@ -253,24 +286,9 @@ def crop(array: np.ndarray, start: Sequence[int], stop: Sequence[int]) -> np.nda
     return array[(..., *(slice(a, b) for a, b in zip(start, stop, strict=True)))]
 
 
-def pad_to_shape(
-    array: np.ndarray, shape: Sequence[int], fill: float
-) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """(array with the last three axes at least `shape`, voxels added before z y x); the middle stays so.
-
-    Axes that are long enough stay; the odd voxel goes behind. An array that is large enough is not copied.
-    """
-    missing = [max(0, want - have) for want, have in zip(shape, array.shape[-3:], strict=True)]
-    before = tuple(n // 2 for n in missing)
-    if any(missing):
-        around = [(b, n - b) for b, n in zip(before, missing, strict=True)]
-        array = np.pad(array, [(0, 0)] * (array.ndim - 3) + around, constant_values=fill)
-    return array, before
-
-
 def expand_box(
     start: Sequence[int], stop: Sequence[int], margin: int | Sequence[int], shape: Sequence[int]
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+) -> Box:
     """The box grown by `margin` voxels (one number or z y x) on all sides, cut at the borders of `shape`."""
     margin = np.broadcast_to(margin, 3)
     start = np.clip(np.subtract(start, margin), 0, shape).tolist()
@@ -278,7 +296,7 @@ def expand_box(
     return tuple(start), tuple(stop)
 
 
-def box_of(mask: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+def box_of(mask: np.ndarray) -> Box | None:
     """Smallest box around the voxels of a (z, y, x) mask that are not 0; None if there are none."""
     start, stop = [], []
     for axis in range(3):
@@ -292,7 +310,7 @@ def box_of(mask: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]
 
 def body_box(
     image_hu: np.ndarray, threshold_hu: float = -500.0, margin_voxels: int | Sequence[int] = 0
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+) -> Box:
     """Box of the largest connected part above the threshold of a (z, y, x) CT; the whole image if none is.
 
     Looks at every s-th voxel only, at most 128 an axis, and adds the s - 1 voxels around that it did not see;
@@ -307,20 +325,3 @@ def body_box(
     stop = [(b - 1) * s + 1 for b, s in zip(box[1], step, strict=True)]
     margin = np.add(margin_voxels, np.subtract(step, 1))
     return expand_box(start, stop, margin, image_hu.shape)
-
-
-# ---- values ----
-
-
-def window(array: np.ndarray, low: float, high: float) -> np.ndarray:
-    """float32 copy with `low` mapped to 0, `high` to 1, and all beyond cut off; e.g. -500, 1300 HU for bone.
-
-    Raises:
-        ValueError: high is not above low.
-    """
-    if not high > low:
-        raise ValueError(f"window {low} to {high}: the upper end must be above the lower")
-    scaled = array.astype(np.float32)
-    scaled -= np.float32(low)
-    scaled /= np.float32(high - low)
-    return np.clip(scaled, 0, 1, out=scaled)

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.augment import FOLDING_SHARE, Augmentation3d, _warp, augment_batch, draw, sampling_grid
+from common.augment import FOLDING_SHARE, Augmentation3d, augment_batch, draw
+from common.warp import sampling_grid, warp
 
 CHANGES = ("spatial", "elastic", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma")
 NOTHING = Augmentation3d(**{f"{name}_probability": 0.0 for name in CHANGES})
@@ -54,7 +55,7 @@ def moments(volume, spacing_mm):
 
 
 def warped(volume, spacing_mm, mode="bilinear", **change):
-    return _warp(volume[None], sampling_grid(volume.shape, spacing_mm, **change), mode)[0]
+    return warp(volume[None], sampling_grid(volume.shape, spacing_mm, **change), mode)[0]
 
 
 def first_seeds(settings, condition, count=1, shape=(12, 16, 20)):
@@ -440,29 +441,37 @@ def test_contrast_stretches_about_the_mean_of_each_channel():
     torch.testing.assert_close(ratio[:, 0], torch.tensor(expected))
 
 
-@pytest.mark.parametrize("all_axes", [False, True])
-def test_low_resolution_removes_detail_along_its_axes_only(all_axes):
+def test_low_resolution_removes_detail_along_its_axis_only():
     image, _ = noise_batch(n=1, shape=(24, 24, 24))
-    settings = only(
-        low_resolution_probability=1.0, low_resolution=(3.0, 3.0), low_resolution_all_axes=all_axes
-    )
+    settings = only(low_resolution_probability=1.0, low_resolution=(3.0, 3.0))
     for axis in range(3):
         seed = first_seeds(settings, lambda drawn, axis=axis: drawn["low_resolution_axis"] == axis)
         new = augment_batch(image, None, settings, seed)[0]
-        if not all_axes:  # the mean over that axis is kept: whole averages, linear between them
-            torch.testing.assert_close(new.mean(2 + axis), image.mean(2 + axis), atol=0.25, rtol=0)
+        # The mean over that axis is kept: whole averages, linear between them.
+        torch.testing.assert_close(new.mean(2 + axis), image.mean(2 + axis), atol=0.25, rtol=0)
         for other in range(3):
-            detail = (
-                new.diff(dim=2 + other).var() / new.var()
-            ).item()  # 2 of white noise, 0.316 after means of 3, linear
-            assert detail == pytest.approx(0.316 if all_axes or other == axis else 2, abs=0.15)
+            # 2 of white noise, 0.316 after means of 3, linear
+            detail = (new.diff(dim=2 + other).var() / new.var()).item()
+            assert detail == pytest.approx(0.316 if other == axis else 2, abs=0.15)
 
 
 def test_low_resolution_by_hand():
     image = torch.arange(6.0).view(1, 1, 1, 1, 6).square()  # 0 1 4 9 16 25; means of pairs 0.5 6.5 20.5
-    settings = only(low_resolution_probability=1.0, low_resolution=(2.0, 2.0), low_resolution_all_axes=True)
-    new = augment_batch(image, None, settings, [0])[0].flatten()
+    settings = only(low_resolution_probability=1.0, low_resolution=(2.0, 2.0))
+    seed = first_seeds(settings, lambda drawn: drawn["low_resolution_axis"] == 2)
+    new = augment_batch(image, None, settings, seed)[0].flatten()
     torch.testing.assert_close(new, torch.tensor([0.5, 2.0, 5.0, 10.0, 17.0, 20.5]))
+
+
+def test_what_comes_in_from_beyond_the_patch_repeats_its_edge():
+    """Shrunk to half: the middle four of eight voxels hold the patch, the others its outermost voxels."""
+    image = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 8, 8, 8)
+    grid = sampling_grid((8, 8, 8), (1, 1, 1), scale=0.5)
+    new, new_label = (warp(image, grid, mode)[0] for mode in ("bilinear", "nearest"))
+    expected = torch.tensor([0, 0, 0.5, 2.5, 4.5, 6.5, 7, 7]).expand(8, 8, 8)
+    torch.testing.assert_close(new, expected)
+    assert torch.equal(new_label[..., :2], torch.zeros(8, 8, 2))
+    assert torch.equal(new_label[..., -2:], torch.full((8, 8, 2), 7.0)), "no background comes in"
 
 
 def test_gamma_keeps_the_range_and_the_order():

@@ -341,6 +341,13 @@ def test_case_metrics_of_all_four_kinds(dtype):
     assert math.isnan(rows[4]["dice"]) and math.isnan(rows[4]["hd95_mm"]) and rows[4]["target_mm3"] == 0
 
 
+def test_case_metrics_take_the_volume_of_a_voxel():
+    pred, target = label_maps()
+    for given, expected in ((None, 3.0), (1.7, 1.7)):
+        (row, *_) = case_metrics(pred, target, (3, 2, 0.5), CLASSES, surfaces=False, voxel_mm3=given)
+        assert row["target_mm3"] == pytest.approx(108 * expected) == row["pred_mm3"]
+
+
 def test_case_metrics_of_boolean_masks_and_order_of_classes():
     pred, target = (labels == 1 for labels in label_maps())
     (row,) = case_metrics(pred, target, (1, 1, 1), {1: "x"})

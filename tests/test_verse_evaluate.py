@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from common.compare import main as compare
 from common.compare import read_results
 from common.hardware import Precision
-from common.hdf5 import write_case
+from common.hdf5 import CaseFile, write_case
 from common.nifti import load_label, open_nifti, save_label, write_nifti
 from verse_spine import evaluate
 from verse_spine.cases import find_cases
@@ -105,6 +106,34 @@ def test_vertebrae_cut_by_the_scan():
     _, summary = score(pred, target)
     assert summary["dice_classes"] == pytest.approx(4 / 5) and summary["dice_inner"] == 1
     assert summary["rate"] == pytest.approx(4 / 5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_only_vertebrae_away_from_all_borders_are_inner(axis, end):
+    """One vertebra in the middle, found; one that begins in the first or ends in the last voxel, missed."""
+    target = np.zeros((30, 30, 30), np.uint8)
+    target[12:18, 12:18, 12:18] = 20
+    cut = [slice(2, 8)] * 3
+    cut[axis] = slice(0, 6) if end == "first" else slice(24, 30)
+    target[tuple(cut)] = 21
+    pred = np.where(target == 20, 20, 0).astype(np.uint8)
+    _, summary = score(pred, target)
+    assert summary["dice_inner"] == 1 and summary["dice_classes"] == 0.5
+    near = np.roll(target, 1 if end == "first" else -1, axis)  # one voxel away from the border
+    _, summary = score(np.where(near == 20, 20, 0).astype(np.uint8), near)
+    assert summary["dice_inner"] == 0.5
+
+
+def test_volumes_are_those_of_the_affine():
+    """A grid sheared by gantry tilt: 2 x 2 x 2 mm along its axes, but 4 mm^3 a voxel."""
+    target = blocks(20)
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[1, 2], affine[2, 2] = 2 * np.sin(np.pi / 3), 2 * np.cos(np.pi / 3)
+    pred = map_labels(target, "levels26")
+    rows, _ = evaluate.score_case(pred, target, (2, 2, 2), affine, "levels26", {})
+    (row,) = [r for r in rows if r["status"] == "ok"]
+    assert row["target_mm3"] == row["pred_mm3"] == pytest.approx(800 * 4)
 
 
 def test_sacrum_in_the_centroids_is_no_target():
@@ -202,6 +231,26 @@ def test_the_1mm_grid_is_one_of_1_mm(verse_source, perfect):
     for name, volume in rows["native"].items():
         if volume > 5000:
             assert rows["1mm"][name] == pytest.approx(volume, rel=0.2) and rows["1mm"][name] != volume
+
+
+def test_the_1mm_grid_has_the_spacing_that_whole_voxels_leave(tmp_path):
+    """9 slices of 1.5 mm are 13.5 mm: 14 slices of 0.964 mm, and a shift by 3 of 9 slices is 4.5 mm."""
+    source, pred = tmp_path / "verse" / "derivatives" / "sub-verse001", tmp_path / "pred"
+    raw = tmp_path / "verse" / "rawdata" / "sub-verse001"
+    for folder in (source, pred, raw):
+        folder.mkdir(parents=True)
+    truth, found = np.zeros((2, 9, 20, 20), np.uint8)
+    truth[:3], found[3:6] = 20, 20
+    write_nifti(raw / "sub-verse001_ct.nii.gz", truth, (1.5, 1, 1))
+    write_nifti(source / "sub-verse001_seg-vert_msk.nii.gz", truth, (1.5, 1, 1))
+    write_nifti(pred / "sub-verse001_mask.nii.gz", found, (1.5, 1, 1))
+    rows, failed = evaluate.evaluate_files(pred, tmp_path / "verse", "levels26", "1mm")
+    assert not failed
+    (row,) = [r for r in rows[0]["classes"] if r["status"] == "ok"]
+    slice_mm = 13.5 / 14
+    shift, depth = round(row["hd95_mm"] / slice_mm), round(row["target_mm3"] / (400 * slice_mm))
+    assert shift in (4, 5) and row["hd95_mm"] == pytest.approx(shift * slice_mm)
+    assert depth in (4, 5) and row["target_mm3"] == pytest.approx(depth * 400 * slice_mm)
 
 
 def test_bad_masks_are_listed(perfect, verse_source, capsys):
@@ -329,6 +378,25 @@ def test_perfect_network_on_cases(region, coded_h5):
         assert row["dice_any"] > 0.99 and row["dice_classes"] > 0.85 and row["dice_instance"] > 0.85
         assert row["region_recall"] == 1.0 and row["patient"] == verse.subjects[row["case"]]
         assert row["rate"] > 0.8 and len(row["classes"]) == 26
+
+
+def test_cases_are_cleaned_up(tmp_path):
+    """A crumb of 0.25 mL that the network sees beside two vertebrae is in no score."""
+    target = blocks(20, 21)
+    hu = (500 + 30 * map_labels(target, "levels26").astype(np.int16)).astype(np.int16)
+    hu[40, 2, 2:4] = 500 + 30 * 5
+    attributes = {
+        "spacing_mm": (5.0, 5.0, 5.0),
+        "affine": np.diag([5.0, 5.0, 5.0, 1.0]),
+        "centroids": np.zeros((0, 4)),
+    }
+    write_case(tmp_path / "a.h5", hu, target, attributes=attributes)
+    verse = SimpleNamespace(cases={"a": CaseFile(tmp_path / "a.h5")}, subjects={"a": "a"}, path=tmp_path)
+    rows, failed = evaluate.evaluate_cases(model_of(Level()), verse, ["a"], surfaces=False)
+    assert not failed
+    found = {r["name"]: r["status"] for r in rows[0]["classes"] if r["status"] != "absent"}
+    assert found == {"L1": "ok", "L2": "ok"}
+    assert rows[0]["dice_any"] == 1
 
 
 def test_a_region_that_misses_is_seen(coded_h5, monkeypatch):

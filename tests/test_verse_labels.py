@@ -223,6 +223,20 @@ def test_body_centre_ignores_a_long_process(spacing_mm):
     assert math.dist(mask_centres(labels, affine)[21], (30, 42, 30)) > 2.6
 
 
+def test_body_centre_of_thick_slices_and_fine_pixels():
+    """3 x 0.4 x 0.4 mm, by hand: a body of four slices, 12 x 24 x 24 mm, beside a tall thin process.
+
+    In voxels the process is the thicker one; and of four slices every second would be 1.5 mm too low.
+    """
+    labels = np.zeros((40, 140, 140), np.uint8)
+    labels[10:14, 40:100, 40:100] = 21
+    labels[2:38, 110:124, 64:76] = 21
+    affine = np.diag([0.4, 0.4, 3.0, 1.0])
+    z, y, x = body_centres(labels, affine)[21]
+    assert z == pytest.approx(11.5 * 3, abs=0.01)
+    assert (y, x) == (pytest.approx(69.5 * 0.4, abs=0.5), pytest.approx(69.5 * 0.4, abs=0.5))
+
+
 def test_body_centres_of_phantoms():
     _, label, centres = spine_phantom(1, levels=(8, 24))
     affine = np.diag([2.5, 2.5, 2.5, 1])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from argparse import Namespace
 
 import nibabel
 import numpy as np
@@ -20,6 +21,7 @@ from common.hdf5 import CaseFile, write_case
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import load_label, load_nifti, open_nifti, write_nifti
 from verse_spine import predict
+from verse_spine import segment as segment_module
 from verse_spine.labels import VERTEBRAE, body_centres, centroids_to_mm, num_outputs, read_centroids
 from verse_spine.networks import TrainedModel, get_model
 from verse_spine.phantoms import spine_phantom
@@ -213,6 +215,88 @@ def test_heat_map_gives_the_region(tmp_path, monkeypatch):
     assert content["region"]["max_heat"] == pytest.approx(0.99, abs=0.01)
 
 
+def region_of(path, heat=None) -> predict.Region:
+    heatmap = heat and TrainedModel(heat.eval(), {"patch_size": [32, 16, 16]}, CPU, FP32, {}, {"train": []})
+    return predict.find_region(open_nifti(path), heatmap, Namespace(roi=None, no_roi=False))
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPI", "PIR"])
+def test_box_of_the_heat_map_where_the_body_begins_elsewhere(orientation, tmp_path):
+    """Worked out by hand: 3 mm voxels, a body of 50 x 18 x 18 that begins at (25, 27, 31).
+
+    With 20 mm (7 voxels) around it, it is 64 x 32 x 32 and exactly twice as fine as the heat map. The hot
+    block begins on even voxels of it. Around it come 30, 20 and 20 mm: 10, 6.67 and 6.67 voxels.
+    """
+    hu = np.full((110, 70, 80), -1000, np.int16)
+    hu[25:75, 27:45, 31:49] = 40
+    hu[42:58, 32:40, 34:46] = 1200
+    write_nifti(tmp_path / "s.nii", hu, (3, 3, 3), orientation=orientation)
+    region = region_of(tmp_path / "s.nii", Spot())
+    assert region.source == "heat map" and region.heat == pytest.approx(0.99, abs=0.01)
+    assert region.box == ((32, 25, 27), (68, 47, 53))
+    faint = region_of(tmp_path / "s.nii", Spot(heat=0.2))
+    assert faint.source == "body" and faint.box == ((18, 20, 24), (82, 52, 56))
+
+
+def test_margin_of_the_body_is_in_millimetres(tmp_path):
+    """20 mm: 4 slices of 6 mm, 14 rows of 1.5 mm (7 pairs of them in the coarse copy), 7 columns of 3 mm."""
+    hu = np.full((40, 120, 60), -1000, np.int16)
+    hu[10:20, 40:80, 20:40] = 40
+    write_nifti(tmp_path / "s.nii", hu, (6, 1.5, 3))
+    assert region_of(tmp_path / "s.nii").box == ((6, 26, 13), (24, 94, 47))
+
+
+def test_padding_and_metal_do_not_move_the_region(tmp_path):
+    """-3024 around the field of view, averaged with skin, must not look like air."""
+    hu = np.full((30, 60, 60), -1000, np.int16)
+    hu[5:25, 21:41, 20:40] = 40
+    write_nifti(tmp_path / "plain.nii", hu, (3, 1, 1))
+    box = region_of(tmp_path / "plain.nii").box
+    hu[hu == -1000] = -3024
+    write_nifti(tmp_path / "padded.nii", hu, (3, 1, 1))
+    hu[:, 30, 30] = 30_000
+    write_nifti(tmp_path / "screw.nii", hu, (3, 1, 1))
+    assert region_of(tmp_path / "padded.nii").box == region_of(tmp_path / "screw.nii").box == box
+
+
+@pytest.mark.parametrize("mm", [1.0, 1.7])
+def test_metal_and_padding_change_no_voxel_of_the_mask(mm, tmp_path, monkeypatch):
+    """The scan as it is, and cut to 12 bits beforehand: one mask. A screw in bone, padding beside tissue."""
+    stub(monkeypatch, threshold_model(spacing=(mm,) * 3))
+    hu = ball((60, 50, 50), (1, 1, 1), radius_mm=20)
+    hu[25:28, 20:24, 5:45] = 30_000
+    hu[:, :, :6] = -3024
+    write_nifti(tmp_path / "raw.nii", hu, (1, 1, 1))
+    write_nifti(tmp_path / "cut.nii", hu.clip(-1024, 3071), (1, 1, 1))
+    for name in ("raw", "cut"):
+        assert run(tmp_path / f"{name}.nii", tmp_path, *QUICK) == 0
+    raw, cut = (load_label(tmp_path / f"{name}_mask.nii.gz").array for name in ("raw", "cut"))
+    assert cut.any() and np.array_equal(raw, cut)
+
+
+class Context(torch.nn.Module):
+    """The mean of the whole window decides: whatever is shown beyond a region matters."""
+
+    def forward(self, image):
+        return image.mean(dim=(2, 3, 4), keepdim=True).expand_as(image) * 50
+
+
+@pytest.mark.parametrize("rows, bright", [((20, 24), True), ((0, 4), False)])
+def test_around_a_region_the_scan_is_read(rows, bright, tmp_path, monkeypatch):
+    """A region of 4 slices, a patch of 24: it depends on the slices of the scan beyond the region."""
+    stub(monkeypatch, threshold_model(patch=(24, 30, 30), network=Context()))
+    hu = np.full((48, 30, 30), 1500, np.int16)
+    hu[:12], hu[20:24] = -900, -400
+    write_nifti(tmp_path / "s.nii", hu, (2, 2, 2))
+    (tmp_path / "roi.json").write_text(json.dumps({"start": [rows[0], 0, 0], "stop": [rows[1], 30, 30]}))
+    flags = [*QUICK, "--clean_up", "False", "--roi", tmp_path / "roi.json"]
+    assert run(tmp_path / "s.nii", tmp_path, *flags) == 0
+    mask = load_label(tmp_path / "s_mask.nii.gz").array
+    assert mask[rows[0] : rows[1]].all() if bright else not mask.any()
+    assert not mask[: rows[0]].any() and not mask[rows[1] :].any()
+    assert written_box(tmp_path) == ("given", (rows[0], 0, 0), (rows[1], 30, 30))
+
+
 def test_faint_heat_map_falls_back_to_the_body(tmp_path, monkeypatch, capsys):
     stub(monkeypatch, heat=Spot(heat=0.2))
     hu = np.full((40, 40, 40), -1000, np.int16)
@@ -370,7 +454,7 @@ def test_more_bodies_than_numbers_stay_readable(tmp_path, monkeypatch):
     """VerSe's numbers end at 28; a file with a 29th could not be read again."""
     stub(monkeypatch)
     monkeypatch.setattr(
-        predict, "count_bodies", lambda *_: np.array([[z, 5.0, 5.0] for z in range(60, 0, -2)])
+        segment_module, "count_bodies", lambda *_: np.array([[z, 5.0, 5.0] for z in range(60, 0, -2)])
     )
     write_nifti(tmp_path / "s.nii", ball((40, 30, 30), (2, 2, 2)), (2, 2, 2))
     assert run(tmp_path / "s.nii", tmp_path, *QUICK) == 0

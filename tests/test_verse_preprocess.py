@@ -127,6 +127,29 @@ def test_oblique_scan(tmp_path):
     assert case.spacing_mm == pytest.approx((2, 2, 2), rel=0.06) and abs(affine[1, 2]) > 0.3
 
 
+def test_volume_of_a_tilted_gantry(tmp_path):
+    """Slices moved by 1.5 mm for each 3 mm upwards: 3.35 mm along the axis, but 3 x 1.5 x 2 mm hold as much.
+
+    The 30 slices become 34 (of 3.35 mm to 3), so that a voxel of the case holds 30 / 34 of it.
+    """
+    import nibabel as nib
+
+    mask = np.zeros((30, 60, 50), np.uint8)
+    mask[10:20, 20:40, 20:40] = 20
+    image_file, mask_file, centroid_file = make_case(tmp_path / "source", mask=mask)
+    centroid_file.unlink()
+    for path in (image_file, mask_file):
+        stored = nib.load(path)
+        affine = stored.affine.copy()
+        affine[1, 2] = 1.5  # y moves with z
+        nib.save(nib.Nifti1Image(np.asarray(stored.dataobj), affine), path)
+    assert convert(tmp_path / "source", tmp_path / "out", "--spacing", *SPACING_MM) == 0
+    case = CaseFile(tmp_path / "out" / "cases" / "sub-verse001.h5")
+    expected = np.count_nonzero(case.label[...]) * 9 * 30 / 34 / 1000
+    assert case.shape[0] == 34 and expected == pytest.approx(36, rel=0.07)
+    assert entries(tmp_path / "out")["sub-verse001"]["vertebra_ml"] == pytest.approx(expected, abs=0.06)
+
+
 def test_cropped_to_the_body_with_its_margin(tmp_path):
     make_case(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out", "--spacing", *SPACING_MM)
@@ -165,6 +188,27 @@ def test_values_are_int16_hu_clipped_to_twelve_bits(tmp_path):
     convert(tmp_path / "source", tmp_path / "out", "--spacing", *SPACING_MM)
     stored = CaseFile(tmp_path / "out" / "cases" / "sub-verse001.h5").image
     assert stored.dtype == np.int16 and set(np.unique(stored[...])) == {-1024, 0, 3071}
+
+
+def test_values_are_cut_before_they_are_resampled_and_rounded(tmp_path):
+    """By hand, rows averaged in pairs with weights 1/8 3/8 3/8 1/8: metal and padding in two rows of 0 HU."""
+    image = np.zeros((30, 60, 50), np.int16)
+    image[:, 20:22], image[:, 40:42], image[:, 46] = 9000, -3024, -3
+    make_case(tmp_path / "source", image=image)
+    convert(tmp_path / "source", tmp_path / "out", "--spacing", 3, 3, 2)
+    case = CaseFile(tmp_path / "out" / "cases" / "sub-verse001.h5")
+    assert list(case.attributes["crop_start"]) == [0, 0, 0] and case.shape[1] == 27
+    row = case.image[10, :, 20].tolist()
+    assert row[9:12] == [384, 2303, 384]  # 383.875, 2303.25: 3071, of which nothing more spreads
+    assert row[19:22] == [-128, -768, -128]
+    assert row[22:25] == [0, -1, 0]  # -0.375, -1.125, -0.375: rounded, not cut off
+
+
+def test_unsigned_scans_can_be_cut(tmp_path):
+    """-1024 does not exist in uint16, in which some tools store CT with an offset."""
+    make_case(tmp_path / "source", image=np.full((30, 60, 50), 5000, np.uint16))
+    assert convert(tmp_path / "source", tmp_path / "out", "--spacing", *SPACING_MM) == 0
+    assert (CaseFile(tmp_path / "out" / "cases" / "sub-verse001.h5").image[...] == 3071).all()
 
 
 def test_phantoms_labels_boxes_index_centroids(verse_source, verse_h5):

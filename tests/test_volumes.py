@@ -1,5 +1,6 @@
-"""common/volumes.py: resampling against other code and by property, slabs, boxes, windows."""
+"""common/volumes.py: resampling against other code and by property, slabs, boxes, values."""
 
+import itertools
 import re
 import warnings
 
@@ -13,17 +14,16 @@ from common.nifti import open_nifti, write_nifti
 from common.volumes import (
     body_box,
     box_of,
+    clip_values,
     crop,
     crop_affine,
     expand_box,
     needed_rows,
-    pad_to_shape,
     resample,
     resample_labels,
     resample_slab,
     resampled_affine,
     resampled_shape,
-    window,
 )
 
 # Mixed: every combination of an axis that grows, shrinks, stays, or has one voxel.
@@ -36,6 +36,9 @@ SIZES = [
     ((8, 9, 1), (1, 30, 5)),
     ((7, 8, 9), (7, 8, 9)),
 ]
+
+
+SMALL = (1, 2, 3, 5)  # all shapes of these sides to all others: 4,096 pairs
 
 
 def random_volume(shape, dtype=np.float32):
@@ -71,6 +74,43 @@ def test_growing_equals_scipy_at_the_same_coordinates(dtype):
 def test_equals_the_dense_formula(size, shape):
     volume = random_volume(size)
     np.testing.assert_allclose(resample(volume, shape), dense_resample(volume, shape), atol=2e-3)
+
+
+def test_one_voxel_wide_planes_by_hand():
+    """Half as many voxels: weights 1/4 3/4 3/4 1/4 of a whole; at the borders 3/7 3/7 1/7."""
+    ramp = np.arange(8.0)
+    expected = [(0 * 3 + 1 * 3 + 2) / 7, 2.5, 4.5, (5 + 6 * 3 + 7 * 3) / 7]
+    for axis in range(3):
+        size, shape = [1, 1, 1], [1, 1, 1]
+        size[axis], shape[axis] = 8, 4
+        np.testing.assert_allclose(resample(ramp.reshape(size), shape).ravel(), expected, rtol=1e-6)
+
+
+def test_all_small_shapes_equal_the_dense_formula():
+    """Every pair of shapes with sides of 1, 2, 3 or 5 voxels, in numpy's order and in torch's slabs."""
+    shapes = list(itertools.product(SMALL, repeat=3))
+    for size in shapes:
+        volume = random_volume(size)
+        for shape in shapes:
+            np.testing.assert_allclose(
+                resample(volume, shape), dense_resample(volume, shape), atol=2e-3, err_msg=f"{size} {shape}"
+            )
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_slabs_in_any_memory_order_equal_the_dense_formula(order):
+    """A slab may be a view with its axes in another order, as when a prediction streams along y or x."""
+    for size, shape in (
+        ((1, 6, 4), (1, 3, 1)),
+        ((6, 4, 1), (3, 1, 2)),
+        ((5, 7, 6), (4, 1, 8)),
+        ((4, 1, 7), (4, 1, 1)),
+    ):
+        scores = torch.from_numpy(random_volume((2, *size)))
+        stored = scores.permute(order).contiguous().permute(np.argsort(order).tolist())
+        got = resample_slab(stored, 0, size[0], shape[0], (0, shape[0]), shape[1:])
+        for channel, one in zip(got, scores, strict=True):
+            np.testing.assert_allclose(channel, dense_resample(one.numpy(), shape), atol=2e-3)
 
 
 @pytest.mark.parametrize("size, shape", SIZES)
@@ -174,7 +214,6 @@ def test_a_file_is_resampled_without_loading_it(tmp_path):
         (lambda: resample_labels(np.full((2, 2, 2), 0.5), (2, 2, 2)), "labels 0.5..0.5, expected"),
         (lambda: crop(np.zeros((2, 3, 4)), (0, 0, 0), (2, 3, 5)), "box (0, 0, 0) to (2, 3, 5) is not"),
         (lambda: crop(np.zeros((2, 3, 4)), (-1, 0, 0), (1, 1, 1)), "box (-1, 0, 0) to (1, 1, 1) is"),
-        (lambda: window(np.zeros(3), 5, 5), "window 5 to 5: the upper end must be above the lower"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(call, message):
@@ -257,16 +296,10 @@ def test_a_blob_stays_where_it_is_in_mm(shape):
 # ---- boxes ----
 
 
-def test_crop_and_pad():
+def test_crop():
     array = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     assert crop(array, (1, 0, 2), (3, 4, 5)).shape == (2, 2, 4, 3)
     assert np.shares_memory(crop(array, (0, 0, 0), (1, 1, 1)), array)
-    padded, before = pad_to_shape(array, (6, 2, 5), -7)
-    assert padded.shape == (2, 6, 4, 5) and before == (1, 0, 0)
-    np.testing.assert_array_equal(crop(padded, before, np.add(before, (3, 4, 5))), array)
-    assert (padded[:, [0, 4, 5]] == -7).all()
-    same, before = pad_to_shape(array, (3, 4, 5), 0)
-    assert same is array and before == (0, 0, 0)
 
 
 def test_box_of_and_expand():
@@ -294,6 +327,44 @@ def test_body_box(shape):
     assert body_box(image, margin_voxels=2) == expand_box(*seen, 2, shape)
 
 
-def test_window():
-    got = window(np.array([-2000, -1000, 0, 1000, 3000], np.int16), -1000, 1000)
-    assert got.dtype == np.float32 and got.tolist() == [0, 0, 0.5, 1, 1]
+# ---- values ----
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32, np.int32])
+def test_clip_values(dtype):
+    values = np.array([-3024, -1024, 7, 3071, 30000], dtype)
+    got = clip_values(values, (-1024, 3071))
+    assert got.dtype == dtype and got.tolist() == [-1024, -1024, 7, 3071, 3071]
+    assert clip_values(values, None) is values
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int8])
+def test_clip_values_of_types_that_cannot_hold_the_limits(dtype):
+    values = np.array([0, 100], dtype)
+    got = clip_values(values, (-1024, 70_000))
+    assert got.dtype == dtype and got.tolist() == [0, 100]
+
+
+def test_values_are_cut_before_they_are_weighed():
+    """By hand: 0 and 30,000 HU averaged are 15,000, cut 3,071; cut first, (0 + 3,071) / 2."""
+    volume = np.array([0, 30_000, -3024, 0], np.int16).reshape(4, 1, 1)
+    got = resample(volume, (2, 1, 1), value_range=(-1024, 3071)).ravel()
+    plain = resample(volume.clip(-1024, 3071), (2, 1, 1)).ravel()
+    np.testing.assert_array_equal(got, plain)
+    assert abs(got[0] - resample(volume, (2, 1, 1)).ravel()[0].clip(-1024, 3071)) > 500
+
+
+def test_resampling_holds_a_few_rows_at_a_time(monkeypatch):
+    """SLAB_BYTES bounds the rows of a slab, so that a long scan takes no more memory than a short one."""
+
+    class Volume:
+        shape, longest = (400, 16, 16), 0
+
+        def __getitem__(self, at):
+            Volume.longest = max(Volume.longest, at.stop - at.start)
+            return np.zeros((at.stop - at.start, 16, 16), np.int16)
+
+    row_bytes = 4 * (16 * 16 + 2 * 16 * 16)  # a row of the result and the two that it comes from
+    monkeypatch.setattr(volumes, "SLAB_BYTES", 10 * row_bytes)
+    resample(Volume(), (200, 16, 16))
+    assert 20 <= Volume.longest <= 22, "10 rows of the result, and the neighbours of the outermost"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common.hdf5 import CaseFile
 from common.patches import draw_patch
 from common.splits import PARTS, check_split, read_splits, split_by_patient
-from verse_spine.heatmap import AIR_HU, SmallGrid, make_target, small_grid, to_small_grid
+from verse_spine.heatmap import SmallGrid, make_target, small_grid, to_small_grid
 from verse_spine.labels import map_labels
 
 # Shares of the training patches: a random place of a random vertebra, the border of a vertebra, bright voxels
@@ -194,6 +194,6 @@ class PatchDataset(Dataset):
         case, rng = self.cases[index % len(self.cases)], np.random.default_rng(seed)
         box = spine_box(case, rng.uniform(20, 60))
         start, stratum = draw_patch(case, self.patch_size, self.strata, rng, box=box)
-        image = case.read_image(start, self.patch_size, AIR_HU)
+        image = case.read_image(start, self.patch_size)
         label = map_labels(case.read_label(start, self.patch_size), self.labels)
         return torch.from_numpy(image)[None], torch.from_numpy(label), seed, stratum

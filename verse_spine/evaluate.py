@@ -26,7 +26,7 @@ from common.config import add_prediction_flags, make_parser, parse_args, run_scr
 from common.hardware import choose_precision, start_device
 from common.hdf5 import CaseFile
 from common.metrics import binary_counts, case_metrics, dice_from_counts
-from common.nifti import case_name, is_nifti, load_label, same_grid
+from common.nifti import case_name, is_nifti, load_label, same_grid, voxel_mm3
 from common.runs import run_dir_of
 from common.splits import natural_key
 from common.volumes import resample_labels, resampled_affine, resampled_shape
@@ -93,8 +93,9 @@ def score_case(
     """
     classes = map_labels(target, labels)
     names = dict(enumerate(class_names(labels)[1:], 1))
-    options = dict(spacing_mm=spacing_mm, tolerances_mm=TOLERANCES_MM, surfaces=surfaces)
-    rows = case_metrics(pred, classes, classes=names, **options)
+    rows = case_metrics(
+        pred, classes, spacing_mm, names, TOLERANCES_MM, surfaces=surfaces, voxel_mm3=voxel_mm3(affine)
+    )
     present = [r["dice"] for r in rows if r["status"] in ("ok", "missed")]
     tp, fp, fn, _ = binary_counts(pred > 0, classes > 0)
     summary = {
@@ -184,14 +185,15 @@ def evaluate_cases(
             where = case_region(case, region, heatmap, folder)
             box = None if where is None else where.box
             pred = segment(model, case.image, case.spacing_mm, box=box)
-            pred, _ = clean_up(pred, case.spacing_mm)
+            affine = np.asarray(case.attributes["affine"])
+            pred, _ = clean_up(pred, case.spacing_mm, voxel_mm3(affine))
             centroids = np.asarray(case.attributes["centroids"]).reshape(-1, 4)
             centres = {int(n): tuple(zyx) for n, *zyx in centroids}
             classes, summary = score_case(
                 pred,
                 target,
                 case.spacing_mm,
-                np.asarray(case.attributes["affine"]),
+                affine,
                 model.config["labels"],
                 centres,
                 surfaces=surfaces,

@@ -18,7 +18,8 @@ LOSSES = ("weighted_mse", "sum_mse", "bce", "adaptive_wing")
 GAUSSIAN_MM = 24.0  # sigma of the gaussian target: 3 voxels of 8 mm, as Payer et al. 2020
 MARGIN_MM = (30.0, 20.0, 20.0)  # z y x, around the predicted box
 FAINT = 0.3  # a heat map that stays below has found no spine
-AIR_HU = -1024
+HU_RANGE = (-1024, 3071)  # 12 bits, what scanners deliver; voxels are cut to it before they are resampled
+AIR_HU = HU_RANGE[0]
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def save_case_preview(folder: Path, epoch: int, model: TrainedModel, case: CaseF
     size = np.multiply(model.config["patch_size"], (2, 1.5, 1.5)).astype(int)
     size = np.minimum(size, case.shape)
     start = np.clip(centre - size // 2, 0, np.subtract(case.shape, size))
-    image = case.read_image(start, size, -1024)
+    image = case.read_image(start, size)
     target = map_labels(case.read_label(start, size), model.config["labels"])
     pred = segment(model, image, case.spacing_mm)
     save_planes(

@@ -35,23 +35,14 @@ from common.config import (
 )
 from common.conversion import write_json
 from common.hardware import choose_precision, describe_device, peak_memory_mib, start_device
-from common.inference import prediction_peak_mib
 from common.metrics import write_table
 from common.nifti import NiftiFile, case_name, is_nifti, open_nifti, save_label
 from common.runs import run_dir_of
 from common.splits import natural_key
 from common.volumes import body_box, crop
-from verse_spine.heatmap import small_grid, to_small_grid
-from verse_spine.labels import (
-    LABEL_NAMES,
-    Centroids,
-    body_centres,
-    centroids_to_voxels,
-    class_names,
-    num_outputs,
-    unmap_labels,
-    write_centroids,
-)
+from common.windows import prediction_peak_mib, reading_box
+from verse_spine.heatmap import HU_RANGE, small_grid, to_small_grid
+from verse_spine.labels import class_names, num_outputs, unmap_labels, write_centroids
 from verse_spine.networks import TrainedModel, load_trained
 from verse_spine.pictures import save_planes
 from verse_spine.preprocess import BODY_MARGIN_MM
@@ -59,7 +50,7 @@ from verse_spine.segment import (
     AIR_BELOW_HU,
     Region,
     clean_up,
-    count_bodies,
+    mask_centroids,
     predict_heatmap,
     segment,
     spine_region,
@@ -127,7 +118,7 @@ def find_region(file: NiftiFile, heatmap: TrainedModel | None, args: Namespace) 
     if args.no_roi:
         return Region(((0, 0, 0), file.shape), "whole scan")
     factors = tuple(max(1, int(OVERVIEW_MM / s)) for s in file.spacing_mm)
-    coarse = file.read_reduced(factors)
+    coarse = file.read_reduced(factors, HU_RANGE)
     if coarse.min() > NO_CT_ABOVE_HU:
         print(f"warning: {file.path.name}: nothing below {NO_CT_ABOVE_HU} HU, so hardly a CT")
     margin = tuple(map(int, np.ceil(BODY_MARGIN_MM / np.multiply(file.spacing_mm, factors))))
@@ -185,14 +176,16 @@ def predict_scan(
     file, labels = open_nifti(path), model.config["labels"]
     name = case_name(path)
     region = find_region(file, heatmap, args)
-    start, stop = region.box
     found_s = time.perf_counter() - started
-    shape = tuple(int(b - a) for a, b in zip(start, stop, strict=True))
+    working_mm, patch_size = model.preprocessing["spacing_mm"], tuple(model.config["patch_size"])
+    # What is read is larger than a region smaller than a patch: the network sees the tissue around it.
+    start, stop = reading_box(region.box, file.shape, file.spacing_mm, working_mm, patch_size)
+    shape = tuple(np.subtract(stop, start).tolist())
     peak = prediction_peak_mib(
         shape,
         file.spacing_mm,
-        model.preprocessing["spacing_mm"],
-        tuple(model.config["patch_size"]),
+        working_mm,
+        patch_size,
         num_outputs(labels),
         batch_size=args.batch_size,
         device=model.device,
@@ -214,6 +207,7 @@ def predict_scan(
             model,
             image,
             file.spacing_mm,
+            box=tuple(tuple(np.subtract(corner, start).tolist()) for corner in region.box),
             mirror=args.tta,
             overlap=args.overlap,
             batch_size=args.batch_size,
@@ -224,7 +218,7 @@ def predict_scan(
     del inside
     report = {"removed_ml": 0.0, "filled_ml": 0.0}
     if args.clean_up:
-        mask, report = clean_up(mask, file.spacing_mm)
+        mask, report = clean_up(mask, file.spacing_mm, file.voxel_mm3)
     counts = np.zeros(256, np.int64)
     for plane in mask:  # plane by plane: as an index the whole mask would take 8 bytes a voxel
         plane[...] = unmap_labels(plane, labels)
@@ -254,8 +248,8 @@ def predict_scan(
             "volume_ml": volumes,
             "region": {
                 "source": region.source,
-                "start": list(map(int, start)),
-                "stop": list(map(int, stop)),
+                "start": list(region.box[0]),
+                "stop": list(region.box[1]),
                 "axes": "z y x, voxels of the scan in RAS",
                 "max_heat": None if math.isnan(region.heat) else region.heat,
             },
@@ -276,18 +270,6 @@ def predict_scan(
         "seconds": seconds,
         "peak_mib": memory,
     }
-
-
-def mask_centroids(mask: np.ndarray, file: NiftiFile, labels: str) -> Centroids:
-    """Centres of the vertebral bodies: of levels26 by VerSe's number, else counted from head to foot."""
-    if labels == "levels26":
-        return centroids_to_voxels(body_centres(mask, file.affine), file)
-    centres = {}
-    bodies = count_bodies(mask, file.spacing_mm)[: max(LABEL_NAMES)]  # the format has no number above
-    for number, voxel in enumerate(bodies, 1):
-        x, y, z = (file.affine @ [*voxel[::-1], 1.0])[:3]
-        centres[number] = (float(z), float(y), float(x))
-    return centroids_to_voxels(centres, file)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import make_parser, non_negative_int, parse_args, run_script
 from common.conversion import convert_cases, file_stamp, write_json
-from common.hdf5 import CaseFile, location_index, write_case
+from common.hdf5 import CaseFile, write_case
 from common.metrics import write_table
-from common.nifti import load_label, load_nifti, same_grid
+from common.nifti import load_label, load_nifti, same_grid, voxel_mm3
+from common.patches import location_index
 from common.splits import natural_key
 from common.volumes import (
     body_box,
@@ -39,6 +40,7 @@ from common.volumes import (
     resampled_shape,
 )
 from verse_spine.cases import Case, find_cases
+from verse_spine.heatmap import HU_RANGE
 from verse_spine.labels import (
     body_centres,
     centroids_to_mm,
@@ -49,7 +51,6 @@ from verse_spine.labels import (
 )
 from verse_spine.phantoms import write_verse_phantoms
 
-HU_RANGE = (-1024, 3071)  # 12 bits: what scanners deliver
 BODY_HU = -500
 BODY_MARGIN_MM = 20.0
 HARD_NEGATIVE_HU = 150  # bright voxels outside the vertebrae: ribs, pelvis, metal
@@ -125,8 +126,7 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
     image, label = scan.array[block], vertebrae[block]
     shape = resampled_shape(image.shape, scan.spacing_mm, settings.spacing_mm)
     affine = resampled_affine(crop_affine(scan.affine, start), image.shape, shape)
-    values = resample(np.clip(image, *HU_RANGE), shape) if shape != image.shape else np.clip(image, *HU_RANGE)
-    voxels = np.rint(values).astype(np.int16)
+    voxels = np.rint(resample(image, shape, value_range=HU_RANGE)).astype(np.int16)
     numbers = resample_labels(label, shape).astype(np.uint8)
 
     # ---- what training needs to know without reading volumes ----
@@ -154,7 +154,6 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
     }
     index = location_index(numbers, voxels, hard_negative_above=HARD_NEGATIVE_HU, seed=INDEX_SEED)
     used = write_case(out / "cases" / f"{case.name}.h5", voxels, numbers, attributes=attributes, index=index)
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
     return {
         "name": case.name,
         "subject": case.subject,
@@ -164,7 +163,7 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
         "settings": {"spacing_mm": list(settings.spacing_mm)},
         "shape": list(shape),
         "vertebrae": [b[0] for b in boxes],
-        "vertebra_ml": round(float(np.count_nonzero(numbers)) * voxel_ml, 1),
+        "vertebra_ml": round(np.count_nonzero(numbers) * voxel_mm3(affine) / 1000, 1),
         "compression": used,
         "notes": "; ".join(notes),
     }

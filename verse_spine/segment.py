@@ -1,4 +1,5 @@
-"""A trained network applied to a whole scan: heat map, box, class labels on the scan's own grid, clean-up."""
+"""A trained network applied to a whole scan: heat map, box, class labels on the scan's own grid, clean-up,
+centres of the vertebral bodies."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from tqdm import tqdm
 
 from common.hardware import autocast
 from common.inference import predict_labels
+from common.nifti import NiftiFile
 from common.volumes import box_of, crop, expand_box
-from verse_spine.heatmap import AIR_HU, MARGIN_MM, SmallGrid, heatmap_box, scan_box
-from verse_spine.labels import num_outputs
+from verse_spine.heatmap import HU_RANGE, MARGIN_MM, SmallGrid, heatmap_box, scan_box
+from verse_spine.labels import LABEL_NAMES, Centroids, body_centres, centroids_to_voxels, num_outputs
 from verse_spine.networks import TrainedModel, scale_by_range, scale_hu
 
 AIR_BELOW_HU = -500  # windows without a brighter voxel hold no body
@@ -67,8 +69,14 @@ def intensity_scaling(model: TrainedModel, volume) -> Callable[[Tensor], Tensor]
     if model.config["intensity"] == "hu":
         return scale_hu
     values = np.asarray(volume[...])
-    low, high = float(values.min()), float(values.max())
+    low, high = np.clip([float(values.min()), float(values.max())], *hu_range(model))
     return lambda image: scale_by_range(image, low, high)
+
+
+def hu_range(model: TrainedModel) -> tuple[float, float]:
+    """To what preprocessing cut the HU of the model's training cases."""
+    low, high = model.preprocessing.get("hu_range", HU_RANGE)
+    return low, high
 
 
 def segment(
@@ -101,8 +109,8 @@ def segment(
         overlap=overlap,
         batch_size=batch_size,
         flips=((), (2,)) if mirror else (),
+        value_range=hu_range(model),
         air_below=AIR_BELOW_HU,
-        pad_value=AIR_HU,
         precision=model.precision,
         progress=progress,
         on_message=_tell_trouble,
@@ -116,7 +124,9 @@ def _tell_trouble(line: str) -> None:
         tqdm.write(f"warning: {line}")
 
 
-def clean_up(labels: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarray, dict[str, float]]:
+def clean_up(
+    labels: np.ndarray, spacing_mm: Sequence[float], voxel_mm3: float | None = None
+) -> tuple[np.ndarray, dict[str, float]]:
     """Remove what is no part of the spine's chain, fill small holes; a copy and the volumes changed.
 
     Components of any label below 1 mL go, unless they touch the border of the scan: a vertebra may be cut
@@ -126,6 +136,7 @@ def clean_up(labels: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarra
 
     Args:
         labels: (z, y, x) of the whole scan, since its borders count; uint8 or another integer type.
+        voxel_mm3: volume of a voxel; None = the product of the spacings, wrong for a sheared grid.
 
     Returns:
         (labels, {"removed_ml", "filled_ml"}).
@@ -136,7 +147,7 @@ def clean_up(labels: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarra
     report = {"removed_ml": 0.0, "filled_ml": 0.0}
     if (box := box_of(labels)) is None:
         return labels, report
-    ml = float(np.prod(spacing_mm)) / 1000
+    ml = (np.prod(spacing_mm) if voxel_mm3 is None else voxel_mm3) / 1000
     start, stop = expand_box(*box, 1, labels.shape)
     view = crop(labels, start, stop)  # all below happens in the box of the mask
 
@@ -222,3 +233,15 @@ def count_bodies(mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
             bodies.append(k)
     centres = (centres[bodies] - 1) * step + box[0]
     return centres[np.argsort(-centres[:, 0])]
+
+
+def mask_centroids(mask: np.ndarray, file: NiftiFile, labels: str) -> Centroids:
+    """Centres of the vertebral bodies: of levels26 by VerSe's number, else counted from head to foot."""
+    if labels == "levels26":
+        return centroids_to_voxels(body_centres(mask, file.affine), file)
+    centres = {}
+    bodies = count_bodies(mask, file.spacing_mm)[: max(LABEL_NAMES)]  # the format has no number above
+    for number, voxel in enumerate(bodies, 1):
+        x, y, z = (file.affine @ [*voxel[::-1], 1.0])[:3]
+        centres[number] = (float(z), float(y), float(x))
+    return centroids_to_voxels(centres, file)
