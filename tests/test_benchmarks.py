@@ -151,6 +151,29 @@ def test_slice_loading(tmp_path):
     assert [row[0] for row in table] == ["png", "packed"]
 
 
+def test_short_scans_compares_what_is_shown_beyond_the_border(tmp_path, verse_runs):
+    """An untrained network's Dice says nothing; each way is there for each length, and whole scans agree."""
+    weights = verse_runs["segmentation"] / "weights" / "best.pt"
+    module = importlib.import_module("benchmarks.short_scans")
+    content = module.main(["--weights", str(weights), "--rows", "40", "--out", str(tmp_path)])
+    written, table = read_results(tmp_path, "short_scans")
+    assert table and written["dice"] == content["dice"]
+    assert list(content["dice"]) == ["whole", "40 along z", "40 along y", "40 along x"]
+    whole = content["dice"]["whole"]
+    assert whole["edge repeated"] == whole["region of the whole scan"]
+    assert len(whole["air"]) == len(content["cases"]) == 2
+
+
+def test_pieces_of_a_scan_and_their_surroundings():
+    module = importlib.import_module("benchmarks.short_scans")
+    assert module.pieces((10, 7, 5), 0, 4) == [([0, 0, 0], [4, 7, 5]), ([4, 0, 0], [8, 7, 5])]
+    assert module.pieces((10, 7, 5), 2, 6) == []
+    image = np.ones((3, 7, 5), np.int16)
+    wide, inner = module.in_air(image, (6, 6, 6))
+    assert wide.shape == (6, 7, 6) and (wide[inner] == 1).all() and wide[inner].shape == image.shape
+    assert wide[0, 0, 0] == -1024 and np.count_nonzero(wide == 1) == image.size
+
+
 @pytest.mark.parametrize(
     "name, flags",
     [

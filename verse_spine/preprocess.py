@@ -1,4 +1,4 @@
-"""Convert VerSe to one HDF5 file a case, from which training reads patches directly.
+"""Convert VerSe to HDF5 files, one for each case, from which training reads patches directly.
 
     python verse_spine/preprocess.py --source data/verse --out data/verse_h5
     python verse_spine/preprocess.py --source data/verse --out data/verse_h5 --spacing 1 1 1 --workers 4
@@ -14,7 +14,6 @@ import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,34 +55,28 @@ BODY_MARGIN_MM = 20.0
 HARD_NEGATIVE_HU = 150  # bright voxels outside the vertebrae: ribs, pelvis, metal
 INDEX_SEED = 0
 MIN_SIDE_MM = 10.0  # a smaller scan holds no vertebra
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the voxels; a case made with other settings is made again."""
-
-    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+Spacing = tuple[float, float, float]  # mm, z y x
 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--source", default="data/verse", help="VerSe folder, or a folder above both editions"
+        "--source", default="data/verse", help="folder of one edition of VerSe, or the folder above both"
     )
-    parser.add_argument("--out", default="data/verse_h5", help="folder of the converted data set")
+    parser.add_argument("--out", default="data/verse_h5", help="folder that the converted data set goes to")
     parser.add_argument(
         "--spacing",
         type=float,
         nargs=3,
         default=[1.0, 1.0, 1.0],
         metavar=("Z", "Y", "X"),
-        help="voxel size in mm; 1 is the thesis', 2 takes an eighth of the memory and time",
+        help="voxel size in mm, z y x; 1 is that of the thesis, 2 takes an eighth of the memory and time",
     )
     parser.add_argument(
         "--workers",
         type=non_negative_int,
         default=min(4, os.cpu_count() or 1),
-        help="processes; each may take 2 GB for a long scan; 0 = this one only",
+        help="number of processes that convert at a time; each may take 2 GB for a long scan; 0 = no others",
     )
     return parser
 
@@ -92,8 +85,8 @@ class Quarantined(ValueError):
     """Mask and centroid file of a case do not belong together."""
 
 
-def convert_case(case: Case, out: Path, settings: Settings) -> dict:
-    """Write <out>/cases/<name>.h5; returns its entry of preprocessing.json."""
+def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
+    """Write <out>/cases/<name>.h5, voxels of about `spacing_mm`; returns its entry of preprocessing.json."""
     if case.mask is None:
         raise ValueError(f"{case.image}: has no mask (*_seg-vert_msk.nii.gz under derivatives)")
     scan, mask = load_nifti(case.image), load_label(case.mask)
@@ -124,7 +117,7 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
     start, stop = np.minimum(start, low), np.maximum(stop, high)
     block = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
     image, label = scan.array[block], vertebrae[block]
-    shape = resampled_shape(image.shape, scan.spacing_mm, settings.spacing_mm)
+    shape = resampled_shape(image.shape, scan.spacing_mm, spacing_mm)
     affine = resampled_affine(crop_affine(scan.affine, start), image.shape, shape)
     voxels = np.rint(resample(image, shape, value_range=HU_RANGE)).astype(np.int16)
     numbers = resample_labels(label, shape).astype(np.uint8)
@@ -135,11 +128,10 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
         for number, box in enumerate(ndimage.find_objects(numbers), 1)
         if box is not None
     ]
-    spacing_mm = tuple(float(v) for v in np.sqrt((affine[:3, :3] ** 2).sum(0))[::-1])
     attributes = {
         "name": case.name,
         "subject": case.subject,
-        "spacing_mm": spacing_mm,
+        "spacing_mm": np.linalg.norm(affine[:3, :3], axis=0)[::-1],  # as whole voxels leave it
         "affine": affine,
         "boxes": np.array(boxes, np.int64).reshape(-1, 7),
         "centroids": np.array([[n, *zyx] for n, zyx in sorted(centres_mm.items())], float).reshape(-1, 4),
@@ -160,7 +152,7 @@ def convert_case(case: Case, out: Path, settings: Settings) -> dict:
         "part": case.part,
         "edition": case.edition,
         "stamp": _stamp(case),
-        "settings": {"spacing_mm": list(settings.spacing_mm)},
+        "settings": {"spacing_mm": list(spacing_mm)},
         "shape": list(shape),
         "vertebrae": [b[0] for b in boxes],
         "vertebra_ml": round(np.count_nonzero(numbers) * voxel_mm3(affine) / 1000, 1),
@@ -184,9 +176,9 @@ def _stamp(case: Case) -> list:
     return file_stamp([p for p in (case.image, case.mask, case.centroids) if p is not None])
 
 
-def _convert_or_quarantine(case: Case, out: Path, settings: Settings) -> dict:
+def _convert_or_quarantine(case: Case, out: Path, spacing_mm: Spacing) -> dict:
     try:
-        return convert_case(case, out, settings)
+        return convert_case(case, out, spacing_mm)
     except Quarantined as error:
         return {"name": case.name, "quarantined": str(error)}
 
@@ -199,19 +191,19 @@ def convert(args: Namespace) -> dict[str, str]:
     """
     if min(args.spacing) <= 0:
         raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: millimetres above zero")
-    out, settings = Path(args.out), Settings(tuple(args.spacing))
+    out, spacing_mm = Path(args.out), tuple(args.spacing)
     cases = find_cases(args.source)
     (out / "cases").mkdir(parents=True, exist_ok=True)
     notes_file = out / "preprocessing.json"
-    done = _finished(notes_file, cases, out, settings)
+    done = _finished(notes_file, cases, out, spacing_mm)
     if done:
         print(f"{len(done)} of {len(cases)} cases are converted already")
-    if again := [c.name for c in cases if c.name not in done and (out / "cases" / f"{c.name}.h5").is_file()]:
-        print(f"{len(again)} case(s) were made with other settings or from other files, and are made again")
     todo = [case for case in cases if case.name not in done]
+    if changed := sum((out / "cases" / f"{case.name}.h5").is_file() for case in todo):
+        print(f"{changed} case(s) were made with other settings or from other files, and are made again")
     failed: dict[str, str] = {}
     quarantined: dict[str, str] = {}
-    results = convert_cases(_convert_or_quarantine, todo, out, settings, workers=args.workers)
+    results = convert_cases(_convert_or_quarantine, todo, out, spacing_mm, workers=args.workers)
     for case, entry, reason in tqdm(results, "converting", len(todo), unit="case", disable=None):
         if entry is None:
             failed[case.name] = reason
@@ -219,15 +211,13 @@ def convert(args: Namespace) -> dict[str, str]:
             quarantined[case.name] = entry["quarantined"]
         else:
             done[case.name] = entry
-            _write_notes(notes_file, done, settings)
+            _write_notes(notes_file, done, spacing_mm)
     (out / "quarantine.csv").unlink(missing_ok=True)
     if quarantined:
         rows = [{"case": name, "reason": reason} for name, reason in sorted(quarantined.items())]
         write_table(out / "quarantine.csv", rows)
-    for title, reasons in (
-        ("could not be converted", failed),
-        ("set aside, see quarantine.csv", quarantined),
-    ):
+    outcomes = {"could not be converted": failed, "set aside, see quarantine.csv": quarantined}
+    for title, reasons in outcomes.items():
         if reasons:
             print(f"{len(reasons)} case(s) {title}:")
             for name, reason in reasons.items():
@@ -236,7 +226,7 @@ def convert(args: Namespace) -> dict[str, str]:
         notes_file.unlink(missing_ok=True)
         (out / "cases.csv").unlink(missing_ok=True)
     else:
-        _write_notes(notes_file, done, settings)
+        _write_notes(notes_file, done, spacing_mm)
         columns = ("name", "subject", "part", "edition", "shape", "vertebra_ml", "compression", "notes")
         rows = [{k: e[k] for k in columns} | {"vertebrae": len(e["vertebrae"])} for e in _ordered(done)]
         write_table(out / "cases.csv", rows)
@@ -247,12 +237,12 @@ def convert(args: Namespace) -> dict[str, str]:
     return failed | quarantined
 
 
-def _finished(notes_file: Path, cases: list[Case], out: Path, settings: Settings) -> dict[str, dict]:
+def _finished(notes_file: Path, cases: list[Case], out: Path, spacing_mm: Spacing) -> dict[str, dict]:
     """Entries of an earlier, perhaps interrupted conversion that still hold."""
     if not notes_file.is_file():
         return {}
     known = {e["name"]: e for e in json.loads(notes_file.read_text(encoding="utf8"))["cases"]}
-    wanted = {"spacing_mm": list(settings.spacing_mm)}
+    wanted = {"spacing_mm": list(spacing_mm)}  # a case made with another spacing is made again
     done = {}
     for case in cases:
         entry = known.get(case.name)
@@ -269,9 +259,9 @@ def _ordered(entries: dict[str, dict]) -> list[dict]:
     return [entries[name] for name in sorted(entries, key=natural_key)]
 
 
-def _write_notes(path: Path, done: dict[str, dict], settings: Settings) -> None:
+def _write_notes(path: Path, done: dict[str, dict], spacing_mm: Spacing) -> None:
     content = {
-        **asdict(settings),
+        "spacing_mm": list(spacing_mm),
         "hu_range": HU_RANGE,
         "labels": class_names("levels26"),
         "cases": _ordered(done),
@@ -299,10 +289,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    editions = {
-        e["edition"] for e in json.loads((Path(args.out) / "preprocessing.json").read_text())["cases"]
-    }
-    more = " --dataset_edition 20" if 20 in editions else ""
+    notes = json.loads((Path(args.out) / "preprocessing.json").read_text(encoding="utf8"))
+    more = " --dataset_edition 20" if any(e["edition"] == 20 for e in notes["cases"]) else ""
     data = shlex.quote(args.out)
     print(f"next: python verse_spine/train_heatmap.py --data_path {data} --model_name spine_heatmap{more}")
     return 0
