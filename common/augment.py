@@ -290,7 +290,7 @@ def _check(
             f"image {tuple(image.shape)} of {image.dtype}: expected floats (N, C, D, H, W), none of them 0"
         )
     if len(seeds) != len(image):
-        raise ValueError(f"{len(seeds)} seeds for {len(image)} items; give one seed an item")
+        raise ValueError(f"{len(seeds)} seeds for {len(image)} items; give one seed for each item")
     if len(spacing_mm) != 3 or not all(0 < mm < math.inf for mm in spacing_mm):
         raise ValueError(f"spacing_mm {tuple(spacing_mm)}: expected z y x, each above 0")
     if label is None:

@@ -70,7 +70,7 @@ def stream_scores(
             its first and last voxels repeated on either side.
         prepare: (N, C, d, h, w) float32 of the volume's intensities, on `device` -> input of the network.
         overlap: least share of the patch that neighbours have in common.
-        batch_size: windows a call; halved, with a message, whenever the device runs out of memory.
+        batch_size: windows in one call; halved, with a message, whenever the device runs out of memory.
         flips: axes of z y x = 0 1 2 to mirror in each pass; passes are averaged. ((), (2,)): as it is, and
             left-right. Not where classes tell left from right.
         skip: (C, d, h, w) of a window as read -> whether it is air. Such a window does not reach the network

@@ -1,4 +1,4 @@
-"""Metrics of a case, lesion counts, tables, intervals and a paired test, with the empty cases defined.
+"""Metrics of a case, lesion counts, tables, intervals and a paired test; empty masks are defined throughout.
 
 Overlap: both masks empty = NaN, left out of means and counted beside them; one empty = 0.
 Distances between surfaces: surfaces.py.
@@ -12,7 +12,7 @@ import numpy as np
 
 from common.surfaces import check_grid, diagonal_mm, distances_between, summarise, surfels
 
-NOT_METRICS = ("case", "patient", "class", "name", "status")  # columns that are no metric
+NOT_METRICS = ("case", "patient", "class", "name", "status")  # columns without a metric
 
 
 def binary_counts(pred: np.ndarray, target: np.ndarray) -> tuple[int, int, int, int]:
@@ -122,7 +122,7 @@ def _joint_counts(pred: np.ndarray, target: np.ndarray, classes: Sequence[int]) 
     position = np.full(1 + max(*classes, int(pred.max(initial=0)), int(target.max(initial=0))), unknown)
     position[[0, *classes]] = range(unknown)
     counts = np.zeros(size * size, np.int64)
-    for plane_pred, plane_target in zip(pred, target, strict=True):  # a plane a time: bincount works in int64
+    for plane_pred, plane_target in zip(pred, target, strict=True):  # plane by plane: bincount works in int64
         some = (plane_pred != 0) | (plane_target != 0)
         joint = position[plane_target[some].astype(np.intp)] * size
         joint += position[plane_pred[some].astype(np.intp)]
@@ -183,12 +183,12 @@ def bootstrap_interval(
     """
     values = np.asarray(values, float)
     groups = np.arange(len(values)) if groups is None else np.asarray(groups)
-    kept = ~np.isnan(values)
-    _, group_index = np.unique(groups[kept], return_inverse=True)
-    num_groups = int(group_index.max()) + 1 if kept.any() else 0
+    valid = ~np.isnan(values)
+    _, group_index = np.unique(groups[valid], return_inverse=True)
+    num_groups = int(group_index.max()) + 1 if valid.any() else 0
     if num_groups < 2:
         return float("nan"), float("nan")
-    sums = np.bincount(group_index, values[kept])
+    sums = np.bincount(group_index, values[valid])
     counts = np.bincount(group_index)
     drawn = np.random.default_rng(0).integers(num_groups, size=(draws, num_groups))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
@@ -198,15 +198,15 @@ def bootstrap_interval(
 
 def summary(values: Sequence[float], groups: Sequence[str] | None = None) -> dict[str, float]:
     """mean, sd (sample), median, 95 % bootstrap interval and count of the values that are not NaN."""
-    kept = np.asarray(values, float)
-    kept = kept[~np.isnan(kept)]
-    if kept.size == 0:
+    valid = np.asarray(values, float)
+    valid = valid[~np.isnan(valid)]
+    if valid.size == 0:
         nan = float("nan")
         return {"mean": nan, "sd": nan, "median": nan, "low": nan, "high": nan, "n": 0}
     low, high = bootstrap_interval(values, groups)
-    sd = float(kept.std(ddof=1)) if kept.size > 1 else float("nan")
-    return {"mean": float(kept.mean()), "sd": sd, "median": float(np.median(kept)), "low": low, "high": high,
-            "n": int(kept.size)}  # fmt: skip
+    sd = float(valid.std(ddof=1)) if valid.size > 1 else float("nan")
+    mean, median = float(valid.mean()), float(np.median(valid))
+    return {"mean": mean, "sd": sd, "median": median, "low": low, "high": high, "n": int(valid.size)}
 
 
 def metric_columns(rows: Sequence[dict]) -> list[str]:
@@ -246,7 +246,7 @@ def case_means(rows: Sequence[dict], metric: str) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for row in rows:
         values.setdefault(row["case"], []).extend([row[metric]] if row[metric] == row[metric] else [])
-    return {case: float(np.mean(kept)) if kept else float("nan") for case, kept in values.items()}
+    return {case: float(np.mean(numbers)) if numbers else float("nan") for case, numbers in values.items()}
 
 
 def paired_wilcoxon(
@@ -267,13 +267,15 @@ def paired_wilcoxon(
 
     common = [case for case in a if case in b]
     pairs = np.array([(a[case], b[case]) for case in common], float).reshape(-1, 2)
-    kept = ~np.isnan(pairs).any(axis=1)
-    groups = [(patients or {}).get(case, case) for case, keep in zip(common, kept, strict=True) if keep]
-    difference = pairs[kept, 1] - pairs[kept, 0]
+    valid = ~np.isnan(pairs).any(axis=1)
+    groups = [
+        (patients or {}).get(case, case) for case, is_valid in zip(common, valid, strict=True) if is_valid
+    ]
+    difference = pairs[valid, 1] - pairs[valid, 0]
     steps = difference.round(9)  # else noise of the last bit breaks ties and makes ranks of zeros
     p = float("nan") if not groups else float(stats.wilcoxon(steps).pvalue) if steps.any() else 1.0
     low, high = bootstrap_interval(difference, groups)
-    mean_a, mean_b = pairs[kept].mean(axis=0).tolist() if groups else [float("nan")] * 2
+    mean_a, mean_b = pairs[valid].mean(axis=0).tolist() if groups else [float("nan")] * 2
     return {
         "mean_a": mean_a, "mean_b": mean_b, "difference": mean_b - mean_a, "low": low, "high": high, "p": p,
         "n": len(groups), "nan_pairs": len(common) - len(groups), "unpaired": len(set(a) ^ set(b)),

@@ -116,8 +116,8 @@ def surfels(
         nodes += start * low[0].size
         for c, parts in found.items():
             code = np.packbits(around == c, axis=0)[0]
-            kept = np.flatnonzero(code)
-            parts.append((nodes[kept], areas[code[kept]]))
+            touched = np.flatnonzero(code)
+            parts.append((nodes[touched], areas[code[touched]]))
     return {c: tuple(np.concatenate(part) for part in zip(*parts, strict=True)) for c, parts in found.items()}
 
 
@@ -187,8 +187,8 @@ def summarise(
     """Metrics of distances between two surfaces.
 
     hd_mm: the largest distance. hd95_mm: the larger of the two directed 95th percentiles by area. assd_mm:
-    mean over the area of both surfaces (DeepMind's package returns one mean a direction). nsd_1mm: share of
-    the area of both that lies within 1 mm of the other. Both masks empty: NaN. One empty: distances are
+    mean over the area of both surfaces (DeepMind's package returns a mean for each direction). nsd_1mm: share
+    of the area of both that lies within 1 mm of the other. Both masks empty: NaN. One empty: distances are
     `worst_mm` (the image's diagonal, so that a missed structure never scores better than a found one), NSD 0.
     """
     d = distances

@@ -22,13 +22,13 @@ Box = tuple[Triple, Triple]  # start and stop, z y x, half-open
 
 # Of a slab in work, input and output together; 2^22 to 2^25 were compared, this was the fastest by a little.
 SLAB_BYTES = 2**24
-BODY_GRID = 128  # voxels of an axis that body_box looks at, at most
+BODY_GRID = 128  # most voxels along an axis that body_box looks at
 
 
 def resampled_shape(
     shape: Sequence[int], spacing_mm: Sequence[float], new_spacing_mm: Sequence[float]
 ) -> Triple:
-    """Voxels (z y x) of about `new_spacing_mm` in the same field of view, at least 1 an axis.
+    """Voxels (z y x) of about `new_spacing_mm` in the same field of view, at least 1 along each axis.
 
     The spacing really got is shape * spacing_mm / result: the field of view is kept, not the spacing.
     """
@@ -300,11 +300,11 @@ def box_of(mask: np.ndarray) -> Box | None:
     """Smallest box around the voxels of a (z, y, x) mask that are not 0; None if there are none."""
     start, stop = [], []
     for axis in range(3):
-        kept = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        if kept.size == 0:
+        occupied = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        if occupied.size == 0:
             return None
-        start.append(int(kept[0]))
-        stop.append(int(kept[-1]) + 1)
+        start.append(int(occupied[0]))
+        stop.append(int(occupied[-1]) + 1)
     return tuple(start), tuple(stop)
 
 
@@ -313,8 +313,8 @@ def body_box(
 ) -> Box:
     """Box of the largest connected part above the threshold of a (z, y, x) CT; the whole image if none is.
 
-    Looks at every s-th voxel only, at most 128 an axis, and adds the s - 1 voxels around that it did not see;
-    parts thinner than s may be missed. A table that touches the body counts as body.
+    Looks at every s-th voxel only, at most 128 along each axis, and adds the s - 1 voxels around that it did
+    not see; parts thinner than s may be missed. A table that touches the body counts as body.
     """
     step = [-(-n // BODY_GRID) for n in image_hu.shape]
     mask = image_hu[tuple(slice(None, None, s) for s in step)] > threshold_hu

@@ -23,6 +23,7 @@ from common.nifti import (
     same_grid,
     save_label,
     to_ras,
+    voxel_mm3,
     write_nifti,
 )
 
@@ -387,6 +388,32 @@ def test_nan_in_a_box_becomes_the_lowest_of_the_file(tmp_path):
     for read in (lambda f: f.read_box((0, 0, 0), (1, 1, 1)), lambda f: f.read_reduced((1, 1, 1))):
         with pytest.raises(ValueError, match=r"empty\.nii: holds no finite value"):
             read(open_nifti(empty))
+
+
+@pytest.mark.parametrize("slice_of_the_lowest", [0, 1, 2])
+def test_lowest_is_that_of_all_parts_of_the_file(tmp_path, monkeypatch, slice_of_the_lowest):
+    """Read slice by slice, the lowest value in any of them counts."""
+    monkeypatch.setattr("common.nifti.CHUNK_BYTES", 1)
+    volume = random_volume(5, 100, np.float32)
+    volume[0, 1, slice_of_the_lowest], volume[1, 1] = 1, np.nan
+    with pytest.warns(UserWarning, match="voxels set to 1$"):
+        assert open_nifti(write(tmp_path / "scan.nii", volume, np.eye(4))).lowest == 1
+
+
+def test_values_are_cut_before_they_are_averaged(tmp_path):
+    """By hand: of -3024 and 40 HU, cut to -1024 and 40, the mean is -492; of 0 and 30,000 it is 1535.5."""
+    volume = np.array([-3024, 40, 0, 30_000], np.int16).reshape(4, 1, 1)
+    file = open_nifti(write(tmp_path / "scan.nii", volume, np.eye(4)))
+    assert file.read_reduced((1, 1, 2), (-1024, 3071)).ravel().tolist() == [-492, 1535.5]
+    assert file.read_reduced((1, 1, 2)).ravel().tolist() == [-1492, 15_000]
+
+
+def test_volume_of_a_voxel_is_the_determinant():
+    """Axes of 2, 3 and 5 mm at right angles, in another order; then one of them leans by 60 degrees."""
+    affine = np.array([[0, -3.0, 0, 7], [2, 0, 0, 8], [0, 0, 5, 9], [0, 0, 0, 1]])
+    assert voxel_mm3(affine) == 30
+    affine[:3, 2] = 5 * np.sin(np.pi / 3), 0, 5 * np.cos(np.pi / 3)
+    assert voxel_mm3(affine) == pytest.approx(15)
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def validate_heatmaps(
 
 
 def evaluate_boxes(model: TrainedModel, verse: VerSe, names: list[str]) -> list[dict]:
-    """One row a scan: share of its vertebra voxels, in the full mask, inside the predicted box with its
-    margin (and without: a margin that fills a narrow scan makes every box good)."""
+    """One row for each scan: share of its vertebra voxels, in the full mask, inside the predicted box with
+    its margin (and without: a margin that fills a narrow scan makes every box good)."""
     rows = []
     for name in tqdm(distributed.my_share(names), "evaluating", unit="case", disable=None, leave=False):
         case = verse.cases[name]

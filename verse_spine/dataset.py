@@ -52,15 +52,15 @@ class VerSe:
         entries = {e["name"]: e for e in self.preprocessing.pop("cases")}
         self.preprocessing["data_path"] = str(self.path.resolve())
         self.entries = entries
-        kept = {
+        chosen = {
             f.stem: f
             for f in files
             if f.stem in entries and (edition != 19 or entries[f.stem]["edition"] in (19, None))
         }
-        if not kept:
+        if not chosen:
             raise ValueError(f"{path}: {len(files)} cases, but none of --dataset_edition {edition}")
-        self.cases = {name: CaseFile(file) for name, file in kept.items()}
-        self.subjects = {name: entries[name]["subject"] for name in kept}
+        self.cases = {name: CaseFile(file) for name, file in chosen.items()}
+        self.subjects = {name: entries[name]["subject"] for name in chosen}
         self.split = self._split(entries, seed)
 
     def _split(self, entries: dict, seed: int) -> dict[str, list[str]]:
@@ -111,7 +111,7 @@ class SmallScan:
     """
 
     def __init__(self, case: CaseFile, shape: tuple[int, int, int], folder: Path) -> None:
-        """Read from `folder`, or made from the case and kept there: minutes for a data set, once."""
+        """Read from `folder`, or made from the case and stored there: takes minutes for a data set, once."""
         folder.mkdir(exist_ok=True)
         self.grid: SmallGrid = small_grid(case.shape, case.spacing_mm, shape)
         self.boxes = np.asarray(case.attributes["boxes"], int).reshape(-1, 7)[:, 1:]
@@ -142,7 +142,7 @@ class _Foreground:
 class HeatmapDataset(Dataset):
     """Item (index, seed) -> image HU (1, d, h, w) int16, target (1, d, h, w) float32, seed.
 
-    All items are held in memory: 5 MB a case at 128 x 64 x 64.
+    All items are held in memory: 5 MB for each case at 128 x 64 x 64.
     """
 
     def __init__(self, verse: VerSe, names: list[str], shape: tuple[int, int, int], target: str) -> None:

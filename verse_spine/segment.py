@@ -127,7 +127,7 @@ def _tell_trouble(line: str) -> None:
 def clean_up(
     labels: np.ndarray, spacing_mm: Sequence[float], voxel_mm3: float | None = None
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Remove what is no part of the spine's chain, fill small holes; a copy and the volumes changed.
+    """Remove what does not belong to the spine and fill small holes; returns a copy and the volumes changed.
 
     Components of any label below 1 mL go, unless they touch the border of the scan: a vertebra may be cut
     there. Of the rest the heaviest chain stays, in which the boxes of neighbours are at most 60 mm apart;
@@ -152,21 +152,22 @@ def clean_up(
     view = crop(labels, start, stop)  # all below happens in the box of the mask
 
     components, boxes = _parts(view > 0, np.ones((3, 3, 3)))
-    sizes = np.array([np.count_nonzero(components[at] == k) * ml for k, at in enumerate(boxes, 1)])
-    low, high = (np.array([[getattr(s, end) for s in at] for at in boxes]) for end in ("start", "stop"))
+    sizes = np.array([np.count_nonzero(components[box] == k) * ml for k, box in enumerate(boxes, 1)])
+    low = np.array([[side.start for side in box] for box in boxes])
+    high = np.array([[side.stop for side in box] for box in boxes])
     at_border = ((low + start == 0) | (high + start == labels.shape)).any(axis=1)
-    kept = np.flatnonzero((sizes >= MIN_COMPONENT_ML) | at_border)
-    kept = kept[_heaviest_chain(low[kept] * spacing_mm, high[kept] * spacing_mm, sizes[kept])]
-    for k in np.setdiff1d(np.arange(len(boxes)), kept):
+    stay = np.flatnonzero((sizes >= MIN_COMPONENT_ML) | at_border)
+    stay = stay[_heaviest_chain(low[stay] * spacing_mm, high[stay] * spacing_mm, sizes[stay])]
+    for k in np.setdiff1d(np.arange(len(boxes)), stay):
         view[boxes[k]][components[boxes[k]] == k + 1] = 0
         report["removed_ml"] += float(sizes[k])
     del components
 
     holes, boxes = _parts(view == 0)
-    for k, at in enumerate(boxes, 1):
-        if any(s.start == 0 or s.stop == n for s, n in zip(at, view.shape, strict=True)):
+    for k, box in enumerate(boxes, 1):
+        if any(side.start == 0 or side.stop == n for side, n in zip(box, view.shape, strict=True)):
             continue  # open to the outside
-        around = tuple(slice(s.start - 1, s.stop + 1) for s in at)
+        around = tuple(slice(side.start - 1, side.stop + 1) for side in box)
         hole, part = holes[around] == k, view[around]
         if (size := np.count_nonzero(hole) * ml) < MAX_HOLE_ML:
             nearest = ndimage.distance_transform_edt(part == 0, return_distances=False, return_indices=True)
