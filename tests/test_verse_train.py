@@ -145,7 +145,7 @@ def test_patches_are_slices_of_the_volume(labels, verse_h5, monkeypatch):
         return places[-1]
 
     monkeypatch.setattr("verse_spine.dataset.draw_patch", remembered)
-    names, size = verse.split["train"], (20, 12, 40)  # wider than the scans: padded
+    names, size = verse.split["train"], (20, 12, 40)  # wider than the scans: their edge is repeated
     items = PatchDataset(verse, names, size, labels)
     for seed in range(40):
         image, label, kept_seed, stratum = items[seed, seed]
@@ -153,8 +153,8 @@ def test_patches_are_slices_of_the_volume(labels, verse_h5, monkeypatch):
         case = verse.cases[names[seed % len(names)]]
         block = tuple(slice(s + n, s + 2 * n) for s, n in zip(start, size, strict=True))
         around = [(n, n) for n in size]
-        assert np.array_equal(image[0], np.pad(case.image[...], around, constant_values=AIR_HU)[block])
-        assert np.array_equal(label, map_labels(np.pad(case.label[...], around)[block], labels))
+        assert np.array_equal(image[0], np.pad(case.image[...], around, mode="edge")[block])
+        assert np.array_equal(label, map_labels(np.pad(case.label[...], around, mode="edge")[block], labels))
         assert image.shape == (1, *size) and image.dtype == torch.int16 and label.dtype == torch.uint8
         assert kept_seed == seed and stratum == drawn in STRATA
     assert len({place for place, _ in places}) > 30
