@@ -5,20 +5,30 @@ from pathlib import Path
 
 import numpy as np
 
+from common.hu import why_not_hu
 from common.metrics import write_table
 from common.plots import new_figure, save_figure
 
 
 def explore(cases: list, load_case: Callable, out: Path) -> int:
-    """Print a line a case, write explore.csv and explore.png to `out`; 1 if a case cannot be read, else 0."""
-    rows, histogram, edges, failed = [], None, np.arange(-1024, 1000, 25), 0
+    """Print one line for each case and write explore.csv and explore.png to `out`.
+
+    Args:
+        load_case: case -> (scan, mask), as lung_tumor.cases.load_case.
+
+    Returns:
+        The exit code: 1 if a case cannot be read, else 0.
+    """
+    rows, num_failed = [], 0
+    edges = np.arange(-1024, 1000, 25)
+    histogram = np.zeros(len(edges) - 1, np.int64)  # of the densities inside the tumours
     print(f"{'case':<16}{'shape z y x':>16}{'spacing mm':>18}{'HU':>14}{'tumour mm3':>12}{'slices':>8}")
     for case in cases:
         try:
             scan, mask = load_case(case)
         except (ValueError, OSError) as error:
             print(f"{case.case_id:<16}  cannot be read: {error}")
-            failed += 1
+            num_failed += 1
             continue
         shape, spacing = scan.array.shape, scan.spacing_mm
         low, high = int(scan.array.min()), int(scan.array.max())
@@ -34,14 +44,15 @@ def explore(cases: list, load_case: Callable, out: Path) -> int:
             "tumour_pixel_share": float(mask.mean()),
         }
         rows.append(row)
-        counts = np.histogram(scan.array[mask > 0], edges)[0]
-        histogram = counts if histogram is None else histogram + counts
+        histogram += np.histogram(scan.array[mask > 0], edges)[0]
         sizes = " ".join(map(str, shape))
         steps = " ".join(f"{s:.2f}" for s in spacing)
         print(
             f"{case.case_id:<16}{sizes:>16}{steps:>18}{f'{low}..{high}':>14}"
             f"{row['tumour_mm3']:>12.0f}{row['tumour_slices']:>8}"
         )
+        if doubt := why_not_hu(scan.array):
+            print(f"warning: {case.case_id}: {doubt}")
     if not rows:
         print("no case could be read")
         return 1
@@ -58,4 +69,4 @@ def explore(cases: list, load_case: Callable, out: Path) -> int:
     total, tumour = sum(r["z"] for r in rows), sum(r["tumour_slices"] for r in rows)
     print(f"{len(rows)} cases, {total} slices, {tumour} with tumour ({100 * tumour / total:.1f} %)")
     print(f"written: {out / 'explore.csv'}, {out / 'explore.png'}")
-    return 1 if failed else 0
+    return 1 if num_failed else 0

@@ -35,6 +35,7 @@ from common.config import (
 )
 from common.conversion import write_json
 from common.hardware import choose_precision, describe_device, peak_memory_mib, start_device
+from common.hu import why_not_hu
 from common.metrics import write_table
 from common.nifti import NiftiFile, case_name, is_nifti, open_nifti, save_label
 from common.runs import run_dir_of
@@ -57,7 +58,6 @@ from verse_spine.segment import (
 )
 
 OWN_NAMES = ("_mask",)  # what this script writes itself
-NO_CT_ABOVE_HU = -200
 OVERVIEW_MM = 3.0  # voxels of the coarse copy that stage 1 and the body box look at
 
 
@@ -119,8 +119,8 @@ def find_region(file: NiftiFile, heatmap: TrainedModel | None, args: Namespace) 
         return Region(((0, 0, 0), file.shape), "whole scan")
     factors = tuple(max(1, int(OVERVIEW_MM / s)) for s in file.spacing_mm)
     coarse = file.read_reduced(factors, HU_RANGE)
-    if coarse.min() > NO_CT_ABOVE_HU:
-        print(f"warning: {file.path.name}: nothing below {NO_CT_ABOVE_HU} HU, so hardly a CT")
+    if doubt := why_not_hu(coarse):
+        print(f"warning: {file.path.name}: {doubt}")
     margin = tuple(map(int, np.ceil(BODY_MARGIN_MM / np.multiply(file.spacing_mm, factors))))
     low, high = body_box(coarse, AIR_BELOW_HU, margin)  # the field of view that preprocessing leaves
     start = np.multiply(low, factors)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.config import make_parser, non_negative_int, parse_args, run_script
 from common.conversion import convert_cases, file_stamp, write_json
 from common.hdf5 import CaseFile, write_case
+from common.hu import why_not_hu
 from common.metrics import write_table
 from common.nifti import load_label, load_nifti, same_grid, voxel_mm3
 from common.patches import location_index
@@ -109,6 +110,9 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
     if not vertebrae.any():
         raise ValueError(f"{case.mask}: holds no vertebra; remove the case or its mask")
     centres_mm, notes = _centres(case, scan, mask)
+    if doubt := why_not_hu(scan.array):
+        print(f"warning: {case.name}: {doubt}")
+        notes.append(doubt)
 
     # ---- body, spacing ----
     margin = np.ceil(np.divide(BODY_MARGIN_MM, scan.spacing_mm)).astype(int)
