@@ -181,6 +181,16 @@ def test_vertebrae_outside_of_the_largest_body_part_stay(tmp_path):
 # ---- values, labels, what training reads ----
 
 
+def test_scans_that_are_not_in_hu_are_named_and_noted(tmp_path, capsys):
+    image, mask = np.full((40, 40, 40), 200, np.int16), np.zeros((40, 40, 40), np.uint8)
+    image[10:30, 10:30, 10:30], mask[10:20, 10:20, 10:20] = 700, 20
+    make_case(tmp_path / "source", image=image, mask=mask, spacing_mm=(4, 4, 4))
+    assert convert(tmp_path / "source", tmp_path / "out", "--spacing", 4, 4, 4) == 0
+    sentence = "values from 200 to 700, hardly any below -60"
+    assert f"warning: sub-verse001: {sentence}" in capsys.readouterr().out
+    assert sentence in entries(tmp_path / "out")["sub-verse001"]["notes"]
+
+
 def test_values_are_int16_hu_clipped_to_twelve_bits(tmp_path):
     image = np.zeros((30, 60, 50), np.int16)
     image[:, 10:20], image[:, 30:40] = -3000, 9000
