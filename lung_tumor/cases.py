@@ -1,13 +1,15 @@
 """Scans with tumour masks on disk, in the Decathlon or the Kaggle layout: find them, load them."""
 
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from common.conversion import file_stamp
 from common.decathlon import Case, find_decathlon, list_cases
-from common.nifti import Scan, load_label, load_nifti, same_grid, to_ras
+from common.nifti import Scan, load_label, load_nifti, open_nifti, same_grid, to_ras
 from lung_tumor.kaggle import (
     KaggleCase,
     extract_image,
@@ -16,6 +18,8 @@ from lung_tumor.kaggle import (
     list_kaggle_cases,
     load_ground_truth,
 )
+
+HEADER_BYTES = 2**16  # of a packed scan: more than its NIfTI header with extensions
 
 
 def find_cases(source: str | Path, task: str = "Task006_Lung") -> list:
@@ -58,6 +62,26 @@ def load_case(case: Case | KaggleCase) -> tuple[Scan, np.ndarray]:
         scan = load_nifti(extract_image(case.label_path.parents[1], case, temporary))
     mask_xyz = load_ground_truth(case.label_path, scan.file_shape)
     return scan, (to_ras(mask_xyz, scan) > 0).astype(np.uint8)
+
+
+def pixel_size_mm(case: Case | KaggleCase) -> tuple[float, float]:
+    """Pixel size of an axial slice, (front to back, left to right); reads the header only.
+
+    Raises:
+        ValueError, OSError: the file cannot be read.
+    """
+    if isinstance(case, Case):
+        return open_nifti(case.image).spacing_mm[1:]
+    # The header stands at the front of the member; unpacking a whole scan for it takes seconds.
+    archive = case.label_path.parents[1] / "CT.zip"
+    with tempfile.TemporaryDirectory(prefix="lung_tumor_") as temporary:
+        start = Path(temporary) / Path(case.image_member).name
+        try:
+            with zipfile.ZipFile(archive) as file, file.open(case.image_member) as member:
+                start.write_bytes(member.read(HEADER_BYTES))
+        except (KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{archive}: cannot read {case.image_member} ({error})") from error
+        return open_nifti(start).spacing_mm[1:]
 
 
 def source_files(case: Case | KaggleCase) -> dict[str, str]:

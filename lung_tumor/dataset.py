@@ -2,7 +2,7 @@
 
     <data_path>/images/<volume>_slice_NNNN.png    8-bit grey
     <data_path>/labels/<same name>                0 / 255 (0 / 1 is understood)
-    <data_path>/dataset.json                      window_hu and how the slices were made
+    <data_path>/dataset.json                      window_hu, pixel_mm and how the slices were made
     <data_path>/volumes.json                      geometry of each volume, to go back to its scan
     <data_path>/splits.json                       train, val, test volumes and the patient of each
     <data_path>/cache/                            slices at the training size as one uint8 array, made here
@@ -106,9 +106,9 @@ def read_json(data_path: str | Path, name: str) -> dict:
 
 
 def training_slices(slices: list[SliceFile], volumes: dict) -> list[SliceFile]:
-    """Those slices that volumes.json marks as kept for training; all of them without a volumes.json."""
-    kept = {name: set(entry["kept"]) for name, entry in volumes.items()}
-    return [s for s in slices if s.volume not in kept or s.number in kept[s.volume]]
+    """The slices that volumes.json names for training (`kept`); all slices if there is no volumes.json."""
+    chosen = {name: set(entry["kept"]) for name, entry in volumes.items()}
+    return [s for s in slices if s.volume not in chosen or s.number in chosen[s.volume]]
 
 
 def load_splits(
@@ -142,7 +142,10 @@ def load_splits(
 def open_data(
     data_path: str | Path, size: int, seed: int, folds: int | None = None, fold: int | None = None
 ) -> tuple["PackedSlices", dict[str, list[str]], dict]:
-    """(packed training-style slices, split, what a checkpoint must know of the preprocessing).
+    """(slices chosen for training, packed; the split; what a checkpoint must know of the preprocessing).
+
+    That is: window_hu and pixel_mm of the data set (None if unknown), `scale` as of `common_scale`, and
+    data_path. Prediction shows the network its slices by them.
 
     Raises:
         FileNotFoundError, ValueError: see `list_slices`, `load_splits`, `pack_slices`; or a part without
@@ -158,7 +161,11 @@ def open_data(
     if fold is not None:
         split = fold_split(patients, folds=folds or 0, fold=fold, seed=seed)
         check_split(split, patients)
-    packed = pack_slices(data_path, slices, size)
+    scale = common_scale(entries, size)
+    packed = pack_slices(data_path, slices, size, scale)
+    if lost := packed.tumour_cut_off:
+        reason = f"lie outside of the squares of {size} pixels; a larger --image_size shows more"
+        print(f"warning: {100 * lost:.2f} % of the tumour in the training slices {reason}")
     for part in ("train", "val"):
         indices = packed.indices(split[part])
         if not any(packed.labels[i].any() for i in indices):
@@ -166,8 +173,30 @@ def open_data(
                 f"{data_path}: no tumour pixel in the {len(indices)} slices of the part '{part}', which "
                 "needs both classes. Check the labels, or draw another split (preprocess.py --val_cases)"
             )
-    window = read_json(data_path, "dataset.json").get("window_hu")
-    return packed, split, {"window_hu": window, "data_path": str(Path(data_path).resolve())}
+    dataset = read_json(data_path, "dataset.json")
+    preprocessing = {
+        "window_hu": dataset.get("window_hu"),
+        "pixel_mm": dataset.get("pixel_mm"),
+        "scale": scale,
+        "data_path": str(Path(data_path).resolve()),
+    }
+    return packed, split, preprocessing
+
+
+def common_scale(volumes: dict, size: int) -> float | None:
+    """Network pixels for a pixel of a slice, one number for all so that the network sees one pixel size.
+
+    1, or less where the median slice of the volumes does not fit into `size` pixels. Larger slices are then
+    cut in training (see `fit_to_square`): what lies out there is table and air, while a scale that lets the
+    largest of all fit would cost every tumour pixels. Up to 5 % are cut rather than resampled. None, so that
+    each slice is scaled to fill the square, if `volumes` (volumes.json) is {} or from an earlier version,
+    where pixels differ from volume to volume.
+    """
+    if not volumes or any("slice_shape" not in entry for entry in volumes.values()):
+        return None
+    sides = sorted(max(entry["slice_shape"]) for entry in volumes.values())
+    scale = size / sides[len(sides) // 2]  # of two in the middle the larger
+    return scale if scale < 0.95 else 1.0
 
 
 @dataclass
@@ -180,12 +209,14 @@ class PackedSlices:
         images, labels: (n, size, size) uint8, labels 0/1.
         volumes: volume of each slice.
         num_unclean: masks that held other values than 0/1 or 0/255.
+        tumour_cut_off: share of the tumour's pixels that lie outside of the squares.
     """
 
     images: np.ndarray
     labels: np.ndarray
     volumes: list[str]
     num_unclean: int
+    tumour_cut_off: float = 0.0
 
     def __getstate__(self) -> dict:
         # A spawned worker maps the files again; pickling a memory map would send it all of the data.
@@ -201,8 +232,13 @@ class PackedSlices:
         return np.array([i for i, v in enumerate(self.volumes) if v in chosen], dtype=np.int64)
 
 
-def pack_slices(data_path: str | Path, slices: list[SliceFile], size: int) -> PackedSlices:
+def pack_slices(
+    data_path: str | Path, slices: list[SliceFile], size: int, scale: float | None = None
+) -> PackedSlices:
     """Decode every slice once into two .npy files under <data_path>/cache and map them.
+
+    Args:
+        size, scale: of `fit_to_square`.
 
     The cache is named by a hash of all file names, sizes and times, so a changed data set makes a new one and
     old ones are removed. If the folder cannot be written, a temporary folder is used, with a message.
@@ -210,7 +246,7 @@ def pack_slices(data_path: str | Path, slices: list[SliceFile], size: int) -> Pa
     Raises:
         ValueError: an image and its label differ in shape, or a file is no image or mask.
     """
-    stamp = hashlib.sha256(f"{size}".encode())
+    stamp = hashlib.sha256(f"version 2 {size} {scale}".encode())
     for s in slices:
         for path in (s.image, s.label):
             stat = path.stat()
@@ -230,7 +266,7 @@ def pack_slices(data_path: str | Path, slices: list[SliceFile], size: int) -> Pa
                 f"{cache}: cannot be written ({error.strerror}); slices are packed into {folder} for this run"
             )
         try:
-            _pack(partial, slices, size)
+            _write_packed(partial, slices, size, scale)
             if folder != partial:
                 _publish(partial, folder, size)
         except BaseException:
@@ -239,7 +275,8 @@ def pack_slices(data_path: str | Path, slices: list[SliceFile], size: int) -> Pa
     info = json.loads((folder / "info.json").read_text(encoding="utf8"))
     images = np.load(folder / "images.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy", mmap_mode="r")
-    return PackedSlices(images, labels, [s.volume for s in slices], info["num_unclean"])
+    volumes = [s.volume for s in slices]
+    return PackedSlices(images, labels, volumes, info["num_unclean"], info["tumour_cut_off"])
 
 
 def _publish(partial: Path, folder: Path, size: int) -> None:
@@ -257,14 +294,14 @@ def _publish(partial: Path, folder: Path, size: int) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _pack(folder: Path, slices: list[SliceFile], size: int) -> None:
+def _write_packed(folder: Path, slices: list[SliceFile], size: int, scale: float | None) -> None:
     shape = (len(slices), size, size)
     needed, free = 2 * len(slices) * size * size, shutil.disk_usage(folder).free
     if needed > free:  # a memory map on a full disk ends the process without a word
         raise OSError(f"{folder.parent}: {needed >> 20} MiB needed for the cache, {free >> 20} free")
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
     labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, shape)
-    num_unclean = 0
+    num_unclean, tumour_pixels = 0, 0
     for i, s in enumerate(tqdm(slices, "packing slices", unit="slice", disable=None, leave=False)):
         image = read_image(s.image)
         mask, is_clean = read_mask(s.label)
@@ -273,12 +310,15 @@ def _pack(folder: Path, slices: list[SliceFile], size: int) -> None:
                 f"{s.image.name}: image {image.shape} and label {mask.shape} differ in shape; "
                 "run lung_tumor/preprocess.py again or remove the pair"
             )
-        images[i] = fit_to_square(image, size)
-        labels[i] = fit_to_square(mask, size, is_mask=True)
+        images[i] = fit_to_square(image, size, scale, cut=True)
+        labels[i] = fit_to_square(mask, size, scale, cut=True, is_mask=True)
         num_unclean += not is_clean
+        tumour_pixels += int(fit_to_square(mask, size, scale, is_mask=True).sum())
     images.flush()
     labels.flush()
-    (folder / "info.json").write_text(json.dumps({"num_unclean": num_unclean}), encoding="utf8")
+    cut_off = (tumour_pixels - int(labels.sum(dtype=np.int64))) / max(1, tumour_pixels)
+    info = {"num_unclean": num_unclean, "tumour_cut_off": cut_off}
+    (folder / "info.json").write_text(json.dumps(info), encoding="utf8")
 
 
 class SliceDataset(Dataset):
@@ -286,9 +326,9 @@ class SliceDataset(Dataset):
 
     Args:
         packed: from `pack_slices`.
-        volumes: which volumes.
-        augment: (image uint8, mask uint8, seed) -> the same, or None. Items are then asked for with an
-            (index, seed) pair, as `common.distributed.EpochSampler` gives.
+        volumes: names of the volumes whose slices belong to this data set.
+        augment: a function (image uint8, mask uint8, seed) -> (image, mask), or None. With it, items are
+            asked for by pairs (index, seed), as `common.distributed.EpochSampler` draws them.
     """
 
     def __init__(

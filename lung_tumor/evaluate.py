@@ -2,11 +2,13 @@
 
     python lung_tumor/evaluate.py --weights runs/demo/weights/best.pt
 
-Takes the data set and the held-out part from the checkpoint. Volumes of which only some slices were converted
-are read from their scan again, so that every slice counts. Writes per_volume.csv, summary.csv, sweep.csv and
+Takes the data set and the held-out part from the checkpoint. Volumes are read from their scans again, so that
+every slice counts and the mask is compared at the scan's own resolution; where a scan is gone, its converted
+slices are scored. Writes per_volume.csv, summary.csv, sweep.csv and
 evaluation.png beside the weights' folder.
 """
 
+import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import distributed
 from common.config import add_prediction_flags, fraction, make_parser, parse_args, run_script
 from common.hardware import autocast, choose_precision, start_device
+from common.hu import why_not_hu
 from common.metrics import binary_counts, dice_from_counts, iou_from_counts, lesion_counts
 from common.runs import run_dir_of
 from lung_tumor.cases import case_from_entry, find_cases, load_case
@@ -33,27 +36,42 @@ from lung_tumor.slices import read_image, read_mask, to_display, volume_to_slice
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--weights", required=True, help="best.pt of a run")
-    parser.add_argument("--data_path", help="data set; default: the one the run was trained on")
+    parser.add_argument("--weights", required=True, help="trained model: weights/best.pt in a run's folder")
     parser.add_argument(
-        "--part", choices=["test", "val", "train"], help="default: test volumes if the run has any, else val"
+        "--data_path", help="folder of the converted data set; default: the one that the run was trained on"
     )
-    parser.add_argument("--volumes", nargs="+", help="score these volumes instead of a part of the split")
-    parser.add_argument("--source", help="folder of the scans, if they were moved since the conversion")
     parser.add_argument(
-        "--threshold", type=fraction, default=0.5, help="tumour where the probability is above"
+        "--part",
+        choices=["test", "val", "train"],
+        help="part of the split to score; default: the test volumes if the run has any, else val",
     )
-    parser.add_argument("--out", help="folder of the tables; default: evaluation/ in the run's folder")
+    parser.add_argument(
+        "--volumes", nargs="+", help="names of the volumes to score, instead of a part of the split"
+    )
+    parser.add_argument(
+        "--source", help="folder with the scans, if they were moved since preprocess.py read them"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=fraction,
+        default=0.5,
+        help="probability, 0 to 1, above which a pixel counts as tumour; choose it on validation volumes",
+    )
+    parser.add_argument(
+        "--out", help="folder that the tables are written to; default: evaluation/ in the run's folder"
+    )
     add_prediction_flags(parser)
     return parser
 
 
 @torch.inference_mode()
 def validate(model: TrainedModel, dataset: SliceDataset, loss_function: Callable) -> dict[str, float]:
-    """The scores of every epoch, from one confusion matrix over the kept validation slices at training size.
+    """The scores of an epoch, from one confusion matrix over all slices of `dataset` at training size.
 
-    Slices are shared over the processes, none counted twice. val_false_alarms is the share of tumour-free
-    slices with a predicted pixel, val_pred_to_true the ratio of predicted to true tumour pixels.
+    The slices are shared over the processes and none is counted twice. val_loss is the mean over the slices,
+    whatever the size of the batches; a pixel counts as tumour where that logit is the larger one.
+    val_false_alarms is the share of slices without tumour in which some is predicted, val_pred_to_true the
+    ratio of predicted to true tumour pixels.
     """
     model.network.eval()
     sums = torch.zeros(8, dtype=torch.float32 if model.device.type == "mps" else torch.float64)
@@ -88,38 +106,58 @@ def validate(model: TrainedModel, dataset: SliceDataset, loss_function: Callable
 class Volume:
     """Slices (n, row, column) of one volume as displayed, uint8, and their masks 0/1.
 
-    `kept` are the positions that training-style slices have; `complete`: no slice of the scan is missing.
+    Attributes:
+        for_training: positions of the slices that training would use (`kept` in volumes.json).
+        complete: no slice of the scan is missing.
+        pixel_size_mm: of the slices, (row, column); None if unknown.
     """
 
     name: str
     slices: np.ndarray | list[np.ndarray]
     masks: np.ndarray | list[np.ndarray]
-    kept: list[int]
+    for_training: list[int]
     voxel_mm3: float
     complete: bool
+    pixel_size_mm: tuple[float, float] | None = None
 
 
 def load_volume(name: str, files: list[SliceFile], entry: dict, model: TrainedModel, cases: dict) -> Volume:
-    """From the converted slices if all are there, else from the scan, else from what there is.
+    """From the scan if it is there, else from its converted slices.
 
     Args:
         entry: of volumes.json; {} for a plain folder of images.
         cases: {name: case} of a --source folder; looked at first.
+
+    Raises:
+        ValueError: files that do not fit or cannot be read, or slices of another window than the model's.
     """
-    voxel_mm3 = entry.get("voxel_mm3", float("nan"))
-    if entry and len(files) < entry["num_slices"]:
-        case = cases.get(name) or case_from_entry(name, entry)
-        if case is not None:
-            scan, mask = load_case(case)
-            slices = volume_to_slices(scan.array, window_hu(model))
-            return Volume(name, slices, to_display(mask), entry["kept"], voxel_mm3, True)
+    case = cases.get(name) or (case_from_entry(name, entry) if entry else None)
+    if entry and case is not None:
+        scan, mask = load_case(case)
+        if doubt := why_not_hu(scan.array):
+            print(f"warning: {name}: {doubt}")
+        slices = volume_to_slices(scan.array, window_hu(model))
+        where = (scan.voxel_mm3, True, scan.spacing_mm[1:])
+        return Volume(name, slices, to_display(mask), entry["kept"], *where)
+    shown_hu = entry.get("settings", {}).get("window_hu")
+    if shown_hu and list(shown_hu) != list(window_hu(model)):
+        raise ValueError(
+            f"volume {name}: its slices show {shown_hu} HU, but the model was trained on {window_hu(model)}; "
+            "name the folder of the scans with --source"
+        )
     kept = entry.get("kept")
     positions = [i for i, f in enumerate(files) if kept is None or f.number in kept]
     complete = bool(entry) and len(files) == entry["num_slices"]
     images, masks = [read_image(f.image) for f in files], [read_mask(f.label)[0] for f in files]
     if len({array.shape for array in images + masks}) != 1:
         raise ValueError(f"volume {name}: its slices and masks differ in size; convert it again")
-    return Volume(name, images, masks, positions, voxel_mm3, complete)
+    voxel_mm3, pixel_size_mm = float("nan"), None
+    if entry:
+        # The slices cover the scan's field of view with pixels of another size, or of the same.
+        sides = zip(entry["shape_zyx"][1:], entry["spacing_mm"][1:], images[0].shape, strict=True)
+        pixel_size_mm = tuple(num * mm / new_num for num, mm, new_num in sides)
+        voxel_mm3 = entry["voxel_mm3"] * math.prod(entry["shape_zyx"][1:]) / images[0].size
+    return Volume(name, images, masks, positions, voxel_mm3, complete, pixel_size_mm)
 
 
 def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
@@ -127,12 +165,13 @@ def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
     pred = np.zeros((len(volume.slices), *volume.slices[0].shape), bool)
     target = np.stack(volume.masks).astype(bool)
     bins = np.zeros((len(THRESHOLDS) + 1, 2), np.int64)  # [number of thresholds below p, target]
-    for z, prob in enumerate(predict_slices(model, volume.slices, model.config["batch_size"])):
+    probs = predict_slices(model, volume.slices, model.config["batch_size"], volume.pixel_size_mm)
+    for z, prob in enumerate(probs):
         pred[z] = prob > threshold
         index = np.searchsorted(THRESHOLDS, prob.ravel()) * 2 + target[z].ravel()
         bins += np.bincount(index, minlength=bins.size).reshape(bins.shape)
     tp, fp, fn, _ = binary_counts(pred, target)
-    kept_tp, kept_fp, kept_fn, kept_tn = binary_counts(pred[volume.kept], target[volume.kept])
+    kept_tp, kept_fp, kept_fn, kept_tn = binary_counts(pred[volume.for_training], target[volume.for_training])
     has_tumour = target.any(axis=(1, 2))
     per_slice = [dice_from_counts(*binary_counts(pred[z], target[z])[:3]) for z in np.flatnonzero(has_tumour)]
     false_alarms = int(pred[~has_tumour].any(axis=(1, 2)).sum())
@@ -149,9 +188,14 @@ def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
         **lesion_counts(pred, target),
         "target_mm3": float(target.sum() * volume.voxel_mm3),
         "pred_mm3": float(pred.sum() * volume.voxel_mm3),
-        **{"tp": tp, "fp": fp, "fn": fn},
-        **{"kept_tp": kept_tp, "kept_fp": kept_fp, "kept_fn": kept_fn, "kept_tn": kept_tn},
-        "sweep": [[int(t), int(f), int(target.sum() - t)] for f, t in above],  # tp, fp, fn a threshold
+        "tp": tp,
+        "fp": fp,
+        "fn": fn,
+        "kept_tp": kept_tp,
+        "kept_fp": kept_fp,
+        "kept_fn": kept_fn,
+        "kept_tn": kept_tn,
+        "sweep": [[int(t), int(f), int(target.sum() - t)] for f, t in above],  # tp, fp, fn of each threshold
     }
 
 
@@ -166,7 +210,8 @@ def evaluate_volumes(
     """Score whole volumes, shared over the processes.
 
     Returns:
-        (a row a volume in the order of `volumes`, {failed volume: reason}), the same in every process.
+        (one row for each volume in the order of `volumes`, {failed volume: reason}), the same in every
+        process.
 
     Raises:
         ValueError: a volume that the data set does not have.

@@ -11,7 +11,7 @@ from common import checkpoints, losses
 from common.checkpoints import TrainedModel
 from common.hardware import Precision, autocast
 from common.networks import AttentionUNet, UNet
-from lung_tumor.slices import fit_to_square, normalise, probs_from_square
+from lung_tumor.slices import fit_to_square, normalise, probs_from_square, resize, shape_at
 
 NUM_CLASSES = 2  # background, tumour
 MODELS = ("AttentionUNet", "UNet")
@@ -99,23 +99,42 @@ def _network_of(checkpoint: dict) -> nn.Module:
     return get_model(config).to(memory_format=torch.channels_last)
 
 
-@torch.inference_mode()
 def predict_slices(
-    model: TrainedModel, slices: np.ndarray | list[np.ndarray], batch_size: int = 4
+    model: TrainedModel,
+    slices: np.ndarray | list[np.ndarray],
+    batch_size: int = 4,
+    pixel_size_mm: tuple[float, float] | None = None,
 ) -> Iterator[np.ndarray]:
     """Tumour probability of each slice at its own size, one after the other.
 
+    The network sees every slice at the pixel size of its training. A slice larger than the square of the
+    training is shown as a larger square, and fewer of them at a time.
+
     Args:
-        slices: uint8 (n, h, w), or a list of (h, w).
+        slices: uint8 (n, h, w), or a list of (h, w), all of one shape.
+        pixel_size_mm: of the slices, (row, column). None, or a model that was trained on slices of unknown
+            pixel size: the pixels are taken to be those of the training slices.
 
     Yields:
         float32 (h, w) in [0, 1].
     """
+    own_shape, scale = slices[0].shape, model.preprocessing.get("scale")
+    shape = own_shape
+    if pixel_size_mm is not None and model.preprocessing.get("pixel_mm"):
+        shape = shape_at(own_shape, pixel_size_mm, model.preprocessing["pixel_mm"])
+    side = len(fit_to_square(np.zeros(shape, np.uint8), model.config["image_size"], scale))
+    batch_size = max(1, batch_size * model.config["image_size"] ** 2 // side**2)
     for start in range(0, len(slices), batch_size):
-        batch = [fit_to_square(s, model.config["image_size"]) for s in slices[start : start + batch_size]]
-        images = normalise(np.stack(batch)).unsqueeze(1).to(model.device, memory_format=torch.channels_last)
-        with autocast(model.device, model.precision):
-            logits = model.network(images)
-        probs = logits.float().softmax(dim=1)[:, 1].cpu().numpy()
-        for prob, original in zip(probs, slices[start : start + batch_size], strict=True):
-            yield probs_from_square(prob, original.shape)
+        batch = [resize(s, shape) for s in slices[start : start + batch_size]]
+        squares = np.stack([fit_to_square(s, model.config["image_size"], scale) for s in batch])
+        for probs in predict_squares(model, squares):
+            yield resize(probs_from_square(probs, shape, model.config["image_size"], scale), own_shape)
+
+
+@torch.inference_mode()
+def predict_squares(model: TrainedModel, squares: np.ndarray) -> np.ndarray:
+    """Tumour probability, float32 (n, side, side), of squares from `fit_to_square`, uint8 of that shape."""
+    images = normalise(squares).unsqueeze(1).to(model.device, memory_format=torch.channels_last)
+    with autocast(model.device, model.precision):
+        logits = model.network(images)
+    return logits.float().softmax(dim=1)[:, 1].cpu().numpy()

@@ -29,7 +29,7 @@ from common.hardware import autocast, choose_precision, start_device
 from common.metrics import dice_from_counts
 from common.plots import PRED_COLOR, TRUTH_COLOR, overlay, save_curves, save_panels
 from common.runs import seed_everything
-from lung_tumor.dataset import list_slices, read_json, training_slices
+from lung_tumor.dataset import common_scale, list_slices, read_json, training_slices
 from lung_tumor.model import LOSSES, MODELS, get_loss, get_model
 from lung_tumor.preprocess import demo_dataset
 from lung_tumor.slices import fit_to_square, normalise, read_image, read_mask
@@ -37,31 +37,76 @@ from lung_tumor.slices import fit_to_square, normalise, read_image, read_mask
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--data_path", default="data/lung_tumor", help="folder from preprocess.py, or demo")
-    parser.add_argument("--samples", type=positive_int, default=4, help="slices to learn")
-    parser.add_argument("--min_pixels", type=int, default=100, help="a slice needs more tumour than this")
-    parser.add_argument("--epochs", type=positive_int, default=200, help="steps at most")
-    parser.add_argument("--target", type=fraction, default=0.8, help="Dice to reach")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
-    parser.add_argument("--loss", choices=LOSSES, default="dice_bce", help="loss to test")
-    parser.add_argument("--model", choices=MODELS, default="AttentionUNet", help="network to test")
-    parser.add_argument("--base_features", type=positive_int, default=32, help="channels of the first level")
-    parser.add_argument("--bilinear", action=Switch, default=True, help="or transposed convolution")
-    parser.add_argument("--norm", choices=["batch", "group"], default="batch", help="normalisation")
-    parser.add_argument("--image_size", type=positive_int, default=256, help="side of the slices, pixels")
-    parser.add_argument("--seed", type=int, default=42, help="of the weights")
-    parser.add_argument("--out", default="runs/overfit_test", help="folder of the pictures")
+    parser.add_argument(
+        "--data_path",
+        default="data/lung_tumor",
+        help="folder that preprocess.py wrote, or demo for phantoms that need no download",
+    )
+    parser.add_argument(
+        "--samples", type=positive_int, default=4, help="number of slices to learn by heart; few are enough"
+    )
+    parser.add_argument(
+        "--min_pixels",
+        type=int,
+        default=100,
+        help="a slice is taken only if it shows more tumour pixels than this; lower it for small tumours",
+    )
+    parser.add_argument(
+        "--epochs", type=positive_int, default=200, help="number of steps after which the test has failed"
+    )
+    parser.add_argument(
+        "--target", type=fraction, default=0.8, help="Dice, 0 to 1, above which the test has passed"
+    )
+    parser.add_argument(
+        "--lr", type=float, default=1e-3, help="learning rate of Adam; take a tenth if the loss jumps"
+    )
+    parser.add_argument(
+        "--loss", choices=LOSSES, default="dice_bce", help="loss to test; take the one you will train with"
+    )
+    parser.add_argument(
+        "--model", choices=MODELS, default="AttentionUNet", help="network to test, as train.py names it"
+    )
+    parser.add_argument(
+        "--base_features",
+        type=positive_int,
+        default=32,
+        help="channels of the first level, doubled at each deeper one; fewer are faster",
+    )
+    parser.add_argument(
+        "--bilinear",
+        action=Switch,
+        default=True,
+        help="enlarge by interpolation; --no-bilinear by transposed convolutions, which have more weights",
+    )
+    parser.add_argument(
+        "--norm",
+        choices=["batch", "group"],
+        default="batch",
+        help="normalisation of the layers: over the batch, or over groups of channels of each slice",
+    )
+    parser.add_argument(
+        "--image_size",
+        type=positive_int,
+        default=256,
+        help="side in pixels of the square that the network sees; smaller is faster and loses small tumours",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="number that decides the first weights")
+    parser.add_argument(
+        "--out", default="runs/overfit_test", help="folder that the two pictures are written to"
+    )
     add_prediction_flags(parser)
     return parser
 
 
 def slices_with_most_tumour(data_path: str | Path, count: int, min_pixels: int, size: int):
-    """(images, masks) uint8 (n, size, size) of the `count` training slices with most tumour.
+    """(images, masks) uint8 (n, size, size) of the `count` training slices with most tumour, as the network
+    sees them in training.
 
     Raises:
         ValueError: no slice with more than `min_pixels` pixels of tumour.
     """
-    files = training_slices(list_slices(data_path), read_json(data_path, "volumes.json"))
+    volumes = read_json(data_path, "volumes.json")
+    files = training_slices(list_slices(data_path), volumes)
     areas = np.array([int(read_mask(f.label)[0].sum()) for f in files])
     chosen = [i for i in np.argsort(-areas, kind="stable")[:count] if areas[i] > min_pixels]
     if not chosen:
@@ -69,9 +114,12 @@ def slices_with_most_tumour(data_path: str | Path, count: int, min_pixels: int, 
             f"{data_path}: no slice has more than {min_pixels} tumour pixels (largest: {areas.max()}); "
             "lower --min_pixels or check the labels"
         )
-    images = np.stack([fit_to_square(read_image(files[i].image), size) for i in chosen])
-    masks = np.stack([fit_to_square(read_mask(files[i].label)[0], size, is_mask=True) for i in chosen])
-    return images, masks
+    scale = common_scale(volumes, size)
+    images, masks = [], []
+    for i in chosen:
+        images.append(fit_to_square(read_image(files[i].image), size, scale, cut=True))
+        masks.append(fit_to_square(read_mask(files[i].label)[0], size, scale, cut=True, is_mask=True))
+    return np.stack(images), np.stack(masks)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,37 +31,72 @@ from common.config import (
     run_script,
 )
 from common.hardware import choose_precision, describe_device, start_device
+from common.hu import why_not_hu
 from common.metrics import largest_component, write_table
 from common.nifti import case_name, is_nifti, load_nifti, save_label
 from common.plots import PRED_COLOR, overlay, save_panels
 from common.runs import run_dir_of
 from common.splits import natural_key
 from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
-from lung_tumor.slices import IMAGE_SUFFIXES, read_image, to_display, volume_to_slices, write_png
+from lung_tumor.slices import (
+    IMAGE_SUFFIXES,
+    millimetres,
+    read_image,
+    to_display,
+    to_pixel_size,
+    volume_to_slices,
+    write_png,
+)
 
 OWN_NAMES = ("_mask", "_overlay")  # what this script writes itself
 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--weights", required=True, help="best.pt of a run")
-    parser.add_argument("--source", required=True, help="an image, a NIfTI scan, or a folder of either")
-    parser.add_argument("--out", help="folder of the results; default: predictions/ in the run's folder")
-    parser.add_argument("--recursive", action=Switch, default=False, help="also subfolders")
+    parser.add_argument("--weights", required=True, help="trained model: weights/best.pt in a run's folder")
     parser.add_argument(
-        "--threshold", type=fraction, default=0.5, help="tumour where the probability is above"
+        "--source", required=True, help="what to predict: an image, a NIfTI scan, or a folder with either"
     )
     parser.add_argument(
-        "--save_overlay", "--save-overlay", action="store_true", help="also a picture with the tumour in red"
+        "--out", help="folder that the results are written to; default: predictions/ in the run's folder"
     )
-    parser.add_argument("--save_mask", action=Switch, default=True, help="write the masks")
+    parser.add_argument(
+        "--recursive", action=Switch, default=False, help="look for images and scans in subfolders too"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=fraction,
+        default=0.5,
+        help="probability, 0 to 1, above which a pixel counts as tumour; lower finds more tumour and more "
+        "false alarms",
+    )
+    parser.add_argument(
+        "--pixel_mm",
+        type=millimetres,
+        help="side of a pixel of the image files in mm (a NIfTI scan brings its own); default: as in the "
+        "training slices, which is right for images from preprocess.py",
+    )
+    parser.add_argument(
+        "--save_overlay",
+        "--save-overlay",
+        action="store_true",
+        help="write a picture with the predicted tumour in red as well",
+    )
+    parser.add_argument(
+        "--save_mask", action=Switch, default=True, help="write the masks; without them only results.csv"
+    )
     parser.add_argument(
         "--largest_only",
         action=Switch,
         default=False,
-        help="keep the largest component of a scan",
+        help="keep only the largest connected piece of tumour in each scan; right if there is one tumour",
     )
-    parser.add_argument("--batch_size", type=positive_int, default=4, help="slices at a time")
+    parser.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=4,
+        help="number of slices that are computed at a time; fewer take less memory",
+    )
     add_prediction_flags(parser)
     return parser
 
@@ -94,7 +129,8 @@ def find_sources(source: str | Path, out: Path, recursive: bool) -> list[Path]:
 def predict_image(model: TrainedModel, path: Path, out: Path, args) -> dict:
     """Mask (and overlay) of one image file; returns its line of results.csv."""
     image = read_image(path)
-    prob = next(predict_slices(model, image[None]))
+    pixel_size_mm = (args.pixel_mm, args.pixel_mm) if args.pixel_mm else None
+    prob = next(predict_slices(model, image[None], pixel_size_mm=pixel_size_mm))
     mask = prob > args.threshold
     if args.save_mask:
         write_png(out / f"{path.stem}_mask.png", mask * np.uint8(255))
@@ -110,30 +146,45 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args) -> dict:
     Slice by slice: class scores exist for one batch of slices only, whatever the length of the scan.
     """
     scan = load_nifti(path)
+    if doubt := why_not_hu(scan.array):
+        print(f"warning: {path.name}: {doubt}")
     slices = volume_to_slices(scan.array, window_hu(model))
     mask, highest = np.zeros(slices.shape, np.uint8), 0.0
-    probs = predict_slices(model, slices, args.batch_size)
+    probs = predict_slices(model, slices, args.batch_size, scan.spacing_mm[1:])
     for z, prob in enumerate(tqdm(probs, path.name, len(slices), unit="slice", disable=None, leave=False)):
         mask[z] = prob > args.threshold
         highest = max(highest, float(prob.max()))
     if args.largest_only:
         mask = largest_component(mask)
+    if not mask.any():
+        print(f"note: {path.name}: no tumour found, the mask is empty (highest probability {highest:.2f})")
     if args.save_mask:
         save_label(out / f"{case_name(path)}_mask.nii.gz", to_display(mask), scan)
     if args.save_overlay:
         (out / "overlays").mkdir(exist_ok=True)
-        save_montage(out / "overlays" / f"{case_name(path)}_overlay.png", slices, mask)
+        save_montage(out / "overlays" / f"{case_name(path)}_overlay.png", slices, mask, scan.spacing_mm[1:])
     return result_row(path, mask, highest, float(mask.sum()) * scan.voxel_mm3)
 
 
-def save_montage(path: Path, slices: np.ndarray, mask: np.ndarray, count: int = 8) -> None:
-    """The scan's slices with most predicted tumour, or evenly spaced ones if there is none."""
+def save_montage(
+    path: Path,
+    slices: np.ndarray,
+    mask: np.ndarray,
+    pixel_size_mm: tuple[float, float],
+    count: int = 8,
+) -> None:
+    """The scan's slices with most predicted tumour, or evenly spaced ones if there is none; shown with square
+    pixels."""
     areas = mask.sum(axis=(1, 2), dtype=np.int64)
     if areas.any():
         chosen = sorted(np.argsort(-areas, kind="stable")[: min(count, np.count_nonzero(areas))])
     else:
         chosen = np.unique(np.linspace(0, len(slices) - 1, count).round().astype(int))
-    pictures = [overlay(slices[z], mask[z], PRED_COLOR) for z in chosen]
+    pictures = []
+    for z in chosen:
+        image = to_pixel_size(slices[z], pixel_size_mm, min(pixel_size_mm))
+        marked = to_pixel_size(mask[z], pixel_size_mm, min(pixel_size_mm), is_mask=True)
+        pictures.append(overlay(image, marked, PRED_COLOR))
     titles = [f"slice {z}, {areas[z]} pixels" for z in chosen]
     titles[0] = f"{path.name.removesuffix('_overlay.png')}, {titles[0]}"
     rows = range(0, len(chosen), 4)
@@ -141,6 +192,7 @@ def save_montage(path: Path, slices: np.ndarray, mask: np.ndarray, count: int = 
 
 
 def result_row(path: Path, mask: np.ndarray, highest: float, volume_mm3: float) -> dict:
+    """One line of results.csv; the volume of an image file is not known (NaN)."""
     return {
         "file": str(path),
         "tumour_pixels": int(mask.sum()),

@@ -7,13 +7,13 @@ import numpy as np
 from common.metrics import binary_counts, dice_from_counts, iou_from_counts, summary, write_table
 from common.plots import PRED_COLOR, TRUTH_COLOR, new_figure, outline, overlay, save_figure, save_panels
 from lung_tumor.dataset import SliceDataset
-from lung_tumor.model import TrainedModel, predict_slices
+from lung_tumor.model import TrainedModel, predict_squares
 
 THRESHOLDS = np.arange(1, 10) / 10  # of the sweep
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """One row a metric: mean, sd, median, 95 % bootstrap interval by patient, n and what it is.
+    """One row for each metric: mean, sd, median, 95 % bootstrap interval by patient, n and what it is.
 
     Pooled metrics come from one confusion matrix and have no spread.
     """
@@ -165,7 +165,9 @@ def save_val_predictions(path: Path, model: TrainedModel, dataset: SliceDataset,
             chosen.setdefault(packed.volumes[index], index)
     images = packed.images[list(chosen.values())]
     rows, titles = [], []
-    for (name, index), image, prob in zip(chosen.items(), images, predict_slices(model, images), strict=True):
+    for (name, index), image, prob in zip(
+        chosen.items(), images, predict_squares(model, images), strict=True
+    ):
         mask, pred = packed.labels[index] > 0, prob > 0.5
         tp, fp, fn, _ = binary_counts(pred, mask)
         shown = outline(overlay(image, pred, PRED_COLOR), mask, TRUTH_COLOR)

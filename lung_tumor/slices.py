@@ -6,10 +6,13 @@ predict.
 A slice is stored as a radiologist sees it: row = front to back, column = the patient's right to left.
 """
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from common.hu import window
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
@@ -19,11 +22,21 @@ def volume_to_slices(volume: np.ndarray, window_hu: tuple[float, float]) -> np.n
 
     The same window for every slice of every scan, so that a grey value means one density.
     """
-    low, high = window_hu
     slices = np.empty(volume.shape, np.uint8)
     for z, plane in enumerate(to_display(volume)):  # slice by slice: no float copy of a whole scan
-        slices[z] = np.rint((np.clip(plane.astype(np.float32), low, high) - low) * (255 / (high - low)))
+        slices[z] = np.rint(window(plane, *window_hu) * 255)
     return slices
+
+
+def millimetres(text: str) -> float:
+    """For argparse's `type=`: the side of a pixel in mm."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 100:
+        raise ArgumentTypeError(f"{text!r} is not the side of a pixel in mm; write 0.8, for example")
+    return value
 
 
 def to_display(volume: np.ndarray) -> np.ndarray:
@@ -31,41 +44,83 @@ def to_display(volume: np.ndarray) -> np.ndarray:
     return volume[:, ::-1, ::-1]
 
 
-def fit_to_square(image: np.ndarray, size: int, *, is_mask: bool = False) -> np.ndarray:
-    """(h, w) uint8 -> (size, size): longer side scaled to `size`, the rest filled with 0 on both sides.
+def to_pixel_size(
+    image: np.ndarray, pixel_size_mm: tuple[float, float], pixel_mm: float, *, is_mask: bool = False
+) -> np.ndarray:
+    """(h, w) with pixels of `pixel_size_mm` (row, column) -> square pixels of `pixel_mm`, same field of view.
 
-    Keeps the aspect ratio. Masks take the nearest value, images are averaged when shrunk.
+    The pixel size really got is off by half a pixel of the side at most, since the field of view is kept.
     """
+    return resize(image, shape_at(image.shape, pixel_size_mm, pixel_mm), is_mask=is_mask)
+
+
+def shape_at(shape: tuple[int, int], pixel_size_mm: tuple[float, float], pixel_mm: float) -> tuple[int, int]:
+    """Rows and columns of square pixels of `pixel_mm` in the field of view of `shape` old pixels."""
+    rows, columns = (
+        max(1, round(num * old / pixel_mm)) for num, old in zip(shape, pixel_size_mm, strict=True)
+    )
+    return rows, columns
+
+
+def resize(image: np.ndarray, shape: tuple[int, int], *, is_mask: bool = False) -> np.ndarray:
+    """(h, w) -> `shape` with the field of view kept: linear where a side grows, the mean of the pixels that
+    fall into one where it shrinks; masks take the nearest value."""
     import cv2
 
-    if image.shape == (size, size):
+    if image.shape == tuple(shape):
         return image
-    height, width, top, left = _fitted(image.shape, size)
+    image = np.ascontiguousarray(image)
     if is_mask:
-        method = cv2.INTER_NEAREST_EXACT
-    else:
-        method = cv2.INTER_AREA if max(image.shape) > size else cv2.INTER_LINEAR
-    square = np.zeros((size, size), image.dtype)
-    resized = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=method)
-    square[top : top + height, left : left + width] = resized
-    return square
+        return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    # One after the other: INTER_AREA takes no means where the other side grows.
+    smaller = min(shape[0], image.shape[0]), min(shape[1], image.shape[1])
+    image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA)
+    return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def probs_from_square(probs: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Undo `fit_to_square` for float32 probabilities (size, size) -> (h, w), bilinear."""
-    import cv2
+def fit_to_square(
+    image: np.ndarray, size: int, scale: float | None = None, *, cut: bool = False, is_mask: bool = False
+) -> np.ndarray:
+    """(h, w) uint8 -> (size, size): scaled, put into the middle, the rest filled by `fill_around`.
 
-    if probs.shape == shape:
-        return probs
-    height, width, top, left = _fitted(shape, probs.shape[0])
-    inside = np.ascontiguousarray(probs[top : top + height, left : left + width])
-    return cv2.resize(inside, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
+    Args:
+        scale: new pixels for an old one, the same for all slices of a data set, so that the network sees one
+            pixel size. None, where pixel sizes are not known: the longer side becomes `size`.
+        cut: whether a slice that is larger than the square is cut, as much on either side (for training,
+            where all squares have one size). Otherwise its square grows to the next multiple of 16.
+    """
+    rows, columns = _scaled(image.shape, size, scale)
+    side = size if cut else _side(rows, columns, size)
+    image = resize(image, (rows, columns), is_mask=is_mask)
+    top, left = max(0, rows - side) // 2, max(0, columns - side) // 2
+    return fill_around(image[top : top + side, left : left + side], side, is_mask=is_mask)
 
 
-def _fitted(shape: tuple[int, int], size: int) -> tuple[int, int, int, int]:
-    scale = size / max(shape)
-    height, width = (max(1, round(side * scale)) for side in shape)
-    return height, width, (size - height) // 2, (size - width) // 2
+def probs_from_square(
+    probs: np.ndarray, shape: tuple[int, int], size: int, scale: float | None = None
+) -> np.ndarray:
+    """Undo `fit_to_square` (without `cut`) of an image of `shape` for float32 probabilities -> (h, w)."""
+    rows, columns = _scaled(shape, size, scale)
+    top, left = (len(probs) - rows) // 2, (len(probs) - columns) // 2
+    return resize(probs[top : top + rows, left : left + columns], shape)
+
+
+def _scaled(shape: tuple[int, int], size: int, scale: float | None) -> tuple[int, int]:
+    factor = size / max(shape) if scale is None else scale
+    rows, columns = (max(1, round(num * factor)) for num in shape)
+    return rows, columns
+
+
+def _side(rows: int, columns: int, size: int) -> int:
+    longer = max(rows, columns)
+    return size if longer <= size else -(-longer // 16) * 16
+
+
+def fill_around(image: np.ndarray, side: int, *, is_mask: bool = False) -> np.ndarray:
+    """(h, w) -> (side, side) with the image in the middle: what the network sees beyond a slice."""
+    top, left = ((side - num) // 2 for num in image.shape)
+    around = (top, side - image.shape[0] - top), (left, side - image.shape[1] - left)
+    return np.pad(image, around) if any(sum(around, ())) else image
 
 
 def normalise(slices: np.ndarray) -> torch.Tensor:

@@ -17,12 +17,20 @@ from common.checkpoints import load_checkpoint, save_checkpoint
 from common.hardware import Precision
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import load_label, load_nifti, write_nifti
-from lung_tumor import evaluate, overfit_test, predict, train
+from lung_tumor import evaluate, overfit_test, predict, preprocess, train
 from lung_tumor.augmentations import Augmentation
 from lung_tumor.dataset import PackedSlices, SliceDataset, list_slices, open_data, pack_slices, read_json
 from lung_tumor.model import TrainedModel, get_loss, load_trained, predict_slices
 from lung_tumor.report import summarise, sweep_table
-from lung_tumor.slices import read_image, read_mask, to_display, volume_to_slices, write_png
+from lung_tumor.slices import (
+    probs_from_square,
+    read_image,
+    read_mask,
+    resize,
+    to_display,
+    volume_to_slices,
+    write_png,
+)
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", None, False, "test")
@@ -94,30 +102,34 @@ def test_training_slice_gives_the_validation_mask(trained_run, phantom_slices, t
     """Train, validation and prediction see the same tensor for the same PNG, and predict as one."""
     name = sorted((phantom_slices / "images").iterdir())[3].stem
     model = load_trained(trained_run / "weights" / "best.pt", CPU, FP32)
-    packed, _, _ = open_data(phantom_slices, 48, 42)
+    packed, _, notes = open_data(phantom_slices, 48, 42)
     stems = [f.image.stem for f in list_slices(phantom_slices)]
     tensor, _ = SliceDataset(packed, sorted(set(packed.volumes)))[stems.index(name)]
     assert tensor.min() >= -1 and tensor.max() <= 1 and tensor.max() - tensor.min() > 1.5, "the 1/255 bug"
     with torch.inference_mode():
-        expected = model.network(tensor[None])[0].softmax(0)[1] > 0.5
+        square = model.network(tensor[None])[0].softmax(0)[1].numpy()
+    shape = read_image(phantom_slices / "images" / f"{name}.png").shape
+    assert max(shape) <= 48, "a larger slice is cut in training and whole in prediction"
+    expected = probs_from_square(square, shape, 48, notes["scale"]) > 0.5
     assert (
         run_predict(trained_run / "weights" / "best.pt", phantom_slices / "images" / f"{name}.png", tmp_path)
         == 0
     )
     mask, clean = read_mask(tmp_path / f"{name}_mask.png")
-    assert clean and np.array_equal(mask.astype(bool), expected.numpy())
+    assert clean and np.array_equal(mask.astype(bool), expected)
     scan_slices = read_image(phantom_slices / "images" / f"{name}.png")
-    assert np.array_equal(next(predict_slices(model, scan_slices[None])) > 0.5, expected.numpy())
+    assert np.array_equal(next(predict_slices(model, scan_slices[None])) > 0.5, expected)
 
 
 def test_scan_and_its_slices_give_the_same(trained_run, phantom_source, phantom_slices, tmp_path):
     weights = trained_run / "weights" / "best.pt"
     assert run_predict(weights, phantom_source / "imagesTr" / "lung_001.nii.gz", tmp_path / "scan") == 0
-    assert run_predict(weights, phantom_slices / "images", tmp_path / "slices") == 0
+    model = load_trained(weights, CPU, FP32)
     volume = to_display(load_label(tmp_path / "scan" / "lung_001_mask.nii.gz").array)
     for z in read_json(phantom_slices, "volumes.json")["lung_001"]["kept"]:
-        mask, _ = read_mask(tmp_path / "slices" / f"lung_001_slice_{z:04d}_mask.png")
-        assert np.array_equal(mask, volume[z])
+        image = read_image(phantom_slices / "images" / f"lung_001_slice_{z:04d}.png")
+        probs = next(predict_slices(model, image[None]))
+        assert np.array_equal(resize(probs, volume[z].shape) > 0.5, volume[z])
 
 
 def test_folder_of_everything(tmp_path, monkeypatch, capsys):
@@ -167,6 +179,48 @@ def test_threshold_and_largest_component(tmp_path, monkeypatch):
         run_predict("r/w/best.pt", tmp_path / "s.nii", tmp_path / name, *flags)
         counts[name] = int(results(tmp_path / name)[0]["tumour_pixels"])
     assert counts == {"all": 16 + 128, "largest": 128, "none": 0}
+
+
+def test_files_are_taken_by_number_not_by_letter(tmp_path):
+    for name in ("a_slice_10.png", "a_slice_9.png", "a_slice_100.png", "B2.png"):
+        (tmp_path / name).write_text("")
+    found = predict.find_sources(tmp_path, tmp_path / "out", recursive=False)
+    assert [p.name for p in found if p.name.startswith("a")] == [
+        "a_slice_9.png",
+        "a_slice_10.png",
+        "a_slice_100.png",
+    ]
+
+
+def test_suspicious_values_and_empty_masks_are_told(tmp_path, monkeypatch, capsys):
+    """Raw scanner values are named in prediction, conversion and evaluation; so is a scan without tumour."""
+    monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(32, level=0.9))
+    hu = np.random.default_rng(0).normal(-950, 20, (4, 32, 32))
+    hu[:, 8:26, 8:26] += 1000
+    label = np.zeros((4, 32, 32), np.uint8)
+    label[1, 10:14, 10:14] = 1
+    for name, image in (("ct", hu), ("raw", np.clip(hu + 1024, 0, 4095))):
+        for kind, array in (("imagesTr", image.astype(np.int16)), ("labelsTr", label)):
+            (tmp_path / "source" / kind).mkdir(parents=True, exist_ok=True)
+            write_nifti(tmp_path / "source" / kind / f"{name}.nii.gz", array, (5, 2, 2))
+    sentence = "look like raw scanner values: 1024 must be subtracted"
+    run_predict("r/w/best.pt", tmp_path / "source" / "imagesTr", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "warning: raw.nii.gz: values from" in printed and printed.count(sentence) == 1
+    assert "note: ct.nii.gz: no tumour found, the mask is empty (highest probability 0.0" in printed
+    assert "note: raw" not in printed, "all of it is brighter than any tissue"
+    converted = tmp_path / "converted"
+    flags = ["--source", str(tmp_path / "source"), "--out", str(converted), "--workers", "0"]
+    assert preprocess.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "warning: raw: values from" in printed and printed.count(sentence) == 1
+    assert sentence in read_json(converted, "volumes.json")["raw"]["why_not_hu"]
+    assert preprocess.main(flags) == 0 and sentence in capsys.readouterr().out, (
+        "told again when nothing is to do"
+    )
+    assert preprocess.main([*flags, "--explore"]) == 0 and sentence in capsys.readouterr().out
+    evaluate.evaluate_volumes(bright_model(32), converted, ["ct", "raw"])
+    assert capsys.readouterr().out.count(sentence) == 1
 
 
 def test_bad_sources_and_weights(trained_run, tmp_path):
@@ -331,6 +385,33 @@ def test_validation_shared_over_ranks_counts_every_slice_once(phantom_slices, mo
     assert alone["val_dice"] > 0
 
 
+class SaysItsMean(torch.nn.Module):
+    """Logits that are both below 0: -2 for background and -2 plus the input for tumour."""
+
+    def forward(self, image):
+        return torch.cat([torch.full_like(image, -2.0), image - 2], dim=1)
+
+
+def test_validation_weighs_batches_by_their_slices_and_takes_the_larger_logit():
+    """Five slices in batches of 2, 2 and 1. A threshold of 0 on the logits would predict no pixel."""
+    images = np.zeros((5, 4, 4), np.uint8)  # -1 as input: background
+    images[:, :, :2] = 255  # 1 as input: tumour
+    labels = np.zeros((5, 4, 4), np.uint8)
+    labels[:4, :, :2] = 1
+    dataset = SliceDataset(PackedSlices(images, labels, list("abcde"), 0), list("abcde"))
+    config = {"image_size": 4, "batch_size": 2, "model": "UNet"}
+    model = TrainedModel(SaysItsMean(), config, CPU, FP32, {}, {})
+    losses = iter([torch.tensor(1.0), torch.tensor(2.0), torch.tensor(9.0)])
+    scores = evaluate.validate(model, dataset, lambda logits, target: next(losses))
+    assert scores["val_loss"] == pytest.approx((2 * 1 + 2 * 2 + 1 * 9) / 5)
+    tp, fp = 4 * 8, 8
+    assert scores["val_dice"] == pytest.approx(2 * tp / (2 * tp + fp))
+    assert scores["val_false_alarms"] == 1 and scores["val_pred_to_true"] == pytest.approx((tp + fp) / tp)
+    model.network.train()
+    evaluate.validate(model, dataset, lambda logits, target: torch.tensor(0.0))
+    assert not model.network.training, "validation is in evaluation mode"
+
+
 # ---- data set, augmentation ----
 
 
@@ -346,7 +427,7 @@ def test_cache_is_made_once_and_anew_when_a_file_changes(phantom_slices, tmp_pat
     folder = next((data / "cache").iterdir())
     pack_slices(data, slices, 32)
     assert list((data / "cache").iterdir()) == [folder]
-    write_png(slices[0].image, np.full((48, 48), 77, np.uint8))
+    write_png(slices[0].image, np.full(read_mask(slices[0].label)[0].shape, 77, np.uint8))
     again = pack_slices(data, slices, 32)
     assert (again.images[0] == 77).all() and folder not in list((data / "cache").iterdir())
 
@@ -366,7 +447,7 @@ def test_pair_of_different_shapes_and_missing_partners(phantom_slices, tmp_path)
     shutil.copytree(phantom_slices, data, ignore=shutil.ignore_patterns("cache"))
     name = list_slices(data)[0].image.name
     write_png(data / "labels" / name, np.zeros((10, 48), np.uint8))
-    with pytest.raises(ValueError, match=rf"{name}: image \(48, 48\) and label \(10, 48\) differ in shape"):
+    with pytest.raises(ValueError, match=rf"{name}: image \(46, 46\) and label \(10, 48\) differ in shape"):
         open_data(data, 48, 42)
     assert not any((data / "cache").iterdir()), "no half-made cache"
     for kind, other in (("labels", "label"), ("images", "image")):

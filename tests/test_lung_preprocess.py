@@ -12,7 +12,7 @@ import pytest
 from conftest import REAL_DATA, run_script
 
 from common.nifti import load_label, load_nifti, save_label, write_nifti
-from lung_tumor import preprocess
+from lung_tumor import conversion, preprocess
 from lung_tumor.dataset import list_slices, parse_slice_name, read_json
 from lung_tumor.slices import (
     fit_to_square,
@@ -31,13 +31,18 @@ def convert(source, out, *flags: object) -> int:
 
 
 def make_case(
-    folder, name: str, mask: np.ndarray, orientation: str = "RAS", image: np.ndarray | None = None
+    folder,
+    name: str,
+    mask: np.ndarray,
+    orientation: str = "RAS",
+    image: np.ndarray | None = None,
+    spacing_mm: tuple[float, float, float] = (3, 0.8, 0.8),
 ) -> None:
     for kind, array in (("imagesTr", image), ("labelsTr", mask)):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         array = np.where(mask > 0, 40, -800).astype(np.int16) if array is None else array
         path = folder / kind / f"{name}.nii.gz"
-        write_nifti(path, array, (3, 1.5, 0.8), origin_mm=(10, -20, 30), orientation=orientation)
+        write_nifti(path, array, spacing_mm, origin_mm=(10, -20, 30), orientation=orientation)
 
 
 @pytest.fixture
@@ -92,8 +97,9 @@ def test_displayed_orientation(tmp_path):
 
 
 def test_one_window_for_all_slices():
-    volume = np.array([[[-2000, -1024, -1024 + 1349 / 2, 325, 3000]]], np.int16)
-    assert volume_to_slices(volume, (-1024, 325))[0, 0, ::-1].tolist() == [0, 0, 128, 255, 255]
+    """A grey level is 1349 / 255 = 5.29 HU; 0.57 of a level is rounded to 1, 127.4 levels to 127."""
+    volume = np.array([[[-2000, -1024, -1021, -350, 325, 3000]]], np.int16)
+    assert volume_to_slices(volume, (-1024, 325))[0, 0, ::-1].tolist() == [0, 0, 1, 127, 255, 255]
 
 
 def test_choice_of_empty_slices_does_not_depend_on_the_other_volumes(three_cases, tmp_path):
@@ -103,6 +109,26 @@ def test_choice_of_empty_slices_does_not_depend_on_the_other_volumes(three_cases
     convert(three_cases, tmp_path / "two", "--empty_ratio", 0.5)
     kept = [read_json(tmp_path / n, "volumes.json")["lung_003"]["kept"] for n in ("all", "two")]
     assert kept[0] == kept[1] and len(kept[0]) == 7
+
+
+def test_each_volume_has_empty_slices_of_its_own(tmp_path):
+    mask = np.zeros((60, 8, 8), np.uint8)
+    mask[30] = 1
+    for name in "abcd":
+        make_case(tmp_path / "source", name, mask)
+    convert(tmp_path / "source", tmp_path / "out", "--empty_ratio", 0.2)
+    volumes = read_json(tmp_path / "out", "volumes.json")
+    chosen = {tuple(entry["kept"]) for entry in volumes.values()}
+    assert len(chosen) == 4 and all(len(slices) == 1 + 12 for slices in chosen)
+
+
+def test_slices_are_listed_by_number_not_by_letter(tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        for stem in ("a10_slice_2", "a2_slice_10", "a2_slice_9", "a10_slice_11"):
+            write_png(tmp_path / kind / f"{stem}.png", np.zeros((4, 4), np.uint8))
+    listed = [(f.volume, f.number) for f in list_slices(tmp_path)]
+    assert listed == [("a2", 9), ("a2", 10), ("a10", 2), ("a10", 11)]
 
 
 def test_min_pixels_drops_small_tumour_slices_instead_of_calling_them_empty(tmp_path):
@@ -118,7 +144,7 @@ def test_min_pixels_drops_small_tumour_slices_instead_of_calling_them_empty(tmp_
 def test_goes_on_where_it_stopped_and_starts_anew_with_other_settings(
     three_cases, tmp_path, capsys, monkeypatch
 ):
-    out, converted, original = tmp_path / "out", [], preprocess.convert_case
+    out, converted, original = tmp_path / "out", [], conversion.convert_case
 
     def count(case, *rest):
         if len(converted) == 2:
@@ -126,7 +152,7 @@ def test_goes_on_where_it_stopped_and_starts_anew_with_other_settings(
         converted.append(case.case_id)
         return original(case, *rest)
 
-    monkeypatch.setattr(preprocess, "convert_case", count)
+    monkeypatch.setattr(conversion, "convert_case", count)
     with pytest.raises(KeyboardInterrupt):
         convert(three_cases, out)
     assert len(read_json(out, "volumes.json")) == 2
@@ -134,7 +160,7 @@ def test_goes_on_where_it_stopped_and_starts_anew_with_other_settings(
     assert convert(three_cases, out) == 0 and len(converted) == 1
     assert "2 of 3 volumes are converted already" in capsys.readouterr().out
     converted.clear()
-    monkeypatch.setattr(preprocess, "convert_case", original)
+    monkeypatch.setattr(conversion, "convert_case", original)
     before = len(list((out / "images").iterdir()))
     assert convert(three_cases, out, "--window", -160, 240, "--empty_ratio", 0) == 0
     assert len(list((out / "images").iterdir())) == 6 < before, "slices of the earlier settings are gone"
@@ -161,7 +187,7 @@ def test_bad_cases_are_listed_and_the_others_converted(three_cases, tmp_path, ca
     make_case(three_cases, "lung_002", np.ones((10, 12, 14), np.uint8), image=noise)
     path = three_cases / "imagesTr" / "lung_002.nii.gz"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    write_nifti(three_cases / "labelsTr" / "lung_003.nii.gz", np.zeros((10, 12, 13), np.uint8), (3, 1.5, 0.8))
+    write_nifti(three_cases / "labelsTr" / "lung_003.nii.gz", np.zeros((10, 12, 13), np.uint8), (3, 0.8, 0.8))
     make_case(three_cases, "lung_004", np.ones((3, 12, 14), np.uint8))
     assert convert(three_cases, tmp_path / "out") == 1
     printed = capsys.readouterr().out
@@ -203,7 +229,7 @@ def test_explore(three_cases, tmp_path, capsys):
     assert "lung_002          cannot be read" in capsys.readouterr().out
     with (tmp_path / "out" / "explore.csv").open() as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}
-    assert float(rows["lung_003"]["tumour_mm3"]) == pytest.approx(36 * 3 * 1.5 * 0.8, rel=1e-3)
+    assert float(rows["lung_003"]["tumour_mm3"]) == pytest.approx(36 * 3 * 0.8 * 0.8, rel=1e-3)
     assert (tmp_path / "out" / "explore.png").stat().st_size > 1000
     assert not (tmp_path / "out" / "images").exists()
 
@@ -302,7 +328,7 @@ def test_fit_to_square_and_back(shape):
     square = fit_to_square(blob * 255, 64)
     mask = fit_to_square(blob, 64, is_mask=True)
     assert square.shape == mask.shape == (64, 64) and set(np.unique(mask)) <= {0, 1}
-    back = probs_from_square(square.astype(np.float32) / 255, shape) > 0.5
+    back = probs_from_square(square.astype(np.float32) / 255, shape, 64) > 0.5
     assert (back != blob).mean() < 0.05
 
 

@@ -161,7 +161,7 @@ def test_missing_and_empty_folders(tmp_path):
 def test_no_tumour_in_a_part(phantom_slices, tmp_path):
     data = copy_of(phantom_slices, tmp_path)
     for label in (data / "labels").iterdir():
-        write_png(label, np.zeros((48, 48), np.uint8))
+        write_png(label, np.zeros_like(read_mask(label)[0]))
     refused("no tumour pixel in the .* slices of the part 'train'", data, tmp_path)
 
 
