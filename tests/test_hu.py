@@ -75,7 +75,7 @@ def test_quiet(change):
 
 
 def test_phantoms_are_ct():
-    from common.phantoms import chest_phantom
+    from lung_tumor.phantoms import chest_phantom
     from verse_spine.phantoms import spine_phantom
 
     assert why_not_hu(chest_phantom(0, (24, 48, 48), (7, 7, 7))[0]) == ""
