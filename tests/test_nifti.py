@@ -634,6 +634,13 @@ def write_flat_affine(path):
     write(path, random_volume(), affine, qform=0)
 
 
+def write_nearly_flat_affine(path):
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(33, 0, 1) @ np.diag([1, 1, 2.0])
+    affine[:3, 2] = 1.3 * affine[:3, 0] + 1e-7  # an axis along another one, but for rounding
+    write(path, random_volume(), affine, qform=0)
+
+
 def write_plain_named_gz(path, order):
     write(path.with_suffix(""), random_volume(), np.eye(4), order=order).rename(path)
 
@@ -670,6 +677,7 @@ REFUSED = {
     "only NaN": ("a.nii", lambda p: write(p, np.full(SHAPE_XYZ, np.nan, np.float32), np.eye(4)),
                  "holds no finite value"),
     "flat affine": ("a.nii", write_flat_affine, "its affine is not usable"),
+    "nearly flat affine": ("a.nii", write_nearly_flat_affine, "its affine is not usable"),
     "NaN affine": ("a.nii", lambda p: write_patched(p, SROW_OFFSET, np.float32(np.nan)),
                    "its affine is not usable"),
 }  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.mesh import save_html, split_mesh, surface_mesh
-from common.render import label_colors, make_scene, render_scene
+from common.render import _normals, label_colors, make_scene, render_scene, scene_of
 from common.surface_nets import surface_nets
 from common.views import MISSED, _error_scene, curved_planar, save_triptych, save_turntable, trimmed
 
@@ -96,6 +96,11 @@ def test_a_mask_at_the_border_is_closed_there():
     vertices, faces, _ = surface_mesh(np.ones((10, 12, 14), np.uint8), (1, 1, 1))
     assert set(faces_of_edges(faces)) == {2}
     assert volume_and_area(vertices, faces)[0] == pytest.approx(10 * 12 * 14, rel=0.1)
+
+
+def test_fine_voxels_are_meshed_in_cubes_of_1_mm():
+    fine, plain = (surface_mesh(ball(9, (mm,) * 3), (mm,) * 3)[1] for mm in (0.5, 1.0))
+    assert len(fine) == pytest.approx(len(plain), rel=0.1)  # at 0.5 mm there would be four times as many
 
 
 def test_the_budget_of_faces_keeps_shape_and_closure():
@@ -304,7 +309,82 @@ def test_large_masks_are_drawn_on_a_coarser_grid(monkeypatch):
     np.testing.assert_allclose(scene.size_mm - np.multiply(6, scene.spacing_mm), 37)  # the same field of view
 
 
+def blurred_edge(half_ramp_mm, sigma_mm, distances_mm):
+    """An even fall from 1 to 0 within half_ramp_mm on both sides, blurred by a Gaussian."""
+    x = np.arange(-40, 40, 0.01)
+    edge = np.clip(0.5 - x / (2 * half_ramp_mm), 0, 1)
+    weights = np.exp(-0.5 * (x / sigma_mm) ** 2)
+    smooth = np.convolve(edge, weights / weights.sum(), mode="same")
+    return np.interp(distances_mm, x, smooth)
+
+
+def thick_slab():
+    """Eight slices of 4 mm with pixels of 1 mm: the first four are filled, from edge to edge."""
+    labels = np.zeros((8, 30, 30), np.uint8)
+    labels[:4] = 1
+    return labels, (4.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("make", ["make_scene", "_error_scene"])
+def test_the_mask_is_blurred_by_a_share_of_its_own_voxels(make):
+    """0.6 voxels of the mask: 2.4 drawn ones along z, where a voxel of the mask is four drawn ones."""
+    labels, spacing_mm = thick_slab()
+    if make == "make_scene":
+        scene = make_scene(labels, spacing_mm, COLORS, box=((0, 0, 0), labels.shape))
+    else:
+        scene, _ = _error_scene(labels > 0, labels > 0, spacing_mm, 5.0, 2.0)
+    column = scene.density.numpy()[3:-3, 18, 18]  # without the rim
+    distances_mm = np.arange(-5.5, 6)  # from the face between the fourth slice and the fifth
+    np.testing.assert_allclose(column[10:22], blurred_edge(2.0, 2.4, distances_mm), atol=0.02)
+
+
+def test_colours_come_from_the_voxel_in_the_middle_of_a_drawn_one():
+    labels = np.zeros((6, 3, 3), np.uint8)
+    labels[:] = np.array([1, 2, 3, 1, 3, 2])[:, None, None]
+    scene = make_scene(labels, (1, 1, 1), COLORS, voxel_mm=3.0)
+    assert scene.rgb[3:-3, 3, 3].tolist() == [list(GREEN), list(BLUE)]  # label 2 of 1 2 3, label 3 of 1 3 2
+
+
+def test_the_rim_of_colours_is_one_voxel_of_the_mask_wide():
+    labels = np.zeros((5, 9, 9), np.uint8)
+    labels[0], labels[4] = 1, 2
+    scene = make_scene(labels, (5, 1, 1), COLORS)  # 5 drawn voxels to a slice
+    assert scene.weight[3:-3, 5, 5].tolist() == [255] * 5 + [1] * 5 + [0] * 5 + [1] * 5 + [255] * 5
+    assert scene.rgb[3 + 9, 5, 5].tolist() == list(RED) and scene.rgb[3 + 15, 5, 5].tolist() == list(GREEN)
+
+
+def test_normals_of_a_ball_point_away_from_its_centre_whatever_the_spacing():
+    spacing_mm = np.array([3.0, 1.0, 2.0])
+    density = np.zeros((25, 61, 37), np.float32)
+    z, y, x = (mm * (np.arange(n) - n // 2) for mm, n in zip(spacing_mm, density.shape, strict=True))
+    density[:] = np.clip((24 - np.sqrt(z[:, None, None] ** 2 + y[:, None] ** 2 + x**2)) / 12 + 0.5, 0, 1)
+    none = np.zeros(density.shape, np.uint8)
+    scene = scene_of(density, np.ones(3), np.repeat(none[..., None], 3, -1), none, spacing_mm)
+    directions = np.array([(1, 0, 0), (0, 1, 0), (0.6, 0.8, 0), (0.6, 0, 0.8), (0, -0.6, 0.8)])  # x y z
+    places = 24 * directions[:, ::-1] / spacing_mm + np.array(density.shape) // 2 + 3
+    np.testing.assert_allclose(_normals(scene, places), directions, atol=0.05)
+
+
 # ---- files ----
+
+
+def test_errors_are_in_mm_also_on_a_coarser_grid(monkeypatch):
+    monkeypatch.setattr("common.render.MAX_VOXELS", 30 * 25 * 20)
+    shape, spacing_mm = (60, 50, 40), (1.0, 1.0, 1.0)  # drawn as 30 x 25 x 20 voxels of 2 mm
+    target, pred = np.zeros(shape, bool), np.zeros(shape, bool)
+    target[10:30, 10:40, 10:30] = True
+    pred[10:30, 10:40, 10:30] = True
+    pred[30:40, 20:30, 16:24] = True  # a horn that grows 10 mm upwards
+    scene, color_map = _error_scene(target, pred, spacing_mm, 8.0, 0.1)
+    assert scene.spacing_mm == (2.0, 2.0, 2.0)
+    # The uppermost drawn voxel of the target is the 14th; three voxels above it are 6 of the scale's 8 mm.
+    expected = np.rint(np.multiply(color_map(6 / 8)[:3], 255))
+    np.testing.assert_allclose(scene.rgb[3 + 14 + 3, 3 + 12, 3 + 10], expected, atol=3)
+    # Beside the prediction, what lies 2 mm off is no more than a drawn voxel; 4 mm off it is missed.
+    target[30:34, 10:40, 10:14] = True
+    scene, _ = _error_scene(target, pred, spacing_mm, 8.0, 0.1)
+    blue = (scene.rgb == MISSED).all(axis=-1)[3:-3, 3:-3, 3:-3]
+    assert not blue[15].any() and blue[16, 5:20, 5:7].all() and blue.sum() == 15 * 2
 
 
 def test_error_colors_say_how_far_and_what_is_missing():

@@ -156,6 +156,21 @@ def test_mask_on_another_grid_has_volumes_but_no_densities(tmp_path):
     assert found["mask on another grid"] and found["centroid > 25 mm from its mask"]
 
 
+def test_volumes_of_a_sheared_scan_are_those_of_its_voxels(tmp_path):
+    """A tilted gantry makes the edge between two slices longer than they are apart."""
+    mask = np.zeros((6, 8, 10), np.uint8)
+    mask[:2, :2, :3] = 22
+    verse_case(tmp_path, np.zeros(mask.shape, np.int16), mask)
+    affine = np.diag([0.5, 1.0, 2.0, 1])
+    affine[1, 2] = 1.5  # spacing along z: 2.5 mm; distance of the slices: 2 mm
+    for path in tmp_path.rglob("*.nii.gz"):
+        array = np.asarray(nib.load(path).dataobj)
+        nib.save(nib.Nifti1Image(array, affine), path)
+    result = describe(find_scans(tmp_path)[0], tmp_path)
+    assert result["row"]["spacing_z_mm"] == pytest.approx(2.5)
+    assert result["volumes_ml"] == pytest.approx({22: 12 * 0.5 * 1 * 2 / 1000})
+
+
 def test_mask_with_foreign_numbers_is_named(tmp_path):
     mask = np.full((6, 8, 10), 47, np.uint8)
     verse_case(tmp_path, np.zeros(mask.shape, np.int16), mask)
