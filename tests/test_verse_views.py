@@ -1,4 +1,4 @@
-"""verse_spine/views.py: what it writes, of which masks, and along which curve."""
+"""verse_spine/views.py and curved.py: which pictures are written, of which masks, and along which curve."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from PIL import Image
 
 from common.nifti import load_label, load_nifti, write_nifti
 from verse_spine import views
+from verse_spine.curved import curved_planar
 from verse_spine.labels import body_centres
 
 SPACING_MM = (2.0, 2.0, 2.0)
@@ -112,3 +113,49 @@ def test_real_scan_that_cuts_a_vertebra(tmp_path):
     assert (np.diff(points[:, 0]) < -8).all() and abs(np.diff(points[:, 1:], axis=0)).max() < 6
     written = views.save_views(tmp_path / "case", mask.array, mask.spacing_mm, image=image.array)
     assert len(written) == 4
+
+
+# ---- along a curve ----
+
+
+def test_a_straight_curve_gives_the_plane_itself():
+    volume = np.random.default_rng(0).integers(-1000, 1000, (30, 21, 25)).astype(np.int16)
+    points = [(25, 10, 12), (15, 10, 12), (5, 10, 12)]
+    sagittal = curved_planar(volume, points, (1, 1, 1), 8, beyond_mm=4)
+    coronal = curved_planar(volume, points[::-1], (1, 1, 1), 8, beyond_mm=4, plane="coronal")
+    assert sagittal.dtype == np.int16
+    np.testing.assert_array_equal(sagittal, volume[29:1:-1, 18:1:-1, 12])  # head up, front left
+    np.testing.assert_array_equal(coronal, volume[29:1:-1, 10, 20:3:-1])  # the patient's right is left
+
+
+def test_a_bent_tube_becomes_straight_and_keeps_its_width_in_mm():
+    spacing_mm = (2.0, 1.0, 1.0)
+    z_mm = np.arange(0, 120, 2.0)
+    y_mm, x_mm = 40 + 15 * np.sin(z_mm / 30), 30 + 8 * np.cos(z_mm / 40)
+    grid = np.meshgrid(z_mm, np.arange(80.0), np.arange(60.0), indexing="ij")
+    slope = 0.5 * np.cos(z_mm / 30)
+    off = (grid[1] - y_mm[:, None, None]) / np.sqrt(1 + slope**2)[:, None, None]
+    tube = (np.hypot(off, grid[2] - x_mm[:, None, None]) < 10).astype(np.uint8)
+    points = np.stack([z_mm / 2, y_mm, x_mm], axis=1)[5:-5:5]
+    for plane in ("sagittal", "coronal"):
+        straight = curved_planar(
+            tube, points, spacing_mm, 20, plane=plane, pixel_mm=0.5, beyond_mm=0, order=0, fill=0
+        )
+        assert straight.shape[1] == 81 and set(np.unique(straight)) == {0, 1}
+        np.testing.assert_allclose(straight.sum(axis=1) * 0.5, 20, atol=2.1)
+        centre = (straight * np.arange(81)).sum(axis=1) / straight.sum(axis=1)
+        np.testing.assert_allclose(centre, 40, atol=2.5)
+    length = np.linalg.norm(np.diff(points * spacing_mm, axis=0), axis=1).sum()
+    assert straight.shape[0] == pytest.approx(length / 0.5, abs=2)
+
+
+def test_outside_of_the_volume_is_filled_and_bad_curves_are_refused():
+    volume = np.ones((10, 10, 10), np.float32)
+    picture = curved_planar(volume, [(8, 5, 5), (1, 5, 5)], (1, 1, 1), 20, fill=-7)
+    assert picture[0, 0] == -7 and picture[len(picture) // 2, 20] == 1
+    with pytest.raises(ValueError, match="two or more points, all at different places, got 1"):
+        curved_planar(volume, [(1, 2, 3)], (1, 1, 1))
+    with pytest.raises(ValueError, match="got 2"):
+        curved_planar(volume, [(1, 2, 3), (1, 2, 3)], (1, 1, 1))
+    with pytest.raises(ValueError, match="plane 'axial' is unknown"):
+        curved_planar(volume, [(8, 5, 5), (1, 5, 5)], (1, 1, 1), plane="axial")

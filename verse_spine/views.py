@@ -26,7 +26,8 @@ from common.render import (
     make_scene,
     render_scene,
 )
-from common.views import curved_planar, save_pictures, save_triptych, save_turntable, trimmed
+from common.views import save_pictures, save_triptych, save_turntable, trimmed
+from verse_spine.curved import curved_planar
 from verse_spine.labels import LABEL_NAMES, body_centres
 from verse_spine.pictures import LABEL_COLORS, color_overlay, window
 from verse_spine.segment import count_bodies
