@@ -284,10 +284,10 @@ function drawMesh({ points, faces, normals, shades, screen }, R, scale, width, h
       const w = ((bx - ax) * (y - ay) - (x - ax) * (by - ay)) / area;
       if (v < 0 || w < 0 || v + w > 1) continue;
       const u = 1 - v - w, z = u * screen[a + 2] + v * screen[b + 2] + w * screen[c + 2];
-      const at = y * width + x;
-      if (z < depth[at]) {
-        depth[at] = z;
-        pixels[at] = shades[u * screen[a + 3] + v * screen[b + 3] + w * screen[c + 3] | 0];
+      const pixel = y * width + x;
+      if (z < depth[pixel]) {
+        depth[pixel] = z;
+        pixels[pixel] = shades[u * screen[a + 3] + v * screen[b + 3] + w * screen[c + 3] | 0];
       }
     }
   }

@@ -206,7 +206,7 @@ def open_nifti(path: str | Path) -> NiftiFile:
     if image.header["sform_code"] > 0 and image.header["qform_code"] > 0:
         try:
             off_mm = mm * _off_mm(image.get_sform(), image.get_qform(), shape)
-        except ValueError:  # the qform is no rotation
+        except ValueError:  # the qform is not a rotation
             off_mm = np.inf
         if off_mm > FORM_TOLERANCE_MM:
             warnings.warn(f"{path}: sform and qform {off_mm:.3g} mm apart; the sform is used", stacklevel=2)

@@ -47,9 +47,9 @@ def diameters_mm(label, spacing_mm):
 
 
 def test_same_seed_same_scan_and_other_seed_another_scan(scans):
-    again = chest_phantom(2, noise_hu=0)
-    np.testing.assert_array_equal(again[0], scans[2][0])
-    np.testing.assert_array_equal(again[1], scans[2][1])
+    second = chest_phantom(2, noise_hu=0)
+    np.testing.assert_array_equal(second[0], scans[2][0])
+    np.testing.assert_array_equal(second[1], scans[2][1])
     assert (scans[2][0] != scans[3][0]).mean() > 0.3
     assert (scans[2][1] != scans[3][1]).any()
 

@@ -231,7 +231,7 @@ def test_checkpointing_changes_nothing_but_memory(attention, bilinear, norm, ndi
 
 
 def test_checkpointing_keeps_fewer_activations():
-    kept = {}
+    num_kept = {}
     for checkpointing in (False, True):
         net = seeded(width=4, checkpointing=checkpointing)
         sizes = {}
@@ -239,8 +239,8 @@ def test_checkpointing_keeps_fewer_activations():
             lambda t, sizes=sizes: sizes.update({t.data_ptr(): t.numel()}) or t, lambda t: t
         ):
             net(noise(1, 1, 64, 64))
-        kept[checkpointing] = sum(sizes.values())
-    assert kept[True] < 0.5 * kept[False]
+        num_kept[checkpointing] = sum(sizes.values())
+    assert num_kept[True] < 0.5 * num_kept[False]
 
 
 @pytest.mark.parametrize("how", ["evaluation", "no gradient"])

@@ -179,9 +179,9 @@ def test_any_orientation_loads_as_the_same_volume_and_takes_its_label_back(tmp_p
     labels = random_volume(0, 4, np.int64, SHAPE_XYZ[::-1])
     save_label(tmp_path / "label.nii.gz", labels, scan)
     check_label_lies_on(tmp_path / "label.nii.gz", path, labels)
-    again = load_label(tmp_path / "label.nii.gz")
-    np.testing.assert_array_equal(again.array, labels)
-    assert same_grid(again, scan, 0.0)
+    read_back = load_label(tmp_path / "label.nii.gz")
+    np.testing.assert_array_equal(read_back.array, labels)
+    assert same_grid(read_back, scan, 0.0)
 
 
 # One for each order of the axes, each with other axes reversed: the axes are turned as for labels, above.
@@ -279,8 +279,8 @@ def test_label_type_follows_the_highest_label(tmp_path, highest, dtype):
     labels[1, 2, 3] = highest
     save_label(tmp_path / "label.nii", labels, load_nifti(path))
     check_label_lies_on(tmp_path / "label.nii", path, labels, dtype)
-    again = load_label(tmp_path / "label.nii")
-    assert again.array.dtype == dtype and again.array[1, 2, 3] == highest
+    read_back = load_label(tmp_path / "label.nii")
+    assert read_back.array.dtype == dtype and read_back.array[1, 2, 3] == highest
 
 
 def test_label_of_a_scan_with_scaling_has_slope_one(tmp_path):
@@ -582,7 +582,7 @@ def test_labels_stored_as_float_are_rounded(tmp_path, dtype):
         ([0, 70000, 1], "label values 0..70000, expected whole numbers in 0..65535"),
     ],
 )
-def test_values_that_are_no_labels_are_refused(tmp_path, values, message):
+def test_values_that_cannot_be_labels_are_refused(tmp_path, values, message):
     dtype = np.float32 if any(v % 1 for v in values) else np.int32
     volume = np.zeros(SHAPE_XYZ, dtype)
     volume[0, 0] = values
@@ -684,7 +684,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_file_that_is_no_scan_is_refused_by_name_and_reason(tmp_path, case):
+def test_file_that_is_not_a_scan_is_refused_by_name_and_reason(tmp_path, case):
     name, make, message = REFUSED[case]
     path = tmp_path / name
     make(path)
@@ -694,7 +694,7 @@ def test_file_that_is_no_scan_is_refused_by_name_and_reason(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", [c for c in REFUSED if "truncated" not in c and c != "only NaN"])
-def test_file_that_is_no_scan_is_refused_on_opening(tmp_path, case):
+def test_file_that_is_not_a_scan_is_refused_on_opening(tmp_path, case):
     name, make, message = REFUSED[case]
     make(tmp_path / name)
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))}: {message}"):
@@ -793,7 +793,7 @@ def test_real_file_loads_and_takes_a_label(tmp_path, name):
 
 @needs_data
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_real_file_that_is_no_scan_says_why(name):
+def test_real_file_that_is_not_a_scan_says_why(name):
     with pytest.raises(ValueError, match=f"{re.escape(name)}: {UNREADABLE[name]}"):
         load_nifti(DATA / "odd_headers" / name)
 

@@ -135,7 +135,7 @@ def test_an_empty_mask_gives_an_empty_mesh(dtype):
         (np.zeros((4, 4, 4), np.uint8), (1, 0, 1), r"spacing_mm \(1, 0, 1\)"),
     ],
 )
-def test_what_is_no_label_map_is_refused(labels, spacing_mm, message):
+def test_what_is_not_a_label_map_is_refused(labels, spacing_mm, message):
     with pytest.raises(ValueError, match=message):
         surface_mesh(labels, spacing_mm)
     with pytest.raises(ValueError, match=message):
@@ -391,10 +391,10 @@ def test_error_colors_say_how_far_and_what_is_missing():
     target, pred = ball(15, centre_mm=(24, 25, 14)), ball(19, centre_mm=(24, 25, 14))
     missed = ball(5, centre_mm=(24, 25, 42))
     scene, color_map = _error_scene(target | missed, pred, (1, 1, 1), 8.0, 2.0)
-    at = {name: scene.rgb[tuple(np.add(place, 3))] for name, place in
+    color_at = {name: scene.rgb[tuple(np.add(place, 3))] for name, place in
           {"4 mm": (24 + 19, 25, 14), "missed": (24, 25, 42)}.items()}  # fmt: skip
-    assert tuple(at["missed"]) == MISSED
-    np.testing.assert_allclose(at["4 mm"], np.multiply(color_map(4 / 8)[:3], 255), atol=3)
+    assert tuple(color_at["missed"]) == MISSED
+    np.testing.assert_allclose(color_at["4 mm"], np.multiply(color_map(4 / 8)[:3], 255), atol=3)
     same, _ = _error_scene(target, target, (1, 1, 1), 8.0, 2.0)
     np.testing.assert_array_equal(
         same.rgb[3 + 24 + 15, 3 + 25, 3 + 14], np.rint(np.multiply(color_map(0.0)[:3], 255))

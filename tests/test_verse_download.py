@@ -232,8 +232,8 @@ def test_damaged_zips(tmp_path):
     whole = make_zip(tmp_path / "whole.zip").read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[:-300])
     (tmp_path / "page.zip").write_bytes(b"<html>Sorry</html>")
-    at = whole.index(b"sub-verse004sub-verse004")
-    (tmp_path / "bit.zip").write_bytes(whole[:at] + b"X" + whole[at + 1 :])
+    position = whole.index(b"sub-verse004sub-verse004")
+    (tmp_path / "bit.zip").write_bytes(whole[:position] + b"X" + whole[position + 1 :])
     for name, reason in (
         ("cut", "not a complete zip"),
         ("page", "not a complete zip"),

@@ -84,7 +84,7 @@ def test_densities(whole):
     assert np.mean(discs) < 0.75 * np.mean(inside)
 
 
-def test_bright_things_that_are_no_vertebrae(whole):
+def test_bright_things_that_are_not_vertebrae(whole):
     """Ribs, skull, sacrum, contrast agent: a threshold must not do."""
     image, label, centres = whole
     bright = image > 150

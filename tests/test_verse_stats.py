@@ -77,7 +77,7 @@ def test_percentiles_by_hand(tmp_path):
     image[1:3] = np.arange(200).reshape(2, 10, 10)  # the body: 0..199
     mask = np.zeros(image.shape, np.uint8)
     mask[2, :, :] = 20  # 100..199
-    mask[2, 9, 9] = 26  # the sacrum is no vertebra: 100..198
+    mask[2, 9, 9] = 26  # the sacrum does not count: 100..198
     write_nifti(tmp_path / "a.nii.gz", image, (1, 1, 1))
     columns, shares = densities(open_nifti(tmp_path / "a.nii.gz"), mask)
     assert columns == pytest.approx(
