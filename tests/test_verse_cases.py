@@ -48,6 +48,12 @@ def test_official_layout_with_name_parts(tmp_path):
     assert {case.edition for case in cases.values()} == {None}
 
 
+def test_cases_are_in_natural_order(tmp_path):
+    for number in (10, 9, 100):
+        scan(tmp_path, f"sub-verse{number}")
+    assert [case.name for case in find_cases(tmp_path)] == ["sub-verse9", "sub-verse10", "sub-verse100"]
+
+
 def test_subreg_centroids_come_before_vb(tmp_path):
     scan(tmp_path, "sub-verse004", centroids="vb")
     scan(tmp_path, "sub-verse004", centroids="subreg")

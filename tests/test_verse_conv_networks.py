@@ -420,6 +420,14 @@ def test_thesis_decoder_concatenates_skip_and_nearest_upsampling():
     assert torch.equal(up(skip, x), torch.cat([skip, repeated], dim=1))
 
 
+def test_segresnet_adds_the_skip_to_a_linear_upsampling_without_aligned_corners():
+    up = SegResNet().up[-1]
+    up.project, up.block = nn.Identity(), nn.Identity()
+    x = torch.tensor([0.0, 1.0]).expand(1, 8, 1, 1, 2)
+    result = up(torch.full((1, 8, 2, 2, 4), 10.0), x)
+    assert torch.equal(result, torch.tensor([10.0, 10.25, 10.75, 11.0]).expand(1, 8, 2, 2, 4))
+
+
 def test_residual_block_of_context_res_unet():
     block = ContextResUNet().down[1]
     x = noise(1, 16, 4, 4, 4)

@@ -156,6 +156,12 @@ def test_a_changed_file_is_fetched_anew(server, tmp_path, change):
     assert download_file(server.url("a.zip"), tmp_path / "a.zip").read_bytes() == new
 
 
+def test_a_file_that_comes_in_more_pieces_than_tries_still_arrives(server, tmp_path):
+    server.files["a.zip"], server.cut_after = DATA, 150_000
+    assert download_file(server.url("a.zip"), tmp_path / "a.zip", tries=2).read_bytes() == DATA
+    assert len(server.gets()) == 7
+
+
 def test_a_server_without_ranges_sends_all_of_it_again(server, tmp_path):
     server.files["a.zip"], server.ranges, server.cut_after = DATA, False, 500_000
     with pytest.raises(OSError, match="500000 of 1024000"):

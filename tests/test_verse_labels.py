@@ -223,18 +223,22 @@ def test_body_centre_ignores_a_long_process(spacing_mm):
     assert math.dist(mask_centres(labels, affine)[21], (30, 42, 30)) > 2.6
 
 
-def test_body_centre_of_thick_slices_and_fine_pixels():
-    """3 x 0.4 x 0.4 mm, by hand: a body of four slices, 12 x 24 x 24 mm, beside a tall thin process.
-
-    In voxels the process is the thicker one; and of four slices every second would be 1.5 mm too low.
-    """
-    labels = np.zeros((40, 140, 140), np.uint8)
-    labels[10:14, 40:100, 40:100] = 21
-    labels[2:38, 110:124, 64:76] = 21
-    affine = np.diag([0.4, 0.4, 3.0, 1.0])
-    z, y, x = body_centres(labels, affine)[21]
-    assert z == pytest.approx(11.5 * 3, abs=0.01)
-    assert (y, x) == (pytest.approx(69.5 * 0.4, abs=0.5), pytest.approx(69.5 * 0.4, abs=0.5))
+@pytest.mark.parametrize(
+    ("other_mm", "why"),
+    [
+        ((12, 60, 60), "in mm it is half as deep as the body, which is just too little"),
+        ((24, 8, 120), "in voxels it would be as deep as the body"),
+    ],
+)
+def test_body_is_the_deepest_part_in_mm_not_in_voxels(other_mm, why):
+    """3 x 0.4 x 0.4 mm; a cube of 24 mm is the body, beside it lies a larger and thinner part."""
+    spacing_mm = (3.0, 0.4, 0.4)
+    labels = np.zeros((12, 280, 320), np.uint8)
+    labels[2:10, 10:70, 130:190] = 21
+    z, y, x = (round(mm / s) for mm, s in zip(other_mm, spacing_mm, strict=True))
+    labels[2 : 2 + z, 100 : 100 + y, 5 : 5 + x] = 21
+    centre = body_centres(labels, np.diag([*spacing_mm[::-1], 1.0]))[21]
+    np.testing.assert_allclose(centre, (5.5 * 3, 39.5 * 0.4, 159.5 * 0.4), atol=0.5, err_msg=why)
 
 
 def test_body_centres_of_phantoms():
