@@ -41,7 +41,7 @@ def build_parser() -> ArgumentParser:
         type=positive_int,
         nargs="+",
         default=[60, 50, 40, 24, 15],
-        help="lengths of the pieces along z, in voxels; along y and x: those below 48",
+        help="lengths of the pieces in voxels; along each axis those below the patch are tried",
     )
     parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
     return parser
@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> dict:
     verse = VerSe(args.data_path or model.preprocessing["data_path"])
     names = [*verse.split["val"], *verse.split["test"]]
     cuts = [("whole", 0)]
-    cuts += [(axis, n) for axis in AXES for n in args.rows if axis == "z" or n < 48]
+    for axis, patch in zip(AXES, model.config["patch_size"], strict=True):
+        cuts += [(axis, rows) for rows in args.rows if rows < patch]
     dice: dict[str, dict[str, list[float]]] = {}
     for axis, rows in tqdm(cuts, "lengths", disable=None):
         values: dict[str, list[float]] = {way: [] for way in WAYS}
