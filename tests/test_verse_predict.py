@@ -247,14 +247,18 @@ def test_margin_of_the_body_is_in_millimetres(tmp_path):
 
 
 def test_padding_and_metal_do_not_move_the_region(tmp_path):
-    """-3024 around the field of view, averaged with skin, must not look like air."""
+    """Blocks of 3 x 3 voxels, at the border two thirds of them body: -3024 in the rest makes them no air.
+
+    (-1024 + 40 + 40) / 3 is -315, which is body; (-3024 + 40 + 40) / 3 would be -981.
+    """
     hu = np.full((30, 60, 60), -1000, np.int16)
-    hu[5:25, 21:41, 20:40] = 40
+    hu[5:25, 31:41, 34:39] = 40
     write_nifti(tmp_path / "plain.nii", hu, (3, 1, 1))
     box = region_of(tmp_path / "plain.nii").box
+    assert box == ((0, 30 - 21, 33 - 21), (30, 60, 60))
     hu[hu == -1000] = -3024
     write_nifti(tmp_path / "padded.nii", hu, (3, 1, 1))
-    hu[:, 30, 30] = 30_000
+    hu[10, 35, 35] = 30_000
     write_nifti(tmp_path / "screw.nii", hu, (3, 1, 1))
     assert region_of(tmp_path / "padded.nii").box == region_of(tmp_path / "screw.nii").box == box
 
