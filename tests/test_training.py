@@ -189,8 +189,11 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
         run.counts = {"seen": 5}
         signal.raise_signal(signal.SIGINT)
         run.next_update()
+    expected = torch.rand(3)
     state = load_checkpoint(tmp_path / "weights" / "last.pt")
+    torch.manual_seed(99)
     with new_run(tmp_path, resumed=state) as run:
+        assert torch.equal(torch.rand(3), expected), "the random generators go on, too"
         assert (run.epoch, run.batch, run.loss_sum, run.counts) == (1, 5, 15.0, {"seen": 5})
         assert (run.best, run.best_epoch, len(run.history)) == (0.7, 0, 1)
         assert run.next_epoch() and train_epoch(run) == [(5, 17), (2, 22)]
@@ -218,6 +221,18 @@ def test_optimizer_step_sets_the_rate_clips_and_averages():
     network.weight.grad = torch.tensor([[30.0, 40.0]])
     optimizer_step(network, optimizer, scaler, 0.01)
     torch.testing.assert_close(network.weight.data, torch.tensor([[2.4, 3.2]]), msg="not clipped")
+
+
+def test_gradients_are_unscaled_before_they_are_clipped():
+    """fp16 multiplies the loss by a large number; the limit is for the gradient itself."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(network.weight, 1.0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=99.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(3 * network.weight.sum()).backward()
+    assert network.weight.grad.item() == 3 * 1024
+    optimizer_step(network, optimizer, scaler, 0.1, grad_clip=5.0)
+    assert network.weight.item() == pytest.approx(1 - 0.1 * 3)
 
 
 def test_the_command_to_go_on_with(tmp_path, monkeypatch):
