@@ -22,7 +22,7 @@ from common.config import make_parser, parse_args, positive_int, run_script
 from common.hardware import choose_precision, start_device
 from common.metrics import binary_counts, dice_from_counts
 from verse_spine.dataset import VerSe
-from verse_spine.heatmap import AIR_HU
+from verse_spine.heatmap import HU_RANGE
 from verse_spine.networks import TrainedModel, load_trained
 from verse_spine.segment import segment
 
@@ -62,7 +62,7 @@ def in_air(image: np.ndarray, patch: tuple) -> tuple[np.ndarray, tuple[slice, ..
     missing = [max(p - n, 0) for p, n in zip(patch, image.shape, strict=True)]
     around = [(m // 2, m - m // 2) for m in missing]
     inner = tuple(slice(a, a + n) for (a, _), n in zip(around, image.shape, strict=True))
-    return np.pad(image, around, constant_values=AIR_HU), inner
+    return np.pad(image, around, constant_values=HU_RANGE[0]), inner
 
 
 def predict(model: TrainedModel, way: str, image: np.ndarray, box: tuple, spacing_mm: tuple) -> np.ndarray:

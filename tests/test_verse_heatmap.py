@@ -51,10 +51,15 @@ def test_a_box_comes_back_within_one_small_voxel(scan_shape, spacing):
     assert (np.abs(grid.to_scan(found[1]) - stop) <= step).all()
 
 
-def test_what_is_no_scan_is_air():
+def test_beyond_the_scan_its_edges_are_repeated():
+    """64 x 16 x 16 voxels in the middle of 64 x 32 x 32: eight more on either side of y and x."""
     grid = small_grid((64, 16, 16), (1, 1, 1), SHAPE)
-    small = to_small_grid(np.zeros((64, 16, 16), np.int16), grid)
-    assert small[:, 8:24, 8:24].max() == 0 and small[:, :8].max() == -1024 and small.shape == SHAPE
+    volume = np.random.default_rng(0).integers(-1000, 1000, (64, 16, 16)).astype(np.int16)
+    small = to_small_grid(volume, grid)
+    assert small.shape == SHAPE and small.dtype == np.float32
+    assert np.array_equal(small, np.pad(volume, [(0, 0), (8, 8), (8, 8)], mode="edge"))
+    filled = to_small_grid(volume, grid, fill=0)
+    assert np.array_equal(filled, np.pad(volume, [(0, 0), (8, 8), (8, 8)]))
 
 
 def example(count=5):

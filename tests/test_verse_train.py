@@ -25,7 +25,7 @@ from common.patches import draw_patch, histogram
 from common.runs import seed_everything
 from verse_spine import train_heatmap, train_segmentation
 from verse_spine.dataset import STRATA, UNIFORM, HeatmapDataset, PatchDataset, SmallScan, VerSe, spine_box
-from verse_spine.heatmap import AIR_HU, LOSSES, TARGETS, heatmap_loss
+from verse_spine.heatmap import LOSSES, TARGETS, heatmap_loss
 from verse_spine.labels import map_labels, num_outputs
 from verse_spine.networks import MODELS, get_model
 from verse_spine.training import get_optimizer, set_up
@@ -192,7 +192,7 @@ def test_small_grids_are_kept_and_renewed(verse_h5, tmp_path, monkeypatch):
     path = tmp_path / "case.h5"
     shutil.copy(case.path, path)
     first = SmallScan(CaseFile(path), (32, 16, 16), tmp_path / "kept")
-    assert first.occupancy.max() > 0.5 and first.occupancy.min() >= 0 and first.image.min() >= AIR_HU
+    assert first.occupancy.max() > 0.5 and first.occupancy.min() >= 0 and first.image.min() >= -1024
     other_shape = SmallScan(CaseFile(path), (16, 8, 16), tmp_path / "kept")
     assert other_shape.image.shape == (16, 8, 16), "grids of several shapes lie side by side"
     monkeypatch.setattr("verse_spine.dataset.to_small_grid", lambda *a, **k: pytest.fail("made again"))
@@ -221,11 +221,16 @@ def test_heatmap_items(target, verse_h5):
 
 
 def test_truncate_cuts_one_end_in_image_and_target():
-    image, target = torch.full((40, 1, 10, 2, 2), 7, dtype=torch.int16), torch.ones(40, 1, 10, 2, 2)
+    rows = torch.arange(10, dtype=torch.int16).view(1, 1, 10, 1, 1)
+    image, target = rows.expand(40, 1, 10, 2, 2).clone(), torch.ones(40, 1, 10, 2, 2)
     again, seeds = (image.clone(), target.clone()), list(range(40))
     train_heatmap.truncate(image, target, seeds, 0.5)
-    cut = (image == AIR_HU).flatten(2).all(1).reshape(40, 10, 4).all(2)
-    assert torch.equal(cut, (target == 0)[:, 0, :, 0, 0]) and 8 < cut.any(1).sum() < 32
+    cut = (target == 0)[:, 0, :, 0, 0]
+    assert torch.equal((target == 0).all(3).all(3)[:, 0], cut) and 8 < cut.any(1).sum() < 32
+    for item, gone in zip(image, cut, strict=True):
+        first, last = np.flatnonzero(~gone.numpy())[[0, -1]]
+        expected = torch.arange(10, dtype=torch.int16).clamp(int(first), int(last))  # the new edge repeated
+        assert torch.equal(item, expected.view(1, 10, 1, 1).expand(1, 10, 2, 2))
     assert cut.sum(1).max() <= 5 and not (cut[:, 0] & cut[:, -1]).any()
     assert cut[:, 0].any() and cut[:, -1].any(), "top and bottom"
     train_heatmap.truncate(*again, seeds, 0.5)

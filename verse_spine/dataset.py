@@ -115,7 +115,7 @@ class SmallScan:
         folder.mkdir(exist_ok=True)
         self.grid: SmallGrid = small_grid(case.shape, case.spacing_mm, shape)
         self.boxes = np.asarray(case.attributes["boxes"], int).reshape(-1, 7)[:, 1:]
-        file = folder / f"{case.path.stem}_{'x'.join(map(str, shape))}.npz"
+        file = folder / f"{case.path.stem}_{'x'.join(map(str, shape))}_edges.npz"
         if not file.is_file() or file.stat().st_mtime < case.path.stat().st_mtime:
             image = to_small_grid(case.image, self.grid)
             occupancy = np.zeros(shape, np.float32)

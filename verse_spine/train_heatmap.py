@@ -33,7 +33,7 @@ from common.training import Run, optimizer_step
 from verse_spine.boxes import evaluate_boxes, save_preview, validate_heatmaps
 from verse_spine.dataset import HeatmapDataset, VerSe
 from verse_spine.flags import add_training_flags
-from verse_spine.heatmap import AIR_HU, LOSSES, TARGETS, heatmap_loss
+from verse_spine.heatmap import LOSSES, TARGETS, heatmap_loss
 from verse_spine.networks import ARCHITECTURE, load_trained, scale_hu
 from verse_spine.training import (
     get_augmentation,
@@ -88,15 +88,19 @@ def build_parser() -> ArgumentParser:
 
 
 def truncate(image: Tensor, target: Tensor, seeds: list[int], probability: float) -> None:
-    """Replace up to half of some scans (N, 1, d, h, w) at the top or bottom by air, in place: fields of view
-    end anywhere."""
+    """Cut up to half of some scans (N, 1, d, h, w) off at the top or bottom, in place: fields of view end
+    anywhere. There the new edge is repeated, as `to_small_grid` does beyond a scan, and the target is 0."""
     for item, seed in enumerate(seeds):
         rng = np.random.default_rng([seed, 1])
         if rng.random() < probability:
             depth = image.shape[2]
             rows = int(rng.uniform(0.1, 0.5) * depth)
-            cut = slice(0, rows) if rng.random() < 0.5 else slice(depth - rows, depth)
-            image[item, :, cut], target[item, :, cut] = AIR_HU, 0
+            if rng.random() < 0.5:
+                cut, edge = slice(0, rows), rows
+            else:
+                cut, edge = slice(depth - rows, depth), depth - rows - 1
+            image[item, :, cut] = image[item, :, edge, None]
+            target[item, :, cut] = 0
 
 
 def train(args: Namespace, resumed: dict | None, folder: Path | None) -> list[dict]:
