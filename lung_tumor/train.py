@@ -66,7 +66,7 @@ def train(
     # ---- data ----
     packed, split, preprocessing = distributed.main_first(lambda: open_training_data(args))
     data_path = preprocessing["data_path"]
-    runs.require_same_data(resumed, split, preprocessing, ["window_hu"], data_path)
+    runs.require_same_data(resumed, split, preprocessing, ["window_hu", "pixel_mm"], data_path)
     augmentation = Augmentation(
         args.horizontal_flip, args.rotation_limit, args.elastic, args.brightness_contrast
     )
