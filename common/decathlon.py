@@ -1,9 +1,9 @@
 """The Medical Segmentation Decathlon's folder layout: imagesTr/, labelsTr/, dataset.json."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import read_json
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
 
@@ -64,15 +64,7 @@ def read_dataset_json(folder: str | Path) -> dict:
         ValueError: the file is not valid JSON, or not an object.
     """
     path = Path(folder) / "dataset.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:  # not JSON or not UTF-8
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object in braces, found a {type(content).__name__}")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _files_by_case(folder: Path) -> dict[str, Path]:

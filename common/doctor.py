@@ -27,7 +27,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
-MODULES = {"opencv-python-headless": "cv2", "pyyaml": "yaml", "pynrrd": "nrrd"}  # where import names differ
+# Packages that are imported under another name than they are installed.
+MODULES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml", "pynrrd": "nrrd"}
 CU126 = 'pip install "torch<2.14" --index-url https://download.pytorch.org/whl/cu126'
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from common.files import replacing
+
 FORMAT_VERSION = 1
 IMAGE_DTYPES = ("int16", "uint8", "uint16", "float16", "float32")
 # Side of a chunk in voxels. A random 128^3 patch of CT costs 5.5 ms of CPU time, 7.7 ms with chunks of 64^3.
@@ -42,7 +44,7 @@ def write_case(
     attributes: dict[str, Any],
     index: dict[str, np.ndarray] | None = None,
 ) -> str:
-    """Write one case under a temporary name (`path` + ".partial") and rename it when it is complete.
+    """Write one case, whole or not at all.
 
     Args:
         image: (z, y, x) or (c, z, y, x), one of IMAGE_DTYPES. CT belongs in int16: float16 takes more space.
@@ -88,15 +90,10 @@ def write_case(
         for name, value in attributes.items():
             stored[name] = _to_attribute(value, f"{path}: attribute {name!r}")
 
-    partial = path.with_name(path.name + ".partial")  # does not match *.h5
     try:
-        with partial.open("wb") as out:
-            out.write(content.getbuffer())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, path)
+        with replacing(path, sync=True) as partial:
+            partial.write_bytes(content.getbuffer())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         reason = error.strerror or error
         raise OSError(
             error.errno,

@@ -6,12 +6,12 @@ The page draws with plain JavaScript on a canvas, so it needs neither network no
 import base64
 import html
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from common.files import replacing
 from common.surface_nets import smooth, surface_nets
 from common.volumes import expand_box, resample, resampled_shape
 
@@ -166,13 +166,8 @@ def save_html(
             f"{path}: the page has {len(page) / 1e6:.1f} MB, more than {SIZE_LIMIT / 1e6:.1f} MB; "
             "make the mesh with a smaller max_faces"
         )
-    path = Path(path)
-    partial = path.with_name(f".partial_{path.name}")
-    try:
+    with replacing(path) as partial:
         partial.write_text(page, encoding="utf8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _base64(array: np.ndarray, dtype: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import replacing
 from common.surfaces import check_grid, diagonal_mm, distances_between, summarise, surfels
 
 NOT_METRICS = ("case", "patient", "class", "name", "status")  # columns without a metric
@@ -295,10 +296,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def write_table(path: str | Path, rows: list[dict]) -> None:
-    """Rows of equal keys to CSV; floats with six significant digits, NaN as an empty cell."""
+    """Rows of equal keys to CSV in one step; floats with six significant digits, NaN as an empty cell."""
     if not rows:
         raise ValueError(f"{path}: no rows to write")
-    with Path(path).open("w", newline="", encoding="utf8") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:

@@ -4,7 +4,6 @@ Everywhere else a volume is `(z, y, x)` in RAS+: z grows upwards, y to the front
 """
 
 import itertools
-import os
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from common.files import replacing
 from common.nifti_checks import as_labels, check_first_bytes, check_header, rounded_labels
 from common.stored_values import lowest_finite, scaled, without_nan
 
@@ -345,12 +345,8 @@ def _off_mm(a: np.ndarray, b: np.ndarray, shape_xyz: Sequence[int]) -> float:
 def _write(image, path: Path) -> None:
     import nibabel as nib
 
-    partial = path.with_name(f".partial_{path.name}")  # nibabel chooses compression by the suffix
-    try:
+    with replacing(path) as partial:
         nib.save(image, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,10 @@
 """Pictures: training curves, overlays, panels. matplotlib and OpenCV are imported on use."""
 
-import os
 from pathlib import Path
 
 import numpy as np
+
+from common.files import replacing
 
 TRUTH_COLOR, PRED_COLOR = (0, 200, 80), (230, 30, 30)  # RGB
 
@@ -63,13 +64,8 @@ def save_panels(
 
 def save_figure(figure, path: str | Path) -> None:
     """Write a matplotlib figure as PNG in one step, so that a viewer never opens half a picture."""
-    path = Path(path)
-    partial = path.with_name(f".partial_{path.name}")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]):

@@ -1,10 +1,10 @@
 """Splits and folds by patient: drawn once, written to splits.json, checked wherever they are used."""
 
-import json
-import os
 import random
 import re
 from pathlib import Path
+
+from common.files import read_json, write_json
 
 PARTS = ("train", "val", "test")
 
@@ -103,9 +103,7 @@ def save_splits(path: str | Path, split: dict[str, list[str]], patients: dict[st
     """Write the split after checking it."""
     check_split(split, patients, path)
     content = {**split, "patients": patients, "seed": seed}
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf8")
-    os.replace(partial, path)
+    write_json(path, content)
 
 
 def read_splits(path: str | Path) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -114,15 +112,10 @@ def read_splits(path: str | Path) -> tuple[dict[str, list[str]], dict[str, str]]
     Raises:
         ValueError: not valid, or a patient in two parts.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf8"))
-    except ValueError as error:  # not JSON or not UTF-8
-        raise ValueError(f"{path}: not a valid splits file ({error})") from error
-    split = {part: content.get(part, []) if isinstance(content, dict) else None for part in PARTS}
-    if not all(isinstance(cases, list) for cases in split.values()):
-        raise ValueError(
-            f"{path}: not a valid splits file (expected lists of cases under {', '.join(PARTS)})"
-        )
+    advice = f"a splits file holds lists of cases under {', '.join(PARTS)}"
+    expected = dict.fromkeys(PARTS, list | None) | {"patients": dict | None}
+    content = read_json(path, expected, advice=advice)
+    split = {part: content.get(part) or [] for part in PARTS}
     patients = content.get("patients") or patients_of([case for part in split.values() for case in part])
     check_split(split, patients, path)
     return split, patients

@@ -1,11 +1,11 @@
 """Pictures of three-dimensional structures as files: views side by side, turntables, errors in mm."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from common.files import replacing
 from common.mesh import check_labels
 from common.plots import save_figure
 from common.render import Scene, drawn_grid, make_scene, render_scene, scene_of
@@ -88,9 +88,7 @@ def save_turntable(
     sheet = Image.fromarray(np.concatenate(pictures[:: max(1, frames // 6)], axis=1))
     palette = sheet.quantize(256)
     images = [Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
-    path = Path(path)
-    partial = path.with_name(f".partial_{path.name}")
-    try:
+    with replacing(path) as partial:
         images[0].save(
             partial,
             format="GIF",
@@ -99,9 +97,6 @@ def save_turntable(
             duration=round(FRAME_S * 1000),
             loop=0,
         )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_triptych(

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.conversion import convert_cases, write_json
+from common.conversion import convert_cases
+from common.files import write_json
 from common.decathlon import Case
 from common.hu import why_not_hu
 from common.splits import natural_key

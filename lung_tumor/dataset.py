@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import distributed
+from common.files import read_json as read_json_file
 from common.splits import (
     check_split,
     fold_split,
@@ -94,15 +95,7 @@ def list_slices(data_path: str | Path) -> list[SliceFile]:
 def read_json(data_path: str | Path, name: str) -> dict:
     """dataset.json or volumes.json of a data set; {} when absent."""
     path = Path(data_path) / name
-    try:
-        content = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); convert the data again") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: a {type(content).__name__} where an object belongs; convert the data again"
-        )
-    return content
+    return read_json_file(path, advice="convert the data again") if path.is_file() else {}
 
 
 def training_slices(slices: list[SliceFile], volumes: dict) -> list[SliceFile]:

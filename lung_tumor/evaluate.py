@@ -17,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import distributed
+from common import batch, distributed
 from common.config import add_prediction_flags, fraction, make_parser, parse_args, run_script
 from common.hardware import autocast, choose_precision, start_device
 from common.hu import why_not_hu
@@ -30,7 +29,7 @@ from common.runs import run_dir_of
 from lung_tumor.cases import case_from_entry, find_cases, load_case
 from lung_tumor.dataset import SliceDataset, SliceFile, list_slices, load_splits, read_json
 from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
-from lung_tumor.report import THRESHOLDS, write_report
+from lung_tumor.report import THRESHOLDS, clear_report, write_report
 from lung_tumor.slices import read_image, read_mask, to_display, volume_to_slices
 
 
@@ -206,8 +205,14 @@ def evaluate_volumes(
     *,
     threshold: float = 0.5,
     source: str | Path | None = None,
+    table: Path | None = None,
 ) -> tuple[list[dict], dict[str, str]]:
     """Score whole volumes, shared over the processes.
+
+    Args:
+        source: folder of the scans, if they were moved since the conversion.
+        table: CSV file that gets each row as soon as its volume is scored; reports that an earlier evaluation
+            left in its folder are removed first.
 
     Returns:
         (one row for each volume in the order of `volumes`, {failed volume: reason}), the same in every
@@ -225,25 +230,19 @@ def evaluate_volumes(
     entries = read_json(data_path, "volumes.json")
     patients = load_splits(data_path, list(sum(files.values(), [])), seed=42)[1]
     cases = {c.case_id: c for c in find_cases(source)} if source else {}
-    rows: dict[str, dict] = {}
-    failed: dict[str, str] = {}
-    bar = tqdm(distributed.my_share(volumes), "evaluating", unit="volume", disable=None, leave=False)
-    for name in bar:
-        try:
-            volume = load_volume(name, files[name], entries.get(name, {}), model, cases)
-            rows[name] = {"patient": patients.get(name, name), **score_volume(model, volume, threshold)}
-        except (ValueError, OSError) as error:  # one damaged scan must not cost the others
-            failed[name] = str(error)
-    for other_rows, other_failed in distributed.gather((rows, failed)):
-        rows |= other_rows
-        failed |= other_failed
-    return [rows[name] for name in volumes if name in rows], failed
+
+    def score(name: str) -> dict:
+        volume = load_volume(name, files[name], entries.get(name, {}), model, cases)
+        return {"patient": patients.get(name, name), **score_volume(model, volume, threshold)}
+
+    if table:
+        clear_report(table.parent)
+    return batch.each(score, volumes, unit="volume", table=table)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    distributed.init()
-    try:
+    with distributed.session():
         device = start_device(args.device, distributed.local_rank())
         model = load_trained(args.weights, device, choose_precision(args.amp, device))
         data_path = Path(args.data_path or model.preprocessing["data_path"])
@@ -253,22 +252,23 @@ def main(argv: list[str] | None = None) -> int:
         part = args.part or usual
         volumes = args.volumes or split[part]
         seen = sorted(set(volumes) & set(model.split["train"])) if own_data and part != "train" else []
+        name = "named" if args.volumes else part
+        folder = "evaluation" if name == usual else f"evaluation_{name}"
+        out = Path(args.out) if args.out else run_dir_of(args.weights) / folder
         rows, failed = evaluate_volumes(
-            model, data_path, volumes, threshold=args.threshold, source=args.source
+            model,
+            data_path,
+            volumes,
+            threshold=args.threshold,
+            source=args.source,
+            table=out / "per_volume.csv",
         )
         if distributed.is_main():
-            name = "named" if args.volumes else part
-            folder = "evaluation" if name == usual else f"evaluation_{name}"
-            out = Path(args.out) if args.out else run_dir_of(args.weights) / folder
             title = f"{len(rows)} {name} volumes of {data_path}, threshold {args.threshold:g}, "
             write_report(rows, out, title + model.precision.name, failed)
             if seen:
                 print(f"warning: the model was trained on {', '.join(seen)}; these scores say little")
-        return 1 if failed else 0
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        distributed.shutdown()
+        return batch.exit_code(failed)
 
 
 if __name__ == "__main__":

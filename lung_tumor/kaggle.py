@@ -9,9 +9,9 @@ label needs becomes a `_Record` of what was to be called, any other name is refu
 rebuilt from the records.
 """
 
-import os
 import pickle
 import re
+import shutil
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common.archives import leads_outside
+from common.files import replacing
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
 
@@ -101,19 +102,15 @@ def extract_image(task_folder: str | Path, case: KaggleCase, out_dir: str | Path
     if leads_outside(member):
         raise ValueError(f"{source}: member {member!r} could be written outside of its folder; not unpacked")
     target = Path(out_dir) / PurePosixPath(member).name
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _open_archive(source) as archive, archive.open(member) as packed, open(part, "wb") as file:
-            while block := packed.read(1 << 20):
-                file.write(block)
-        os.replace(part, target)
+        with replacing(target) as partial, _open_archive(source) as archive:
+            with archive.open(member) as packed, open(partial, "wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
     except (KeyError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk's fault; damaged bzip2 data is an OSError without a number
         raise ValueError(f"{source}: cannot unpack {member} ({error}); download the archive again") from error
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 

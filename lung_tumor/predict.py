@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import distributed
+from common import batch, distributed
 from common.config import (
     Switch,
     add_prediction_flags,
@@ -32,11 +32,10 @@ from common.config import (
 )
 from common.hardware import choose_precision, describe_device, start_device
 from common.hu import why_not_hu
-from common.metrics import largest_component, write_table
-from common.nifti import case_name, is_nifti, load_nifti, save_label
+from common.metrics import largest_component
+from common.nifti import NIFTI_SUFFIXES, case_name, is_nifti, load_nifti, save_label
 from common.plots import PRED_COLOR, overlay, save_panels
 from common.runs import run_dir_of
-from common.splits import natural_key
 from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
 from lung_tumor.slices import (
     IMAGE_SUFFIXES,
@@ -99,31 +98,6 @@ def build_parser() -> ArgumentParser:
     )
     add_prediction_flags(parser)
     return parser
-
-
-def find_sources(source: str | Path, out: Path, recursive: bool) -> list[Path]:
-    """The file itself, or the images and scans of a folder in natural order, without this script's own
-    output.
-
-    Raises:
-        FileNotFoundError: no such file or folder, or nothing readable in it.
-    """
-    source = Path(source)
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise FileNotFoundError(f"--source {source}: no such file or folder")
-    found = [
-        p
-        for p in (source.rglob("*") if recursive else source.iterdir())
-        if p.is_file() and not p.name.startswith(".") and (is_nifti(p) or p.suffix.lower() in IMAGE_SUFFIXES)
-    ]
-    out = out.resolve()
-    found = [p for p in found if not case_name(p).endswith(OWN_NAMES) and out not in p.resolve().parents]
-    if not found:
-        hint = "" if recursive else "; --recursive also looks into subfolders"
-        raise FileNotFoundError(f"--source {source}: no NIfTI scan and no image in it{hint}")
-    return sorted(found, key=lambda p: natural_key(str(p)))
 
 
 def predict_image(model: TrainedModel, path: Path, out: Path, args) -> dict:
@@ -204,65 +178,53 @@ def result_row(path: Path, mask: np.ndarray, highest: float, volume_mm3: float) 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    distributed.init()
-    try:
+    with distributed.session():
         device = start_device(args.device, distributed.local_rank())
         model = load_trained(args.weights, device, choose_precision(args.amp, device))
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
-        sources = find_sources(args.source, out, args.recursive)
+        sources = batch.find_sources(
+            args.source,
+            (*NIFTI_SUFFIXES, *IMAGE_SUFFIXES),
+            out=out,
+            own_names=OWN_NAMES,
+            recursive=args.recursive,
+            what="NIfTI scan and no image",
+        )
         out.mkdir(parents=True, exist_ok=True)
         if distributed.is_main():
             print(f"{len(sources)} file(s) on {describe_device(device)}, {model.precision.name}")
-        rows, failed = {}, {}
+        root = Path(args.source) if Path(args.source).is_dir() else Path(args.source).parent
+        folders = {path: out / path.parent.relative_to(root) for path in sources}  # mirrors the subfolders
+        clashes = batch.name_clashes({path: folders[path] / case_name(path) for path in sources})
+
+        def predict(path: Path) -> dict:
+            folders[path].mkdir(parents=True, exist_ok=True)
+            predict_one = predict_scan if is_nifti(path) else predict_image
+            return predict_one(model, path, folders[path], args)
+
         started = time.perf_counter()
-        bar = tqdm(distributed.my_share(sources), unit="file", disable=None if len(sources) > 1 else True)
-        taken: dict[Path, Path] = {}
-        stopped = False
-        for path in bar:
-            try:
-                # Subfolders are mirrored: two files of one name must not overwrite each other's mask.
-                inside = path.parent.relative_to(args.source) if Path(args.source).is_dir() else Path()
-                if (earlier := taken.setdefault(inside / case_name(path), path)) != path:
-                    raise ValueError(f"its mask would have the name of that of {earlier.name}; rename one")
-                (out / inside).mkdir(parents=True, exist_ok=True)
-                predict = predict_scan if is_nifti(path) else predict_image
-                rows[path] = predict(model, path, out / inside, args)
-            except (ValueError, OSError) as error:  # one bad file must not cost the others
-                failed[path] = str(error)
-            except KeyboardInterrupt:
-                if distributed.world_size() > 1:
-                    raise
-                stopped = True
-                break
-        for other_rows, other_failed in distributed.gather((rows, failed)):
-            rows |= other_rows
-            failed |= other_failed
-        if not distributed.is_main():
-            return 0
-        if rows:
-            write_table(out / "results.csv", [rows[p] for p in sources if p in rows])
-            report(rows, out, time.perf_counter() - started)
-        for path, reason in failed.items():
-            print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}")
-        if stopped:
-            print(f"stopped by the user after {len(rows)} of {len(sources)} file(s)")
-            return 130
-        return 1 if failed else 0
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        distributed.shutdown()
+        todo = [path for path in sources if path not in clashes]
+        rows, failed = batch.each(predict, todo, unit="file", table=out / "results.csv")
+        failed = clashes | failed
+        if distributed.is_main():
+            report(rows, failed, out, time.perf_counter() - started)
+        return batch.exit_code(failed)
 
 
-def report(rows: dict[Path, dict], out: Path, seconds: float) -> None:
-    with_tumour = [r for r in rows.values() if r["tumour_pixels"]]
-    for path, row in list(rows.items())[:20]:
+def report(rows: list[dict], failed: dict[Path, str], out: Path, seconds: float) -> None:
+    for row in rows[:20]:
         volume = "" if math.isnan(row["volume_mm3"]) else f", {row['volume_mm3'] / 1000:.2f} mL"
         share = 100 * row["tumour_fraction"]
-        print(f"  {path.name}: {row['tumour_pixels']} tumour pixels ({share:.2f} %){volume}")
+        print(f"  {Path(row['file']).name}: {row['tumour_pixels']} tumour pixels ({share:.2f} %){volume}")
     if len(rows) > 20:
         print(f"  ... {len(rows) - 20} more in results.csv")
-    print(f"{len(with_tumour)} of {len(rows)} file(s) with tumour; {seconds:.1f} s; written to {out}")
+    with_tumour = sum(row["tumour_pixels"] > 0 for row in rows)
+    num_files = len(rows) + len(failed)
+    print(
+        f"{len(rows)} of {num_files} file(s) written to {out} in {seconds:.1f} s, {with_tumour} with tumour"
+    )
+    for line in batch.failed_lines(failed):
+        print(line)
 
 
 if __name__ == "__main__":

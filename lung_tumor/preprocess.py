@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import Switch, fraction, make_parser, parse_args, run_script
-from common.conversion import write_json
 from common.decathlon import find_decathlon, read_dataset_json
+from common.files import write_json
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
 from lung_tumor.cases import find_cases, load_case
 from lung_tumor.conversion import WINDOW_HU, Settings, convert_all, median_pixel_mm

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
+from common import distributed
+from common.batch import failed_lines
 from common.metrics import binary_counts, dice_from_counts, iou_from_counts, summary, write_table
 from common.plots import PRED_COLOR, TRUTH_COLOR, new_figure, outline, overlay, save_figure, save_panels
 from lung_tumor.dataset import SliceDataset
 from lung_tumor.model import TrainedModel, predict_squares
 
+FILES = ("per_volume.csv", "summary.csv", "sweep.csv", "evaluation.png")
 THRESHOLDS = np.arange(1, 10) / 10  # of the sweep
 
 
@@ -110,6 +113,14 @@ def sweep_table(rows: list[dict]) -> list[dict]:
     return table
 
 
+def clear_report(out: Path) -> None:
+    """Make the folder, and remove what an earlier evaluation left there."""
+    out.mkdir(parents=True, exist_ok=True)
+    if distributed.is_main():
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+
+
 def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str] | None = None) -> None:
     """Print the summary and what failed; write per_volume.csv, summary.csv, sweep.csv, evaluation.png.
 
@@ -143,8 +154,6 @@ def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str]
     save_figure(figure, out / "evaluation.png")
 
     print_summary(table, title)
-    for name, reason in (failed or {}).items():
-        print(f"failed: {name}: {reason}")
     for r in rows:
         if not r["all_slices"]:
             print(
@@ -152,7 +161,9 @@ def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str]
                 "--all_slices or name the scans with --source to score all of them"
             )
             break
-    print(f"written: {out}/ with per_volume.csv, summary.csv, sweep.csv, evaluation.png")
+    print(f"written: {out}/ with {', '.join(FILES)}")
+    for line in failed_lines(failed or {}):
+        print(line)
 
 
 def save_val_predictions(path: Path, model: TrainedModel, dataset: SliceDataset, count: int = 4) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.files import replacing
 from common.hu import window
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -194,17 +195,15 @@ def _read_pixels(path: str | Path) -> np.ndarray:
 
 
 def write_png(path: str | Path, pixels: np.ndarray) -> None:
-    """uint8 (h, w) grey or (h, w, 3) RGB to PNG under a temporary name, then renamed.
+    """uint8 (h, w) grey or (h, w, 3) RGB to PNG, written in one step.
 
     Raises:
         OSError: disk full or no permission.
     """
     import cv2
 
-    path = Path(path)
     if pixels.ndim == 3:
         pixels = pixels[..., ::-1]  # OpenCV writes BGR
     _, data = cv2.imencode(".png", np.ascontiguousarray(pixels))
-    partial = path.with_name(f".partial_{path.name}")
-    partial.write_bytes(data.tobytes())
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(data.tobytes())

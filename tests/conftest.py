@@ -29,6 +29,19 @@ TINY = [
 ]
 TINY += ["--lr", "1e-2", "--device", "cpu", "--amp", "off", "--no-checkpointing"]
 
+# What a case may raise, of which the rest of a batch must not know anything.
+ERRORS = [
+    ValueError("no mask; draw one"),
+    OSError(28, "No space left on device"),
+    KeyError("affine"),
+    OverflowError("too large"),
+    MemoryError("Unable to allocate 9 TiB"),
+    RuntimeError("CUDA error"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    TypeError("not a number"),
+    EOFError(),
+]
+
 torch.set_num_threads(1)
 
 

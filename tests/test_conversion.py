@@ -1,78 +1,153 @@
-"""Converting case by case: failures, processes, whole files, stamps."""
+"""Converting case by case: failures, processes, what a kill or Ctrl-C does, stamps."""
 
 import errno
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import ROOT
 
-from common.conversion import convert_cases, file_stamp, write_json
+from common.conversion import convert_cases, failure_reason, file_stamp
+
+
+class NeedsTwo(Exception):
+    """Cannot be unpickled: its arguments are not those of its constructor."""
+
+    def __init__(self, a, b) -> None:
+        super().__init__(f"{a} and {b}")
+
+
+ERRORS = {
+    2: (ValueError("case 2: no mask; draw one"), "case 2: no mask; draw one"),
+    3: (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
+    4: (MemoryError("Unable to allocate 2 TiB"), "out of memory (Unable to allocate 2 TiB)"),
+    5: (KeyError("affine"), "KeyError: 'affine' (test_conversion.py, line "),
+    6: (OverflowError("int too large"), "OverflowError: int too large (test_conversion.py, line "),
+    7: (RuntimeError("one\ntwo"), "RuntimeError: one (test_conversion.py, line "),
+    8: (TypeError("not a number"), "TypeError: not a number (test_conversion.py, line "),
+    9: (NeedsTwo("x", "y"), "NeedsTwo: x and y (test_conversion.py, line "),
+    10: (MemoryError(), "out of memory (no further details)"),
+    11: (ValueError(), "ValueError:  (test_conversion.py, line "),
+}
 
 
 def convert(case: int, factor: int) -> int:
-    if case == 2:
-        raise ValueError("case 2: no mask; draw one")
-    if case == 3:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    if case == 4:
-        raise MemoryError("Unable to allocate 2 TiB")
+    if case in ERRORS:
+        raise ERRORS[case][0]
     return case * factor
 
 
 def die(case: int) -> int:
-    if case == 1:
+    if case in (1, 4):
         os.kill(os.getpid(), signal.SIGKILL)
     return case
 
 
-def broken(case: int) -> int:
-    raise TypeError("a bug, not a bad case")
+def note_start(case: int, folder: str) -> int:
+    Path(folder, str(case)).touch()
+    return case
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_bad_case_costs_the_others_nothing(workers):
+    cases = [1, *ERRORS, 12]
     found = {
-        case: (result, reason)
-        for case, result, reason in convert_cases(convert, [1, 2, 3, 4, 5], 10, workers=workers)
+        case: (result, reason) for case, result, reason in convert_cases(convert, cases, 10, workers=workers)
     }
-    assert found[1] == (10, "") and found[5] == (50, "")
-    assert found[2] == (None, "case 2: no mask; draw one")
-    assert found[3][0] is None and "No space left" in found[3][1]
-    assert found[4] == (None, "Unable to allocate 2 TiB")
+    assert list(found) == cases or workers == 2
+    assert found.pop(1) == (10, "") and found.pop(12) == (120, "")
+    for case, (_, expected) in ERRORS.items():
+        result, reason = found[case]
+        assert result is None and reason.startswith(expected), reason
+
+
+def test_out_of_gpu_memory_is_told():
+    reason = failure_reason(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"))
+    assert reason == (
+        "out of GPU memory; use a smaller --batch_size, or --device cpu "
+        "(CUDA out of memory. Tried to allocate 2 GiB.)"
+    )
 
 
 def test_alone_it_keeps_the_order_and_yields_as_it_goes():
-    results = convert_cases(convert, [5, 1], 2, workers=0)
-    assert next(results) == (5, 10, "") and next(results) == (1, 2, "")
+    results = convert_cases(convert, [30, 1], 2, workers=0)
+    assert next(results) == (30, 60, "") and next(results) == (1, 2, "")
     assert list(convert_cases(convert, [], 2, workers=4)) == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bugs_are_not_taken_for_bad_cases(workers):
-    with pytest.raises(TypeError, match="a bug"):
-        list(convert_cases(broken, [1, 2], workers=workers))
+def test_ctrl_c_in_a_case_ends_the_conversion():
+    def interrupt(case):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(convert_cases(interrupt, [1, 2], workers=0))
 
 
-def test_a_process_ended_from_outside_is_reported():
-    reasons = {case: reason for case, _, reason in convert_cases(die, [1, 2, 3], workers=2)}
-    assert "lack of memory: --workers 0" in reasons[1] and len(reasons) == 3
+def test_a_case_whose_process_is_killed_costs_the_others_nothing():
+    found = {case: (result, reason) for case, result, reason in convert_cases(die, list(range(6)), workers=2)}
+    assert {case: found[case] for case in (0, 2, 3, 5)} == {case: (case, "") for case in (0, 2, 3, 5)}
+    for case in (1, 4):
+        assert found[case][0] is None and "most likely for lack of memory; close other" in found[case][1]
 
 
-def test_json_is_whole_or_as_before(tmp_path, monkeypatch):
-    path = tmp_path / "notes.json"
-    write_json(path, {"a": [1, 2]})
+def test_cases_that_wait_are_not_begun_after_an_interruption(tmp_path):
+    """Those in work, and those handed to the workers already, are: at most 2 + 3 beside the first one."""
+    results = convert_cases(note_start, list(range(40)), str(tmp_path), workers=2)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in results:
+            raise KeyboardInterrupt
+    results.close()
+    assert 1 <= len(list(tmp_path.iterdir())) < 20
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("common.conversion.os.replace", full)
-    with pytest.raises(OSError):
-        write_json(path, {"a": [3]})
-    monkeypatch.undo()
-    assert json.loads(path.read_text()) == {"a": [1, 2]}
-    write_json(path, {"a": [3]})
-    assert json.loads(path.read_text()) == {"a": [3]} and [p.name for p in tmp_path.iterdir()] == [path.name]
+WAIT = """
+import os, time
+from common.conversion import convert_cases
+
+def wait(case):
+    os.write(1, b"%d " % os.getpid())
+    time.sleep(60)
+
+if __name__ == "__main__":
+    list(convert_cases(wait, [1, 2, 3, 4], workers=2))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_that_started_them(number, tmp_path):
+    """Whoever kills the conversion must not have to look for its workers."""
+    (tmp_path / "wait.py").write_text(WAIT)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "wait.py")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    workers = b""
+    while workers.count(b" ") < 2:
+        workers += os.read(process.stdout.fileno(), 100)
+    process.send_signal(number)
+    try:
+        process.communicate(timeout=50)  # the pipe ends when no process holds it any more
+    except subprocess.TimeoutExpired:
+        for worker in workers.split():
+            os.kill(int(worker), signal.SIGKILL)
+        pytest.fail("its workers go on")
+
+
+def test_ctrl_c_is_left_to_the_main_process(tmp_path):
+    """The signal reaches all processes of a terminal; the cases in work are finished."""
+    cases = list(convert_cases(interrupt_self, [1, 2, 3], workers=2))
+    assert sorted(cases) == [(1, 1, ""), (2, 2, ""), (3, 3, "")]
+
+
+def interrupt_self(case: int) -> int:
+    os.kill(os.getpid(), signal.SIGINT)
+    return case
 
 
 def test_stamp_tells_changed_files(tmp_path):
@@ -81,6 +156,8 @@ def test_stamp_tells_changed_files(tmp_path):
     before = file_stamp([a, b])
     assert file_stamp([a, b]) == before == json.loads(json.dumps(before)), "survives JSON"
     os.utime(b, ns=(1, 1))
-    assert file_stamp([a, b]) != before and file_stamp([a]) == before[:1]
+    assert file_stamp([a, b]) != before and file_stamp([a]) == before[:1], "same size, another time"
+    status = a.stat()
     a.write_text("longer")
-    assert file_stamp([a])[0][1] == 6
+    os.utime(a, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file_stamp([a]) == [[str(a), 6, before[0][2]]], "same time, another size"

@@ -121,6 +121,6 @@ def test_dataset_json(tmp_path):
 @pytest.mark.parametrize("content", [b'{"name": ', b"", b"\xff\xfe", b"[1, 2]"])
 def test_broken_dataset_json_names_the_file(tmp_path, content):
     (tmp_path / "dataset.json").write_bytes(content)
-    with pytest.raises(ValueError, match="not valid JSON|expected an object in braces, found a list") as info:
+    with pytest.raises(ValueError, match="not valid JSON|expected an object, found a list") as info:
         read_dataset_json(tmp_path)
     assert str(tmp_path / "dataset.json") in str(info.value)

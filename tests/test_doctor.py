@@ -87,6 +87,15 @@ def test_the_projects_requirements_are_read(monkeypatch, capsys):
     assert re.match(r"\d+\.\d+", topics["torch"])
 
 
+def test_every_package_of_the_projects_requirements_can_be_imported():
+    """Also those whose import name is another one, as pillow's: else a healthy machine has a problem."""
+    names = re.findall(r"^([\w-]+)", doctor.REQUIREMENTS.read_text(encoding="utf8").lower(), re.M)
+    found = {topic: (text, problem) for topic, text, problem in doctor.report_software()}
+    assert len(names) > 10 and set(names) <= set(found)
+    assert not {name: found[name] for name in names if found[name][1] is not None}
+    assert all(re.match(r"\d+\.\d+", found[name][0]) for name in names)
+
+
 @pytest.mark.parametrize(
     "version, fault, text, problem",
     [

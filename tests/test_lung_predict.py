@@ -11,8 +11,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script
+from conftest import ERRORS, ROOT, TINY, run_script
 
+from common import distributed
 from common.checkpoints import load_checkpoint, save_checkpoint
 from common.hardware import Precision
 from common.metrics import binary_counts, dice_from_counts
@@ -149,9 +150,8 @@ def test_folder_of_everything(tmp_path, monkeypatch, capsys):
     (source / "notes.txt").write_text("x")
     assert run_predict("r/w/best.pt", source, source / "out", "--recursive", "--save_overlay") == 1
     out = capsys.readouterr().out
-    assert (
-        "failed: " in out and "bad.png: not a readable image" in out and "4 of 4 file(s) with tumour" in out
-    )
+    assert "bad.png: not a readable image" in out.splitlines()[-1], "failed ones are listed last"
+    assert f"4 of 5 file(s) written to {source / 'out'} in " in out and ", 4 with tumour\n" in out
     assert [row["file"].rsplit("/in/")[-1] for row in results(source / "out")] == [
         "a.PNG",
         "b.png",
@@ -166,7 +166,7 @@ def test_folder_of_everything(tmp_path, monkeypatch, capsys):
     red = cv2.imread(str(source / "out" / "overlays" / "b_overlay.png"))[6, 6]
     assert red[2] > red[0] + 30, "tumour is red"
     assert run_predict("r/w/best.pt", source, source / "out", "--recursive") == 1
-    assert "4 of 4 file(s)" in capsys.readouterr().out, "its own masks are not taken for images"
+    assert "4 of 5 file(s)" in capsys.readouterr().out, "its own masks are not taken for images"
 
 
 def test_threshold_and_largest_component(tmp_path, monkeypatch):
@@ -497,7 +497,94 @@ def test_two_files_of_one_name_do_not_share_a_mask(tmp_path, monkeypatch, capsys
     for name in ("a.png", "a.bmp"):
         cv2.imwrite(str(tmp_path / name), np.full((16, 16), 200, np.uint8))
     assert run_predict("r/weights/best.pt", tmp_path, tmp_path / "out") == 1
-    assert "its mask would have the name of that of a.bmp; rename one" in capsys.readouterr().out
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        f"failed: {tmp_path / 'a.png'}: its result would have the name of that of {tmp_path / 'a.bmp'}; "
+        "rename one of the two"
+    )
+    assert [row["file"] for row in results(tmp_path / "out")] == [str(tmp_path / "a.bmp")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_good_bad_good_gives_two_masks(error, tmp_path, monkeypatch, capsys):
+    """Whatever the second image raises; when it begins, the first one stands in the table."""
+    monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(16))
+    original, out = predict.read_image, tmp_path / "out"
+
+    def failing(path):
+        if path.name == "b.png":
+            assert [row["file"][-5:] for row in results(out)] == ["a.png"]
+            raise error.with_traceback(None)
+        return original(path)
+
+    monkeypatch.setattr(predict, "read_image", failing)
+    for name in "abc":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((16, 16), 200, np.uint8))
+    assert run_predict("r/weights/best.pt", tmp_path, out) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"failed: {tmp_path / 'b.png'}: ") and "2 of 3 file(s) written" in lines[-2]
+    assert sum("failed: " in line for line in lines) == 1
+    assert [row["file"][-5:] for row in results(out)] == ["a.png", "c.png"]
+    assert sorted(p.name for p in out.glob("*_mask.png")) == ["a_mask.png", "c_mask.png"]
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(16))
+    original = predict.read_image
+
+    def interrupted(path):
+        if path.name == "c.png":
+            raise KeyboardInterrupt
+        return original(path)
+
+    monkeypatch.setattr(predict, "read_image", interrupted)
+    for name in "abcd":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((16, 16), 200, np.uint8))
+    with pytest.raises(KeyboardInterrupt):  # which `run_script` turns into exit code 130
+        run_predict("r/weights/best.pt", tmp_path, tmp_path / "out")
+    assert [row["file"][-5:] for row in results(tmp_path / "out")] == ["a.png", "b.png"]
+    assert "stopped by the user after 2 of 4 file(s); their results are in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_files_of_one_name_in_two_processes(rank, tmp_path, monkeypatch, capsys):
+    """Each process knows of the other one's files: only the first of the two is predicted."""
+    monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(16))
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for name in ("a.jpg", "a.png"):
+        cv2.imwrite(str(tmp_path / name), np.full((16, 16), 200, np.uint8))
+    assert run_predict("r/weights/best.pt", tmp_path, tmp_path / "out") == (1 if rank == 0 else 0)
+    assert (tmp_path / "out" / "a_mask.png").is_file() is (rank == 0)
+    if rank == 0:
+        assert (
+            capsys.readouterr().out.splitlines()[-1].startswith(f"failed: {tmp_path / 'a.png'}: its result")
+        )
+        assert [row["file"] for row in results(tmp_path / "out")] == [str(tmp_path / "a.jpg")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_bad_volume_costs_no_other(error, phantom_slices, monkeypatch, tmp_path):
+    original, names = evaluate.load_volume, ["lung_001", "lung_002", "lung_003"]
+    table = tmp_path / "out" / "per_volume.csv"
+    table.parent.mkdir()
+    (tmp_path / "out" / "summary.csv").write_text("of an earlier evaluation")
+
+    def failing(name, *args):
+        if name == "lung_002":
+            with table.open() as file:
+                assert [row["volume"] for row in csv.DictReader(file)] == ["lung_001"]
+            raise error.with_traceback(None)
+        return original(name, *args)
+
+    monkeypatch.setattr(evaluate, "load_volume", failing)
+    model = bright_model(48, level=0.3)
+    rows, failed = evaluate.evaluate_volumes(model, phantom_slices, names, table=table)
+    assert [row["volume"] for row in rows] == ["lung_001", "lung_003"] and list(failed) == ["lung_002"]
+    assert len(rows[0]["sweep"]) == 9
+    with table.open() as file:
+        assert [row["volume"] for row in csv.DictReader(file)] == ["lung_001", "lung_003"]
+    assert [path.name for path in table.parent.iterdir()] == ["per_volume.csv"]
 
 
 def test_augmentation_repeats_by_seed_and_keeps_masks_binary():

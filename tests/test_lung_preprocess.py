@@ -348,7 +348,7 @@ def test_write_png_leaves_nothing_half_written(tmp_path, monkeypatch):
     write_png(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
     before = (tmp_path / "a.png").read_bytes()
     monkeypatch.setattr(
-        "pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        "common.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     with pytest.raises(OSError):
         write_png(tmp_path / "a.png", np.ones((4, 4), np.uint8))

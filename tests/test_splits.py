@@ -257,12 +257,15 @@ def test_hand_written_file_without_patients(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b'{"train": ["a"', "not a valid splits file"),
-        (b"", "not a valid splits file"),
-        (b"\xff\xfe{}", "not a valid splits file"),
-        (b'["a", "b"]', "not a valid splits file"),
-        (b'{"train": null}', "expected lists of cases under train, val, test"),
-        (b'{"train": ["a"], "val": "abc"}', "expected lists of cases under train, val, test"),
+        (b'{"train": ["a"', "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (
+            b'["a", "b"]',
+            "expected an object, found a list .*; a splits file holds lists of cases under train, val",
+        ),
+        (b'{"train": null}', "no training case"),
+        (b'{"train": ["a"], "val": "abc"}', '"val" should be a list, found a text'),
         (b"{}", "no training case"),
         (b'{"train": ["a"], "val": ["a"]}', r"patient a stands in train \(case a\) and in val"),
         (b'{"train": ["a"], "val": ["b"], "patients": {"a": "x", "b": "x"}}', "patient x stands in train"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ERRORS
 
 from common.compare import main as compare
 from common.compare import read_results
@@ -29,6 +30,7 @@ from verse_spine.labels import (
     write_centroids,
 )
 from verse_spine.networks import TrainedModel
+from verse_spine.scores import score_case
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", None, False, "test")
@@ -47,9 +49,7 @@ def score(pred, target, labels="levels26", **kwargs):
     """`pred` in VerSe's numbers too."""
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
     centres = mask_centres(target, affine)
-    return evaluate.score_case(
-        map_labels(pred, labels), target, (2.0, 2.0, 2.0), affine, labels, centres, **kwargs
-    )
+    return score_case(map_labels(pred, labels), target, (2.0, 2.0, 2.0), affine, labels, centres, **kwargs)
 
 
 # ---- one case ----
@@ -131,7 +131,7 @@ def test_volumes_are_those_of_the_affine():
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
     affine[1, 2], affine[2, 2] = 2 * np.sin(np.pi / 3), 2 * np.cos(np.pi / 3)
     pred = map_labels(target, "levels26")
-    rows, _ = evaluate.score_case(pred, target, (2, 2, 2), affine, "levels26", {})
+    rows, _ = score_case(pred, target, (2, 2, 2), affine, "levels26", {})
     (row,) = [r for r in rows if r["status"] == "ok"]
     assert row["target_mm3"] == row["pred_mm3"] == pytest.approx(800 * 4)
 
@@ -142,7 +142,7 @@ def test_sacrum_in_the_centroids_is_no_target():
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
     centres = mask_centres(target, affine) | {26: (0.0, 0.0, 0.0), 27: (-20.0, 0.0, 0.0)}
     pred = map_labels(target, "levels26")
-    _, summary = evaluate.score_case(pred, target, (2, 2, 2), affine, "levels26", centres)
+    _, summary = score_case(pred, target, (2, 2, 2), affine, "levels26", centres)
     assert summary["targets"] == 2 and summary["rate"] == 1
 
 
@@ -419,18 +419,72 @@ def test_faint_heat_map_searches_the_whole_case(coded_h5):
     assert rows[0]["region_recall"] == 1.0 and rows[0]["dice_any"] > 0.99
 
 
-def test_one_damaged_case_costs_no_other(coded_h5, monkeypatch):
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_one_damaged_case_costs_no_other(error, coded_h5, monkeypatch, tmp_path):
     verse = VerSe(coded_h5)
     names, original = sorted(verse.cases), evaluate.segment
 
     def failing(model, image, *args, **kwargs):
         if image.shape == verse.cases[names[1]].image.shape:
-            raise ValueError("h5 file damaged")
+            assert [row["case"] for row in table(tmp_path / "cases.csv")] == names[:1]
+            raise error.with_traceback(None)
         return original(model, image, *args, **kwargs)
 
     monkeypatch.setattr(evaluate, "segment", failing)
-    rows, failed = evaluate.evaluate_cases(model_of(Level()), verse, names[:3], surfaces=False)
-    assert failed == {names[1]: "h5 file damaged"} and [r["case"] for r in rows] == [names[0], names[2]]
+    (tmp_path / "summary.md").write_text("of an earlier evaluation")
+    rows, failed = evaluate.evaluate_cases(
+        model_of(Level()), verse, names[:3], surfaces=False, table=tmp_path / "cases.csv"
+    )
+    assert list(failed) == [names[1]] and [row["case"] for row in rows] == [names[0], names[2]]
+    assert [row["case"] for row in table(tmp_path / "cases.csv")] == [names[0], names[2]]
+    assert [path.name for path in tmp_path.iterdir()] == ["cases.csv"]
+
+
+def test_what_is_no_part_of_the_spine_is_removed_before_scoring(coded_h5, monkeypatch):
+    """A crumb in a corner of the scan, far from all vertebrae, changes no score."""
+    verse = VerSe(coded_h5)
+    name, original = sorted(verse.cases)[0], evaluate.segment
+    clean, _ = evaluate.evaluate_cases(model_of(Level()), verse, [name], surfaces=False)
+
+    def with_crumb(*args, **kwargs):
+        pred = original(*args, **kwargs)
+        assert not pred[2:8, 2:6, 2:6].any()
+        pred[4, 3, 3] = 9
+        return pred
+
+    monkeypatch.setattr(evaluate, "segment", with_crumb)
+    rows, failed = evaluate.evaluate_cases(model_of(Level()), verse, [name], surfaces=False)
+    assert not failed and str(rows) == str(clean), "as text, in which NaN equals NaN"
+
+
+def test_two_masks_of_one_case_are_refused(perfect, verse_source):
+    first = sorted(perfect.iterdir())[0]
+    shutil.copy(first, perfect / first.name.replace("_ct_mask", "_mask"))
+    with pytest.raises(ValueError, match="_mask.nii.gz: .* is a mask of the same case; keep one of the two"):
+        evaluate.evaluate_files(perfect, verse_source, "levels26", "native")
+
+
+def test_a_bad_note_beside_a_mask_is_the_failure_of_its_case(perfect, verse_source):
+    names = [case.name for case in find_cases(verse_source)]
+    for name in names[2:]:
+        (perfect / f"{name}_ct_mask.nii.gz").unlink()
+    (perfect / f"{names[0]}_ct.json").write_text('{"labels": 3}')
+    (perfect / f"{names[1]}_ct.json").write_text('{"labels": "binary"}')
+    rows, failed = evaluate.evaluate_files(perfect, verse_source, "levels26", "native")
+    assert not rows and '"labels" should be a text, found a number (3)' in failed[names[0]]
+    assert "holds binary labels; score it with --labels binary" in failed[names[1]]
+
+
+def test_a_mistake_in_the_flags_removes_no_report(verse_runs):
+    seg = verse_runs["segmentation"]
+    report = seg / "evaluation_test_heatmap" / "summary.md"
+    report.parent.mkdir(exist_ok=True)
+    report.write_text("kept")
+    with pytest.raises(SystemExit, match="needs --heatmap_weights"):
+        run(
+            "--weights", seg / "weights" / "best.pt", "--region", "heatmap", "--device", "cpu", "--amp", "off"
+        )
+    assert report.read_text() == "kept"
 
 
 def test_weights_end_to_end(verse_runs, capsys):

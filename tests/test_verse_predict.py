@@ -13,8 +13,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT
+from conftest import ERRORS, REAL_DATA, ROOT
 
+from common import distributed
 from common.checkpoints import save_checkpoint
 from common.hardware import Precision
 from common.hdf5 import CaseFile, write_case
@@ -346,15 +347,16 @@ def test_given_region(tmp_path, monkeypatch, capsys):
         ('{"start": [5, 5, 5], "stop": [5, 9, 9]}', "is not inside"),
         ('{"start": [-1, 0, 0], "stop": [5, 9, 9]}', "is not inside"),
         ('{"start": [0, 0], "stop": [5, 9]}', "is not inside"),
-        ('{"start": [0, 0, 0]}', "expected"),
-        ('{"region": "body"}', "expected"),
-        ("[1, 2]", "expected"),
-        ("no json", "expected"),
+        ('{"start": [0, 0, "0"], "stop": [5, 9, 9]}', "is not inside"),
+        ('{"start": [0, 0, 0]}', '"stop" is missing, expected a list'),
+        ('{"region": "body"}', "expected an object, found a text"),
+        ("[1, 2]", "expected an object, found a list"),
+        ("no json", "not valid JSON"),
     ):
         roi.write_text(content)
         assert run(tmp_path / "s.nii", tmp_path / "c", *QUICK, "--roi", roi) == 1
         out = capsys.readouterr().out
-        assert f"--roi {roi}" in out and message in out, content
+        assert f"failed: {tmp_path / 's.nii'}: {roi}: " in out and message in out, content
     assert run(tmp_path / "s.nii", tmp_path / "c", *QUICK, "--roi", tmp_path / "none.json") == 1
     assert "none.json: no such file" in capsys.readouterr().out
 
@@ -577,29 +579,51 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(predict, "segment", interrupted)
-    assert run(source, tmp_path / "out", *QUICK) == 130
+    with pytest.raises(KeyboardInterrupt):  # which `run_script` turns into exit code 130
+        run(source, tmp_path / "out", *QUICK)
     assert [row["scan"][-5:] for row in results(tmp_path / "out")] == ["a.nii"]
-    assert "stopped by the user after 1 of 3" in capsys.readouterr().out
+    assert "stopped by the user after 1 of 3 scan(s); their results are in" in capsys.readouterr().out
     assert (tmp_path / "out" / "a_mask.nii.gz").is_file() and not (
         tmp_path / "out" / "b_mask.nii.gz"
     ).exists()
 
 
-def test_memory_error_costs_one_scan_only(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_good_bad_good_gives_two_masks(error, tmp_path, monkeypatch, capsys):
+    """Whatever the second scan raises; when it begins, the first one stands in the table."""
     stub(monkeypatch)
-    original = predict.segment
+    original, out = predict.segment, tmp_path / "out"
 
-    def too_large(model, image, *args, **kwargs):
-        if image.shape[0] > 20:
-            raise MemoryError("Unable to allocate 9 GiB")
+    def failing(model, image, *args, **kwargs):
+        if image.shape[0] == 20:
+            assert [row["scan"][-5:] for row in results(out)] == ["a.nii"]
+            raise error.with_traceback(None)
         return original(model, image, *args, **kwargs)
 
-    monkeypatch.setattr(predict, "segment", too_large)
-    source = scans(tmp_path / "in", "b.nii")
-    scans(source, "a.nii", shape=(40, 16, 16))
-    assert run(source, tmp_path / "out", *QUICK) == 1
-    assert "a.nii: Unable to allocate 9 GiB" in capsys.readouterr().out
-    assert len(results(tmp_path / "out")) == 1
+    monkeypatch.setattr(predict, "segment", failing)
+    source = scans(tmp_path / "in", "a.nii", "c.nii")
+    scans(source, "b.nii", shape=(20, 16, 16))
+    assert run(source, out, *QUICK, "--no_roi") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"failed: {source / 'b.nii'}: ") and "2 of 3 scan(s) written" in lines[-2]
+    assert sum("failed: " in line for line in lines) == 1
+    assert [row["scan"][-5:] for row in results(out)] == ["a.nii", "c.nii"]
+    assert sorted(p.name for p in out.glob("*_mask.nii.gz")) == ["a_mask.nii.gz", "c_mask.nii.gz"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_scans_of_one_name_in_two_processes(rank, tmp_path, monkeypatch, capsys):
+    """Each process knows of the other one's files: only the first of the two is predicted."""
+    stub(monkeypatch)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    source = scans(tmp_path / "in", "a.nii", "a.nii.gz")
+    assert run(source, tmp_path / "out", *QUICK) == (1 if rank == 0 else 0)
+    assert (tmp_path / "out" / "a_mask.nii.gz").is_file() is (rank == 0)
+    if rank == 0:
+        reason = f"its result would have the name of that of {source / 'a.nii'}; rename one of the two"
+        assert capsys.readouterr().out.splitlines()[-1] == f"failed: {source / 'a.nii.gz'}: {reason}"
+        assert [row["scan"] for row in results(tmp_path / "out")] == [str(source / "a.nii")]
 
 
 def checkpoint(path, stage, labels="binary"):

@@ -1,7 +1,5 @@
 """The preprocessed VerSe cases, and training items of both stages read straight from their HDF5 files."""
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common.files import read_json, replacing
 from common.hdf5 import CaseFile
 from common.patches import draw_patch
 from common.splits import PARTS, check_split, read_splits, split_by_patient
@@ -48,7 +47,8 @@ class VerSe:
                 f"{path}: no preprocessed cases here (preprocessing.json, cases/*.h5). Make them with: "
                 f"python verse_spine/preprocess.py --source <VerSe folder> --out {path}"
             )
-        self.preprocessing = json.loads(notes.read_text(encoding="utf8"))
+        advice = "make it again with verse_spine/preprocess.py"
+        self.preprocessing = read_json(notes, {"cases": list, "spacing_mm": list}, advice=advice)
         entries = {e["name"]: e for e in self.preprocessing.pop("cases")}
         self.preprocessing["data_path"] = str(self.path.resolve())
         self.entries = entries
@@ -121,9 +121,9 @@ class SmallScan:
             occupancy = np.zeros(shape, np.float32)
             if case.has_label:
                 occupancy = to_small_grid(_Foreground(case.label), self.grid, fill=0)
-            partial = file.with_name(f".partial_{os.getpid()}_{file.name}")
-            np.savez(partial, image=np.rint(image).astype(np.int16), occupancy=occupancy.astype(np.float16))
-            os.replace(partial, file)
+            image, occupancy = np.rint(image).astype(np.int16), occupancy.astype(np.float16)
+            with replacing(file) as partial:
+                np.savez(partial, image=image, occupancy=occupancy)
         with np.load(file) as stored:
             self.image = stored["image"].astype(np.float32)
             self.occupancy = stored["occupancy"].astype(np.float32)

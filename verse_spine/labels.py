@@ -11,13 +11,13 @@ went through them may be one voxel off. Here everything goes through the affine,
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
+from common.files import read_json, replacing
 from common.nifti import NiftiFile
 
 LABEL_NAMES = {
@@ -129,13 +129,8 @@ def read_centroids(path: str | Path) -> Centroids:
     expected = (
         'expected a list [{"direction": ["P", "I", "R"]}, {"label": 20, "X": 1.0, "Y": 2.0, "Z": 3.0}, ...]'
     )
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        items = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:  # not JSON, not UTF-8
-        raise ValueError(f"{path}: not valid JSON ({error}); {expected}") from error
-    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+    items = read_json(path, list, advice=expected)
+    if not items or not all(isinstance(item, dict) for item in items):
         raise ValueError(f"{path}: {expected}")
     direction = items[0].get("direction")
     if not _is_direction(direction):
@@ -160,16 +155,11 @@ def read_centroids(path: str | Path) -> Centroids:
 
 def write_centroids(path: str | Path, centroids: Centroids) -> None:
     """Write VerSe's format; the file appears whole or not at all."""
-    path = Path(path)
     items: list[dict] = [{"direction": list(centroids.direction)}]
     for label, position in sorted(centroids.voxels.items()):
         items.append({"label": label, **{axis: round(v, 2) for axis, v in zip("XYZ", position, strict=True)}})
-    partial = path.with_name(f".partial_{path.name}")
-    try:
+    with replacing(path) as partial:
         partial.write_text(json.dumps(items) + "\n", encoding="utf8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def centroids_to_mm(centroids: Centroids, scan: NiftiFile) -> dict[int, tuple[float, float, float]]:

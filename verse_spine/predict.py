@@ -10,7 +10,6 @@ Without --heatmap_weights the whole body is searched. The scan is read where it 
 exist for a few rows at a time. For research only.
 """
 
-import json
 import math
 import sys
 import time
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import distributed
+from common import batch, distributed
 from common.config import (
     Switch,
     add_prediction_flags,
@@ -33,13 +32,11 @@ from common.config import (
     positive_int,
     run_script,
 )
-from common.conversion import write_json
+from common.files import check_keys, read_json, write_json
 from common.hardware import choose_precision, describe_device, peak_memory_mib, start_device
 from common.hu import why_not_hu
-from common.metrics import write_table
-from common.nifti import NiftiFile, case_name, is_nifti, open_nifti, save_label
+from common.nifti import NIFTI_SUFFIXES, NiftiFile, case_name, open_nifti, save_label
 from common.runs import run_dir_of
-from common.splits import natural_key
 from common.volumes import body_box, crop
 from common.windows import prediction_peak_mib, reading_box
 from verse_spine.heatmap import HU_RANGE, small_grid, to_small_grid
@@ -57,7 +54,7 @@ from verse_spine.segment import (
     spine_region,
 )
 
-OWN_NAMES = ("_mask",)  # what this script writes itself
+OWN_NAMES = ("_mask", "_msk")  # masks of this script and of VerSe are not scans
 OVERVIEW_MM = 3.0  # voxels of the coarse copy that stage 1 and the body box look at
 
 
@@ -87,25 +84,6 @@ def build_parser() -> ArgumentParser:
     )
     add_prediction_flags(parser)
     return parser
-
-
-def find_scans(source: str | Path, recursive: bool) -> list[Path]:
-    """The file itself, or the NIfTI files of a folder in natural order, without masks (*_mask, *_msk).
-
-    Raises:
-        FileNotFoundError: no such file or folder, or no NIfTI file in it.
-    """
-    source = Path(source)
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise FileNotFoundError(f"--source {source}: no such file or folder")
-    found = [p for p in (source.rglob("*") if recursive else source.iterdir()) if p.is_file() and is_nifti(p)]
-    found = [p for p in found if not case_name(p).endswith((*OWN_NAMES, "_msk"))]
-    if not found:
-        hint = "" if recursive else "; --recursive also looks into subfolders"
-        raise FileNotFoundError(f"--source {source}: no NIfTI scan in it{hint}")
-    return sorted(found, key=lambda p: natural_key(str(p)))
 
 
 # ---- stage 1 ----
@@ -144,24 +122,18 @@ def read_roi(path: str | Path, file: NiftiFile) -> tuple[tuple, tuple]:
     """Box in voxels (z y x, RAS) of a JSON file: {"start", "stop"}, or a result of this script.
 
     Raises:
-        FileNotFoundError, ValueError: missing, or no box inside the scan.
+        FileNotFoundError, ValueError: the file is missing, or holds no box inside the scan.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--roi {path}: no such file")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf8"))
-        content = content.get("region", content)
-        start, stop = (tuple(int(v) for v in content[key]) for key in ("start", "stop"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'--roi {path}: expected {{"start": [z, y, x], "stop": [z, y, x]}} in voxels of the scan in RAS'
-        ) from error
-    if (
-        len(start) != 3
-        or len(stop) != 3
-        or not all(0 <= a < b <= n for a, b, n in zip(start, stop, file.shape, strict=True))
-    ):
-        raise ValueError(f"--roi {path}: box {start} to {stop} is not inside {file.path.name} {file.shape}")
+    advice = '--roi needs {"start": [z, y, x], "stop": [z, y, x]} in voxels of the scan in RAS'
+    content = read_json(path, advice=advice)
+    box = content.get("region", content)
+    check_keys(box, {"start": list, "stop": list}, str(path), advice=advice)
+    start, stop = tuple(box["start"]), tuple(box["stop"])
+    is_inside = len(start) == len(stop) == 3 and all(isinstance(v, int) for v in (*start, *stop))
+    is_inside = is_inside and all(0 <= a < b <= n for a, b, n in zip(start, stop, file.shape, strict=True))
+    if not is_inside:
+        name = f"{file.path.name} {file.shape}"
+        raise ValueError(f"{path}: box {start} to {stop} is not inside {name}; {advice}")
     return start, stop
 
 
@@ -274,8 +246,9 @@ def predict_scan(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    distributed.init()
-    try:
+    with distributed.session():
+        if args.roi and args.no_roi:
+            raise ValueError("--roi and --no_roi contradict each other")
         device = start_device(args.device, distributed.local_rank())
         precision = choose_precision(args.amp, device)
         model = load_trained(args.weights, device, precision, "segmentation")
@@ -283,48 +256,40 @@ def main(argv: list[str] | None = None) -> int:
         if args.heatmap_weights:
             heatmap = load_trained(args.heatmap_weights, device, precision, "heatmap")
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
-        if args.roi and args.no_roi:
-            raise ValueError("--roi and --no_roi contradict each other")
-        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of code
-        scans = find_scans(args.source, args.recursive)
+        scans = batch.find_sources(
+            args.source,
+            NIFTI_SUFFIXES,
+            out=out,
+            own_names=OWN_NAMES,
+            recursive=args.recursive,
+            what="NIfTI scan",
+        )
         out.mkdir(parents=True, exist_ok=True)
         if distributed.is_main():
             print(f"{len(scans)} scan(s) on {describe_device(device)}, {precision.name}")
-        rows, failed, stopped = {}, {}, False
-        taken: dict[str, Path] = {}  # of all processes: two masks of one name would be one
-        clashes = {p: o for p in scans if (o := taken.setdefault(case_name(p), p)) != p}
-        for path in distributed.my_share(scans):
-            try:
-                if path in clashes:
-                    raise ValueError(f"its mask would have the name of that of {clashes[path]}; rename one")
-                rows[path] = predict_scan(model, heatmap, path, out, args)
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                failed[path] = str(error)  # one bad scan must not cost the others
-            except KeyboardInterrupt:
-                if distributed.world_size() > 1:
-                    raise
-                stopped = True
-                break
-        for other_rows, other_failed in distributed.gather((rows, failed)):
-            rows |= other_rows
-            failed |= other_failed
-        if not distributed.is_main():
-            return 0
-        for path, row in rows.items():
-            print(f"  {path.name}: {row['volume_ml']:.1f} mL of vertebrae, {row['seconds']:.1f} s")
-        if rows:
-            write_table(out / "predictions.csv", [rows[p] for p in scans if p in rows])
-            print(f"{len(rows)} of {len(scans)} scan(s) written to {out}")
-        for path, reason in failed.items():
-            print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}")
-        if stopped:
-            print(f"stopped by the user after {len(rows)} of {len(scans)} scan(s)")
-            return 130
-        return 1 if failed else 0
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        distributed.shutdown()
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of code
+        clashes = batch.name_clashes({path: out / case_name(path) for path in scans})
+
+        def predict(path: Path) -> dict:
+            return predict_scan(model, heatmap, path, out, args)
+
+        todo = [path for path in scans if path not in clashes]
+        rows, failed = batch.each(predict, todo, unit="scan", table=out / "predictions.csv")
+        failed = clashes | failed
+        if distributed.is_main():
+            report(rows, failed, out)
+        return batch.exit_code(failed)
+
+
+def report(rows: list[dict], failed: dict[Path, str], out: Path) -> None:
+    for row in rows[:20]:
+        name = Path(row["scan"]).name
+        print(f"  {name}: {row['volume_ml']:.1f} mL of vertebrae, {row['seconds']:.1f} s")
+    if len(rows) > 20:
+        print(f"  ... {len(rows) - 20} more in predictions.csv")
+    print(f"{len(rows)} of {len(rows) + len(failed)} scan(s) written to {out}")
+    for line in batch.failed_lines(failed):
+        print(line)
 
 
 if __name__ == "__main__":

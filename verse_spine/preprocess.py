@@ -9,7 +9,6 @@ geometry, centroids and an index of places for patches. A case whose mask and ce
 aside and listed in quarantine.csv. Run it again to go on where it stopped.
 """
 
-import json
 import os
 import shlex
 import sys
@@ -23,7 +22,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import make_parser, non_negative_int, parse_args, run_script
-from common.conversion import convert_cases, file_stamp, write_json
+from common.conversion import convert_cases, file_stamp
+from common.files import read_json, write_json
 from common.hdf5 import CaseFile, write_case
 from common.hu import why_not_hu
 from common.metrics import write_table
@@ -245,7 +245,7 @@ def _finished(notes_file: Path, cases: list[Case], out: Path, spacing_mm: Spacin
     """Entries of an earlier, perhaps interrupted conversion that still hold."""
     if not notes_file.is_file():
         return {}
-    known = {e["name"]: e for e in json.loads(notes_file.read_text(encoding="utf8"))["cases"]}
+    known = {e["name"]: e for e in read_json(notes_file, {"cases": list})["cases"]}
     wanted = {"spacing_mm": list(spacing_mm)}  # a case made with another spacing is made again
     done = {}
     for case in cases:
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    notes = json.loads((Path(args.out) / "preprocessing.json").read_text(encoding="utf8"))
+    notes = read_json(Path(args.out) / "preprocessing.json", {"cases": list})
     more = " --dataset_edition 20" if any(e["edition"] == 20 for e in notes["cases"]) else ""
     data = shlex.quote(args.out)
     print(f"next: python verse_spine/train_heatmap.py --data_path {data} --model_name spine_heatmap{more}")

@@ -5,18 +5,28 @@ from pathlib import Path
 
 import numpy as np
 
+from common import distributed
+from common.batch import failed_lines
+from common.files import replacing
 from common.metrics import class_table, write_table
 
+HEAT_MAP_FAINT = "whole scan, heat map faint"  # in the column "region"
 FILES = ("results.csv", "cases.csv", "summary.csv", "summary.md")
+
+
+def clear_report(out: Path) -> None:
+    """Make the folder, and remove what an earlier evaluation left there."""
+    out.mkdir(parents=True, exist_ok=True)
+    if distributed.is_main():
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
 
 
 def write_report(
     rows: list[dict], out: Path, title: str, failed: dict[str, str], notes: tuple[str, ...] = ()
 ) -> None:
-    """results.csv, cases.csv, summary.csv and summary.md; the summary, with `notes`, is printed too."""
+    """Write the four FILES; print the summary, `notes` and what failed."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:  # of an earlier evaluation, which must not stand beside this one's
-        (out / name).unlink(missing_ok=True)
     lines = [title, *(f"NOTE: {note}" for note in notes), ""]
     if rows:
         by_class = [r for row in rows for r in row["classes"]]
@@ -25,9 +35,12 @@ def write_report(
         write_table(out / "cases.csv", [{k: v for k, v in row.items() if k != "classes"} for row in rows])
         write_table(out / "summary.csv", table)
         lines += summary_lines(rows, table)
-    lines += [f"failed: {name}: {reason}" for name, reason in failed.items()]
-    (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf8")
-    print("\n".join([*lines, f"written to {out}"]))
+    else:
+        clear_report(out)  # tables of an earlier evaluation
+    failures = failed_lines(failed)
+    with replacing(out / "summary.md") as partial:
+        partial.write_text("\n".join([*lines, *failures]) + "\n", encoding="utf8")
+    print("\n".join([*lines, f"written to {out}", *failures]))
 
 
 def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
@@ -47,7 +60,7 @@ def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
         "Means, with a 95 % bootstrap interval by patient where there are several; a missed class counts "
         "Dice 0, and so does one in a scan that does not have it (hallucinated).",
     ]
-    if without := sum(row.get("region") == "whole scan, heat map faint" for row in rows):
+    if without := sum(row.get("region") == HEAT_MAP_FAINT for row in rows):
         lines.append(f"In {without} scan(s) the heat map found no spine and the whole scan was searched.")
     if "hits" in rows[0]:
         hits, targets = sum(r["hits"] for r in rows), sum(r["targets"] for r in rows)

@@ -1,0 +1,184 @@
+"""Predicting or scoring many scans: find them, take each in turn, keep what is finished, tell what failed."""
+
+import csv
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from common import distributed
+from common.conversion import failure_reason
+from common.metrics import write_table
+from common.nifti import case_name
+from common.runs import append_row
+from common.splits import natural_key
+
+Item = TypeVar("Item", bound=Hashable)  # a path or a name
+
+
+def find_sources(
+    source: str | Path,
+    suffixes: tuple[str, ...],
+    *,
+    out: Path,
+    own_names: tuple[str, ...],
+    recursive: bool,
+    what: str,
+) -> list[Path]:
+    """The file that --source names, or the files of that folder in natural order.
+
+    Hidden files and folders are skipped, and so are results of earlier runs: files whose name, without its
+    suffix, ends in one of `own_names`, and everything in the folder `out` where it lies within the source.
+
+    Args:
+        suffixes: in lower case; which files to take, e.g. (".nii", ".nii.gz").
+        recursive: look into subfolders as well.
+        what: what is looked for, for the error message, e.g. "NIfTI scan".
+
+    Raises:
+        FileNotFoundError: no such file or folder, or nothing to take in it.
+    """
+    source = Path(source)
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"--source {source}: no such file or folder")
+    results = None
+    if source.resolve() in out.resolve().parents:
+        results = out.resolve().relative_to(source.resolve())
+    found, left_out = [], 0
+    for path in source.rglob("*") if recursive else source.iterdir():
+        inside = path.relative_to(source)
+        is_hidden = any(part.startswith(".") for part in inside.parts)
+        if is_hidden or not path.name.lower().endswith(suffixes) or not path.is_file():
+            continue
+        if case_name(path).endswith(own_names) or results in inside.parents:
+            left_out += 1
+        else:
+            found.append(path)
+    if not found:
+        hint = ""
+        if left_out:
+            hint += f"; {left_out} file(s) are left out as results ({', '.join(own_names)} or in {out})"
+        if not recursive:
+            hint += "; --recursive also looks into subfolders"
+        raise FileNotFoundError(f"--source {source}: no {what} in it{hint}")
+    return sorted(found, key=lambda path: natural_key(str(path)))
+
+
+def name_clashes(results: Mapping[Path, Path]) -> dict[Path, str]:
+    """Sources whose result would overwrite that of an earlier source, with the reason for each.
+
+    Args:
+        results: {source: path of its result without suffix}, of all processes, so that each of them comes to
+            the same answer.
+    """
+    clashes: dict[Path, str] = {}
+    first: dict[Path, Path] = {}
+    for source, result in results.items():
+        earlier = first.setdefault(result, source)
+        if earlier != source:
+            clashes[source] = f"its result would have the name of that of {earlier}; rename one of the two"
+    return clashes
+
+
+def each(
+    function: Callable[[Item], dict], items: Sequence[Item], *, unit: str, table: Path | None = None
+) -> tuple[list[dict], dict[Item, str]]:
+    """Call `function` for each item, shared over the processes; whatever one raises is its own failure only.
+
+    Args:
+        function: returns the item's row of the table.
+        items: the same in every process.
+        unit: what an item is, for the progress bar, e.g. "scan".
+        table: CSV file of the rows. It begins anew and gets each row as soon as the item is finished, so that
+            a process that is killed leaves the rows of what it has finished. Of several processes the first
+            writes this file and the others <name>.process1.csv and so on, until all rows are put together.
+            Lists and dicts in a row are left out of it.
+
+    Returns:
+        (rows in the order of `items`, {failed item: reason}), the same in every process.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, after telling how many items are finished.
+    """
+    rows: dict[Item, dict] = {}
+    failed: dict[Item, str] = {}
+    own_table = _begin_tables(table) if table else None
+    share = distributed.my_share(list(items))
+    is_shown = distributed.is_main() and len(share) > 1
+    try:
+        for item in tqdm(share, f"{unit}s", unit=unit, leave=False, disable=None if is_shown else True):
+            try:
+                row = function(item)
+                if own_table:
+                    append_row(own_table, _plain(row))
+                rows[item] = row
+            except Exception as error:
+                failed[item] = failure_reason(error)
+            if item in failed:  # what it held on the card must not starve the next one
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        if distributed.is_main():
+            tables = _tables(table) if table else []
+            count = sum(map(_num_rows, tables)) if tables else len(rows)
+            kept = f"; their results are in {', '.join(map(str, tables))}" if tables else ""
+            print(f"\nstopped by the user after {count} of {len(items)} {unit}(s){kept}")
+            print("\n".join(failed_lines(failed)))
+        raise
+    for other_rows, other_failed in distributed.gather((rows, failed)):
+        rows |= other_rows
+        failed |= other_failed
+    ordered = [rows[item] for item in items if item in rows]
+    if table:
+        if distributed.is_main() and ordered:
+            write_table(table, [_plain(row) for row in ordered])
+        distributed.barrier()  # until then each process keeps its own
+        if not distributed.is_main():
+            own_table.unlink(missing_ok=True)
+    return ordered, {item: failed[item] for item in items if item in failed}
+
+
+def failed_lines(failed: Mapping[Item, str]) -> list[str]:
+    """One line for each item that failed, with its name and the reason."""
+    lines = []
+    for item, reason in failed.items():
+        is_named = reason.startswith(str(item))
+        lines.append(f"failed: {reason}" if is_named else f"failed: {item}: {reason}")
+    return lines
+
+
+def exit_code(failed: Mapping[Item, str]) -> int:
+    """1 on rank 0 if anything failed, else 0.
+
+    The other processes end with 0: as soon as one ends with 1, torchrun ends the rest, and what rank 0
+    printed last would be lost.
+    """
+    return 1 if failed and distributed.is_main() else 0
+
+
+def _begin_tables(table: Path) -> Path:
+    """Remove the tables of an earlier run; the table that this process writes to."""
+    if distributed.is_main():
+        for path in _tables(table):
+            path.unlink()
+    distributed.barrier()
+    rank = distributed.rank()
+    return table if rank == 0 else table.with_name(f"{table.stem}.process{rank}{table.suffix}")
+
+
+def _tables(table: Path) -> list[Path]:
+    """The tables of all processes that exist."""
+    others = sorted(table.parent.glob(f"{table.stem}.process*{table.suffix}"))
+    return [path for path in (table, *others) if path.is_file()]
+
+
+def _num_rows(table: Path) -> int:
+    with table.open(newline="", encoding="utf8") as file:
+        return sum(1 for _ in csv.DictReader(file))
+
+
+def _plain(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not isinstance(value, (list, dict))}

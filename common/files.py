@@ -1,0 +1,123 @@
+"""Files that appear whole or not at all, and JSON notes whose content is checked when they are read."""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+JSON_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number"}
+JSON_NAMES |= {bool: "true or false", type(None): "null"}
+
+# ---- writing ----
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
+    """Write a file in one step: a reader, or an interruption, never meets half of it.
+
+    with replacing(folder / "curves.png") as partial:
+        figure.savefig(partial)
+
+    Whatever is raised inside passes through unchanged. What was written until then is removed, and an earlier
+    file of that name stays as it was.
+
+    Args:
+        path: the final name; its folder must exist.
+        sync: wait until the content is on the disk, so that it also survives a power failure. For checkpoints
+            and other files that took long to make; it costs milliseconds for each file.
+
+    Yields:
+        The path to write to: in the same folder, hidden, used by no other process, with the same ending,
+        because many libraries choose the format by it. A process that is killed while it writes leaves this
+        file behind.
+
+    Raises:
+        FileNotFoundError: nothing was written to it.
+        OSError: it cannot be renamed, or with `sync` the disk is full.
+    """
+    path = Path(path)
+    partial = path.with_name(f".partial_{secrets.token_hex(4)}_{path.name[-50:]}")  # names end at 255 bytes
+    try:
+        yield partial
+        if sync:
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Plain values to a JSON file in UTF-8, written in one step."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
+
+
+# ---- reading ----
+
+
+def read_json(path: str | Path, expected: type | Mapping[str, Any] = dict, *, advice: str = "") -> Any:
+    """Content of a JSON file, after checking that it is what the caller expects.
+
+    Args:
+        expected: dict or list; or {key: type} of keys that an object must have, e.g. {"cases": list}. A key
+            that may be missing has None among its types, e.g. {"window_hu": list | None}.
+        advice: what to do about a file that is not as expected, for the error message.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not valid JSON in UTF-8, another type, or a key that is missing or has another type; with
+            what was found.
+    """
+    path = Path(path)
+    ending = f"; {advice}" if advice else ""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file{ending}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark in front
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}){ending}") from error
+    if isinstance(expected, type):
+        if not isinstance(content, expected):
+            raise ValueError(f"{path}: expected {JSON_NAMES[expected]}, found {_shown(content)}{ending}")
+    else:
+        check_keys(content, expected, str(path), advice=advice)
+    return content
+
+
+def check_keys(content: Any, expected: Mapping[str, Any], where: str, *, advice: str = "") -> None:
+    """Refuse an object of a JSON file that lacks a key, or in which a key has another type.
+
+    Args:
+        content: what should be a dict.
+        expected, advice: as for `read_json`.
+        where: names the file, and the place in it, in the error message.
+
+    Raises:
+        ValueError: with the key and what was found.
+    """
+    ending = f"; {advice}" if advice else ""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected an object, found {_shown(content)}{ending}")
+    for key, types in expected.items():
+        value = content.get(key)
+        if isinstance(value, types):
+            continue
+        names = [JSON_NAMES[t] for t in getattr(types, "__args__", (types,)) if t is not type(None)]
+        wanted = " or ".join(dict.fromkeys(names))
+        if key not in content:
+            raise ValueError(f'{where}: "{key}" is missing, expected {wanted}{ending}')
+        raise ValueError(f'{where}: "{key}" should be {wanted}, found {_shown(value)}{ending}')
+
+
+def _shown(value: Any) -> str:
+    """Type and beginning of a value of a JSON file."""
+    text = json.dumps(value)
+    if len(text) > 60:
+        text = f"{text[:57]}..."
+    return f"{JSON_NAMES[type(value)]} ({text})"
