@@ -9,7 +9,8 @@ import numpy as np
 class Augmentation:
     """(image uint8 (h, w), mask uint8 (h, w), seed) -> the same, changed; equal seeds give equal results.
 
-    Everything that moves in from outside is 0 (air, no tumour); masks take the nearest value.
+    What moves in from outside repeats the edge, in image and mask, as in `fill_around`; masks take the
+    nearest value.
 
     Args:
         horizontal_flip, vertical_flip: probabilities. A vertical flip is anatomically wrong, hence 0.
@@ -41,9 +42,7 @@ class Augmentation:
                     rotate=(-rotation_limit, rotation_limit),
                     interpolation=cv2.INTER_LINEAR,
                     mask_interpolation=cv2.INTER_NEAREST,
-                    border_mode=cv2.BORDER_CONSTANT,
-                    fill=0,
-                    fill_mask=0,
+                    border_mode=cv2.BORDER_REPLICATE,
                     p=0.5,
                 ),
                 A.ElasticTransform(
@@ -51,9 +50,7 @@ class Augmentation:
                     sigma=10,
                     interpolation=cv2.INTER_LINEAR,
                     mask_interpolation=cv2.INTER_NEAREST,
-                    border_mode=cv2.BORDER_CONSTANT,
-                    fill=0,
-                    fill_mask=0,
+                    border_mode=cv2.BORDER_REPLICATE,
                     p=elastic,
                 ),
                 A.GridDistortion(
@@ -61,9 +58,7 @@ class Augmentation:
                     distort_limit=0.2,
                     interpolation=cv2.INTER_LINEAR,
                     mask_interpolation=cv2.INTER_NEAREST,
-                    border_mode=cv2.BORDER_CONSTANT,
-                    fill=0,
-                    fill_mask=0,
+                    border_mode=cv2.BORDER_REPLICATE,
                     p=elastic,
                 ),
                 A.RandomBrightnessContrast(

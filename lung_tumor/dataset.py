@@ -156,7 +156,7 @@ def open_data(
         check_split(split, patients)
     scale = common_scale(entries, size)
     packed = pack_slices(data_path, slices, size, scale)
-    if lost := packed.tumour_cut_off:
+    if (lost := packed.tumour_cut_off) and distributed.is_main():
         reason = f"lie outside of the squares of {size} pixels; a larger --image_size shows more"
         print(f"warning: {100 * lost:.2f} % of the tumour in the training slices {reason}")
     for part in ("train", "val"):

@@ -154,6 +154,7 @@ def demo_dataset(folder: str | Path = "data/demo/lung_tumor") -> Path:
     out = folder / "slices"
     if "pixel_mm" not in read_json(out, "dataset.json"):  # written last; earlier versions had no pixel size
         flags = ["--source", str(source), "--out", str(out), "--test_ratio", "0.2", "--empty_ratio", "0.2"]
+        flags += ["--pixel_mm", "2.4"]  # the finest of the phantoms: no small tumour loses pixels
         if convert(parse_args(build_parser(), flags)):
             raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
     return out

@@ -94,7 +94,7 @@ def fit_to_square(
     side = size if cut else _side(rows, columns, size)
     image = resize(image, (rows, columns), is_mask=is_mask)
     top, left = max(0, rows - side) // 2, max(0, columns - side) // 2
-    return fill_around(image[top : top + side, left : left + side], side, is_mask=is_mask)
+    return fill_around(image[top : top + side, left : left + side], side)
 
 
 def probs_from_square(
@@ -117,11 +117,14 @@ def _side(rows: int, columns: int, size: int) -> int:
     return size if longer <= size else -(-longer // 16) * 16
 
 
-def fill_around(image: np.ndarray, side: int, *, is_mask: bool = False) -> np.ndarray:
-    """(h, w) -> (side, side) with the image in the middle: what the network sees beyond a slice."""
+def fill_around(image: np.ndarray, side: int) -> np.ndarray:
+    """(h, w) -> (side, side) with the image, or mask, in the middle: what the network sees beyond a slice.
+
+    The edge is repeated: where a field of view cuts the body, the body goes on, and air would be wrong.
+    """
     top, left = ((side - num) // 2 for num in image.shape)
     around = (top, side - image.shape[0] - top), (left, side - image.shape[1] - left)
-    return np.pad(image, around) if any(sum(around, ())) else image
+    return np.pad(image, around, mode="edge") if any(sum(around, ())) else image
 
 
 def normalise(slices: np.ndarray) -> torch.Tensor:

@@ -11,6 +11,7 @@ from conftest import REAL_DATA
 from common.hardware import Precision
 from common.nifti import load_label, write_nifti
 from lung_tumor import evaluate, predict, preprocess
+from lung_tumor.augmentations import Augmentation
 from lung_tumor.cases import pixel_size_mm
 from lung_tumor.conversion import median_pixel_mm
 from lung_tumor.dataset import common_scale, list_slices, open_data, pack_slices, read_json
@@ -111,10 +112,36 @@ def test_squares_are_filled_cut_or_grow():
     grown = fit_to_square(image, 4, 1.0)
     assert grown.shape == (16, 16) and np.array_equal(grown[6:10, 5:11], image)
     assert fit_to_square(image, 12, 2.0).shape == (12, 12)
+    square = fit_to_square(image, 8, 1.0)  # beyond the slice its edge is repeated, in the mask as well
+    assert square[0].tolist() == [1, 1, 2, 3, 4, 5, 6, 6] and square[:, 7].tolist() == [
+        6,
+        6,
+        6,
+        12,
+        18,
+        24,
+        24,
+        24,
+    ]
+    mask = (image > 22).astype(np.uint8)
+    assert np.array_equal(fit_to_square(mask, 8, 1.0, is_mask=True), (square > 22).astype(np.uint8))
     for size, scale in ((8, 1.0), (4, 1.0), (12, 2.0), (12, None), (3, None)):
         square = fit_to_square(np.full((4, 6), 200, np.uint8), size, scale)
         assert np.array_equal(probs_from_square(square.astype(np.float32), (4, 6), size, scale) > 100,
                               np.ones((4, 6), bool))  # fmt: skip
+
+
+def test_augmentation_repeats_the_edge_as_the_squares_do():
+    """A slice that is bright all over stays so, whatever is moved in from outside; likewise its mask."""
+    image, mask = np.full((48, 48), 200, np.uint8), np.ones((48, 48), np.uint8)
+    augment = Augmentation(elastic=1.0, brightness_contrast=0.0)
+    names = ("Affine", "ElasticTransform", "GridDistortion")
+    transforms = augment.transform.transforms
+    augment.transform.transforms = [t for t in transforms if type(t).__name__ in names]
+    assert len(augment.transform.transforms) == 3
+    for seed in range(20):
+        changed, changed_mask = augment(image, mask, seed)
+        assert changed.min() >= 199 and changed_mask.min() == 1
 
 
 # ---- prediction ----
