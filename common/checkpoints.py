@@ -1,7 +1,5 @@
 """Checkpoints, written whole or not at all, read without running code; trained networks and random states."""
 
-import contextlib
-import os
 import pickle
 import random
 import zipfile
@@ -16,13 +14,14 @@ import torch
 from torch import nn
 
 from common import distributed
+from common.files import replacing
 from common.hardware import Precision
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
     """Write tensors and plain values so that a reader never sees half a file; rank 0 only.
 
-    Temporary name, fsync, rename: whatever goes wrong, the previous checkpoint of that name survives.
+    Whatever goes wrong, the previous checkpoint of that name survives.
 
     Raises:
         TypeError: `state` holds something that `torch.load(weights_only=True)` would refuse; names where.
@@ -32,23 +31,20 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         return
     _require_plain(state, "checkpoint")
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    for left_over in path.parent.glob(f".partial_*_{path.name}"):  # a process was killed while it wrote it
+        left_over.unlink()
     try:
-        with partial.open("wb") as file:
+        # Through a file object: torch's own writing to a path does not tell why it failed.
+        with replacing(path, sync=True) as partial, partial.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else None
         reason = reason or str(error).split("\n")[0]
-        kept = f"the earlier {path.name} is untouched" if path.exists() else "nothing was written"
+        what_is_left = f"the earlier {path.name} is untouched" if path.exists() else "nothing was written"
         raise OSError(
-            f"{path}: checkpoint could not be written ({reason}); {kept}. Free space or check permissions, "
-            "then go on with --resume"
+            f"{path}: checkpoint could not be written ({reason}); {what_is_left}. Free space or check "
+            "permissions, then go on with --resume"
         ) from error
 
 

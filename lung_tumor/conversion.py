@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.conversion import convert_cases
-from common.files import write_json
 from common.decathlon import Case
+from common.files import write_json
 from common.hu import why_not_hu
 from common.splits import natural_key
 from lung_tumor.cases import load_case, pixel_size_mm, source_files, source_stamp

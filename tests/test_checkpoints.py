@@ -214,8 +214,10 @@ def test_rename_fails(last, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("num_values", [10, 100_000])
-def test_disk_full_of_a_real_device(last, num_values):
-    old, partial = last.read_bytes(), last.with_name("last.pt.partial")
+def test_disk_full_of_a_real_device(last, num_values, monkeypatch):
+    monkeypatch.setattr("common.files.secrets.token_hex", lambda size: "0")
+    old, partial = last.read_bytes(), last.with_name(".partial_0_last.pt")
+    monkeypatch.setattr(Path, "glob", lambda *_: [])  # else it would be removed as a left-over
     partial.symlink_to("/dev/full")
     with pytest.raises(
         OSError, match=r"could not be written \(No space left on device\); the earlier last.pt"
@@ -246,8 +248,8 @@ def test_no_permission(tmp_path):
         assert f"{folder}/last.pt" in str(info.value) and "nothing was written" in str(info.value)
 
 
-def test_what_a_killed_save_left_is_overwritten(last):
-    last.with_name("last.pt.partial").write_bytes(b"half")
+def test_what_a_killed_save_left_is_removed(last):
+    last.with_name(".partial_0a1b_last.pt").write_bytes(b"half")
     checkpoints.save_checkpoint(last, state_of(9))
     assert len(checkpoints.load_checkpoint(last)["model"]["w"]) == 9
     assert [p.name for p in last.parent.iterdir()] == ["last.pt"]
