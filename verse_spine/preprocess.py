@@ -49,7 +49,6 @@ from verse_spine.labels import (
     map_labels,
     read_centroids,
 )
-from verse_spine.phantoms import write_verse_phantoms
 
 BODY_HU = -500
 BODY_MARGIN_MM = 20.0
@@ -271,19 +270,6 @@ def _write_notes(path: Path, done: dict[str, dict], spacing_mm: Spacing) -> None
         "cases": _ordered(done),
     }
     write_json(path, content)
-
-
-def demo_dataset(folder: str | Path = "data/demo/verse_spine") -> Path:
-    """Phantom spines in VerSe's layout, converted by the ordinary route; made once."""
-    folder = Path(folder)
-    source = write_verse_phantoms(folder / "verse")
-    out = folder / "h5"
-    flags = ["--source", str(source), "--out", str(out), "--spacing", *["3"] * 3, "--workers", "2"]
-    if not (out / "complete").is_file():
-        if convert(parse_args(build_parser(), flags)):
-            raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
-        (out / "complete").touch()
-    return out
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from common import distributed
 from common.augment import Augmentation3d
+from common.config import parse_args
 from common.memory import Plan, StepSetup, set_up_step
 from verse_spine import download, preprocess
 from verse_spine.dataset import VerSe
 from verse_spine.networks import get_model, uses_checkpointing
+from verse_spine.phantoms import write_verse_phantoms
 from verse_spine.prodigy import Prodigy
 
 # Learning rates that replace the seed's --lr 1.0, which only Prodigy understands.
@@ -22,13 +24,25 @@ DEFAULT_LR = {"prodigy": 1.0, "adamw": 1e-3, "sgd": 1e-2}
 def open_data(args: Namespace) -> VerSe:
     """The data set that the flags name: phantoms, downloaded, or there already."""
     if args.data_path == "demo":
-        return VerSe(preprocess.demo_dataset(), seed=args.seed)
+        return VerSe(demo_dataset(), seed=args.seed)
     if args.download and not (Path(args.data_path) / "preprocessing.json").is_file():
         download_and_convert(Path(args.data_path), args.dataset_edition)
     verse = VerSe(args.data_path, args.dataset_edition, args.seed)
     if distributed.is_main() and (left_out := len(verse.entries) - len(verse.cases)):
         print(f"--dataset_edition {args.dataset_edition}: leaves out {left_out} case(s) of VerSe20")
     return verse
+
+
+def demo_dataset(folder: Path = Path("data/demo/verse_spine")) -> Path:
+    """Phantom spines in VerSe's layout, converted by the ordinary route; made once."""
+    source = write_verse_phantoms(folder / "verse")
+    out = folder / "h5"
+    flags = ["--source", str(source), "--out", str(out), "--spacing", *["3"] * 3, "--workers", "2"]
+    if not (out / "complete").is_file():
+        if preprocess.convert(parse_args(preprocess.build_parser(), flags)):
+            raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
+        (out / "complete").touch()
+    return out
 
 
 def validation_names(verse: VerSe) -> list[str]:
