@@ -26,7 +26,7 @@ CHUNK_BYTES = 2**22  # that are read at once: several planes, as turning the axe
 
 
 def voxel_mm3(affine: np.ndarray) -> float:
-    """Volume of a voxel in mm^3 of a (4, 4) affine in mm; the product of spacings is wrong where it is sheared."""
+    """Volume of a voxel, of a (4, 4) affine in mm; the product of spacings is wrong where it is sheared."""
     x, y, z = np.asarray(affine, float)[:3, :3].T
     return float(abs(np.cross(x, y) @ z))
 

@@ -129,6 +129,11 @@ def test_commands_in_the_documents_exist():
     assert count > 10
 
 
+def test_the_readme_lists_every_module_of_common():
+    listed = re.findall(r"^  (\w+\.py) ", (ROOT / "README.md").read_text(encoding="utf8"), re.M)
+    assert sorted(listed) == sorted(p.name for p in (ROOT / "common").glob("[!_]*.py"))
+
+
 def test_requirements_name_what_is_imported():
     """Nothing is imported, lazily or not, that requirements.txt or that of the benchmarks does not bring."""
     names = {"cv2": "opencv-python-headless", "yaml": "PyYAML", "PIL": "pillow"}
