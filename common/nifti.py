@@ -286,7 +286,8 @@ def save_label(path: str | Path, labels: np.ndarray, like: NiftiFile) -> None:
     header["cal_min"] = header["cal_max"] = 0
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     # Without an affine nibabel keeps both forms of the header and their codes bit for bit.
-    _write(image_class(array, None, header), Path(path))
+    with replacing(path) as partial:
+        nib.save(image_class(array, None, header), partial)
 
 
 def write_nifti(
@@ -316,7 +317,8 @@ def write_nifti(
     image.set_sform(affine, 1)
     image.set_qform(affine, 1)
     image.header.set_xyzt_units("mm")
-    _write(image, Path(path))
+    with replacing(path) as partial:
+        nib.save(image, partial)
 
 
 def _open(path: Path) -> Any:
@@ -337,13 +339,6 @@ def _off_mm(a: np.ndarray, b: np.ndarray, shape_xyz: Sequence[int]) -> float:
     """Largest coordinate difference of two affines at the corners of a grid."""
     corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape_xyz))])
     return float(np.abs(corners @ (a - b).T).max())
-
-
-def _write(image, path: Path) -> None:
-    import nibabel as nib
-
-    with replacing(path) as partial:
-        nib.save(image, partial)
 
 
 def _first_line(error: Exception) -> str:

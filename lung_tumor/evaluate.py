@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -134,7 +135,7 @@ def load_volume(name: str, files: list[SliceFile], entry: dict, model: TrainedMo
     if entry and case is not None:
         scan, mask = load_case(case)
         if doubt := why_not_hu(scan.array):
-            print(f"warning: {name}: {doubt}")
+            tqdm.write(f"warning: {name}: {doubt}")
         slices = volume_to_slices(scan.array, window_hu(model))
         where = (scan.voxel_mm3, True, scan.spacing_mm[1:])
         return Volume(name, slices, to_display(mask), entry["kept"], *where)

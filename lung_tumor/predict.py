@@ -121,7 +121,7 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args) -> dict:
     """
     scan = load_nifti(path)
     if doubt := why_not_hu(scan.array):
-        print(f"warning: {path.name}: {doubt}")
+        tqdm.write(f"warning: {path.name}: {doubt}")
     slices = volume_to_slices(scan.array, window_hu(model))
     mask, highest = np.zeros(slices.shape, np.uint8), 0.0
     probs = predict_slices(model, slices, args.batch_size, scan.spacing_mm[1:])
@@ -131,7 +131,9 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args) -> dict:
     if args.largest_only:
         mask = largest_component(mask)
     if not mask.any():
-        print(f"note: {path.name}: no tumour found, the mask is empty (highest probability {highest:.2f})")
+        tqdm.write(
+            f"note: {path.name}: no tumour found, the mask is empty (highest probability {highest:.2f})"
+        )
     if args.save_mask:
         save_label(out / f"{case_name(path)}_mask.nii.gz", to_display(mask), scan)
     if args.save_overlay:

@@ -181,17 +181,6 @@ def test_threshold_and_largest_component(tmp_path, monkeypatch):
     assert counts == {"all": 16 + 128, "largest": 128, "none": 0}
 
 
-def test_files_are_taken_by_number_not_by_letter(tmp_path):
-    for name in ("a_slice_10.png", "a_slice_9.png", "a_slice_100.png", "B2.png"):
-        (tmp_path / name).write_text("")
-    found = predict.find_sources(tmp_path, tmp_path / "out", recursive=False)
-    assert [p.name for p in found if p.name.startswith("a")] == [
-        "a_slice_9.png",
-        "a_slice_10.png",
-        "a_slice_100.png",
-    ]
-
-
 def test_suspicious_values_and_empty_masks_are_told(tmp_path, monkeypatch, capsys):
     """Raw scanner values are named in prediction, conversion and evaluation; so is a scan without tumour."""
     monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(32, level=0.9))

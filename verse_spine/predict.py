@@ -98,7 +98,7 @@ def find_region(file: NiftiFile, heatmap: TrainedModel | None, args: Namespace) 
     factors = tuple(max(1, int(OVERVIEW_MM / s)) for s in file.spacing_mm)
     coarse = file.read_reduced(factors, HU_RANGE)
     if doubt := why_not_hu(coarse):
-        print(f"warning: {file.path.name}: {doubt}")
+        tqdm.write(f"warning: {file.path.name}: {doubt}")
     margin = tuple(map(int, np.ceil(BODY_MARGIN_MM / np.multiply(file.spacing_mm, factors))))
     low, high = body_box(coarse, AIR_BELOW_HU, margin)  # the field of view that preprocessing leaves
     start = np.multiply(low, factors)
@@ -111,7 +111,7 @@ def find_region(file: NiftiFile, heatmap: TrainedModel | None, args: Namespace) 
     if region := spine_region(heat, grid):
         box = tuple(tuple(int(v) for v in np.add(corner, start)) for corner in region.box)
         return Region(box, region.source, region.heat)
-    print(
+    tqdm.write(
         f"warning: {file.path.name}: the heat map found no spine (highest value {heat.max():.2f}); "
         "searching the whole body"
     )
@@ -163,7 +163,7 @@ def predict_scan(
         device=model.device,
     )
     box_mib = 2 * math.prod(shape) / 2**20
-    print(
+    tqdm.write(
         f"{path.name}: {region.source}, {' x '.join(map(str, shape))} of {' x '.join(map(str, file.shape))} "
         f"voxels; scores and labels take up to {peak.host_mib + box_mib:,.0f} MiB of RAM, "
         f"{peak.device_mib:,.0f} MiB of GPU memory, besides the network"
@@ -197,7 +197,7 @@ def predict_scan(
         counts += np.bincount(plane.ravel(), minlength=256)
     volumes = {int(v): float(counts[v] * file.voxel_mm3 / 1000) for v in np.flatnonzero(counts) if v}
     if not volumes:
-        print(f"warning: {path.name}: no vertebra found, its mask is empty")
+        tqdm.write(f"warning: {path.name}: no vertebra found, its mask is empty")
     save_label(out / f"{name}_mask.nii.gz", mask, file)
     # Without levels the numbers only count: a name of its own, lest they be taken for C1, C2 ...
     centres = out / f"{name}_{'ctd' if labels == 'levels26' else 'bodies'}.json"
