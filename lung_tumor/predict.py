@@ -5,8 +5,8 @@
     python lung_tumor/predict.py --weights best.pt --source scan.nii.gz
 
 Model, image size and HU window come from the checkpoint. An image gives <name>_mask.png (0/255, its own
-size), a NIfTI scan <name>_mask.nii.gz on the scan's own grid. results.csv has one line a file. For research
-only.
+size), a NIfTI scan <name>_mask.nii.gz on the scan's own grid. results.csv has one row for each file. For
+research only.
 """
 
 import math

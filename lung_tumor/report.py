@@ -125,7 +125,7 @@ def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str]
     """Print the summary and what failed; write per_volume.csv, summary.csv, sweep.csv, evaluation.png.
 
     Raises:
-        ValueError: there is no row; with the reasons.
+        ValueError: all volumes failed; with the reasons.
     """
     if not rows:
         raise ValueError("; ".join((failed or {}).values()) or "no volume to score")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -172,6 +173,25 @@ def test_sampler_in_a_loader_does_not_depend_on_the_number_of_workers():
     ]
     assert epochs[0] == epochs[1] and len(epochs[0]) == 3
     assert [list(pair) for pair in sampler] == sum(epochs[0], [])
+
+
+class Signalled(Dataset):
+    """A worker that gets the signals which reach all processes of a terminal or of a scheduler's job."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, item):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        return item[0]
+
+
+def test_data_workers_leave_signals_to_the_main_process():
+    """They must go on until the main process has saved its state."""
+    loader = distributed.make_loader(Signalled(), 1, seed=0, workers=2, device=CPU)
+    loader.sampler.start(0)
+    assert sorted(torch.cat(list(loader)).tolist()) == [0, 1, 2, 3]
 
 
 # ---- gradients ----

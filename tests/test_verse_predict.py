@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import warnings
-from argparse import Namespace
 
 import nibabel
 import numpy as np
@@ -26,6 +25,7 @@ from verse_spine import segment as segment_module
 from verse_spine.labels import VERTEBRAE, body_centres, centroids_to_mm, num_outputs, read_centroids
 from verse_spine.networks import TrainedModel, get_model
 from verse_spine.phantoms import spine_phantom
+from verse_spine.region import OVERVIEW_MM, Region, find_region
 from verse_spine.segment import segment
 
 CPU = torch.device("cpu")
@@ -197,7 +197,7 @@ def test_body_box_holds_the_body(spacing, tmp_path, monkeypatch):
     box = written_box(tmp_path)
     assert box[0] == "body" and inside_of(box, hu > -500)
     slack_mm = np.multiply(np.subtract(start, box[1]), spacing)
-    assert (slack_mm <= 20 + 4 * np.maximum(predict.OVERVIEW_MM, spacing)).all(), "and not much more"
+    assert (slack_mm <= 20 + 4 * np.maximum(OVERVIEW_MM, spacing)).all(), "and not much more"
 
 
 def test_heat_map_gives_the_region(tmp_path, monkeypatch):
@@ -216,9 +216,9 @@ def test_heat_map_gives_the_region(tmp_path, monkeypatch):
     assert content["region"]["max_heat"] == pytest.approx(0.99, abs=0.01)
 
 
-def region_of(path, heat=None) -> predict.Region:
+def region_of(path, heat=None) -> Region:
     heatmap = heat and TrainedModel(heat.eval(), {"patch_size": [32, 16, 16]}, CPU, FP32, {}, {"train": []})
-    return predict.find_region(open_nifti(path), heatmap, Namespace(roi=None, no_roi=False))
+    return find_region(open_nifti(path), heatmap)
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPI", "PIR"])

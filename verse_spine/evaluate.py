@@ -7,7 +7,7 @@
 With --weights the scans of --part are predicted and scored on the grid of training: in the whole scan, in
 the box that the heat map finds, or in the box of the truth (oracle: flattering, but what some papers report).
 With --pred the files of verse_spine/predict.py are scored on the scans' own grids (--grid 1mm: as VerSe's own
-script). Writes results.csv (a row a case and class), cases.csv, summary.csv and summary.md.
+script). Writes results.csv (one row for each case and class), cases.csv, summary.csv and summary.md.
 """
 
 import sys
@@ -20,20 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed
 from common.config import add_prediction_flags, make_parser, parse_args, run_script
-from common.files import read_json
 from common.hardware import choose_precision, start_device
 from common.hdf5 import CaseFile
-from common.nifti import case_name, is_nifti, load_label, same_grid, voxel_mm3
+from common.nifti import case_name, is_nifti, voxel_mm3
 from common.runs import run_dir_of
 from common.splits import natural_key
-from common.volumes import resample_labels, resampled_affine, resampled_shape
-from verse_spine.cases import Case, find_cases
+from verse_spine.cases import find_cases
 from verse_spine.dataset import SmallScan, VerSe, spine_box
 from verse_spine.heatmap import MARGIN_MM, box_recall
-from verse_spine.labels import MODES, body_centres, centroids_to_mm, map_labels, read_centroids
+from verse_spine.labels import MODES
 from verse_spine.networks import TrainedModel, load_trained
 from verse_spine.report import HEAT_MAP_FAINT, clear_report, write_report
-from verse_spine.scores import score_case
+from verse_spine.scores import score_case, score_files
 from verse_spine.segment import Region, clean_up, predict_heatmap, segment, spine_region
 
 REGIONS = ("none", "heatmap", "oracle")
@@ -42,18 +40,44 @@ TABLE = "cases.csv"  # grows case by case
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--weights", help="best.pt of train_segmentation.py")
-    parser.add_argument("--heatmap_weights", help="best.pt of train_heatmap.py, for --region heatmap")
-    parser.add_argument("--data_path", help="folder from preprocess.py; default: that of the training")
-    parser.add_argument("--part", choices=["train", "val", "test"], help="default: test if there is one")
-    parser.add_argument("--region", choices=REGIONS, default="none", help="where to predict")
-    parser.add_argument("--pred", help="folder of masks from predict.py, instead of --weights")
-    parser.add_argument("--source", help="with --pred: VerSe folder of the true masks")
-    parser.add_argument("--labels", choices=MODES, default="binary", help="with --pred: what the masks hold")
     parser.add_argument(
-        "--grid", choices=["native", "1mm"], default="native", help="with --pred: grid of the scores"
+        "--weights", help="segmentation model to score: best.pt of verse_spine/train_segmentation.py"
     )
-    parser.add_argument("--out", help="folder of the results; default: in the run's folder, or --pred")
+    parser.add_argument(
+        "--heatmap_weights", help="best.pt of verse_spine/train_heatmap.py; needed for --region heatmap"
+    )
+    parser.add_argument(
+        "--data_path", help="folder from preprocess.py; default: the one that the run was trained on"
+    )
+    parser.add_argument(
+        "--part",
+        choices=["train", "val", "test"],
+        help="part of the split to score; default: the test scans if there are any, else val",
+    )
+    parser.add_argument(
+        "--region",
+        choices=REGIONS,
+        default="none",
+        help="where to predict: none = in the whole scan, heatmap = in the box that the heat map finds, as "
+        "predict.py does, oracle = in the box of the true vertebrae",
+    )
+    parser.add_argument("--pred", help="score the masks in this folder from predict.py, instead of --weights")
+    parser.add_argument("--source", help="VerSe folder with the true masks; needed with --pred")
+    parser.add_argument(
+        "--labels",
+        choices=MODES,
+        default="binary",
+        help="what the masks of --pred hold: as --labels of the training",
+    )
+    parser.add_argument(
+        "--grid",
+        choices=["native", "1mm"],
+        default="native",
+        help="grid on which the masks of --pred are scored: the scan's own, or 1 mm as in VerSe's own script",
+    )
+    parser.add_argument(
+        "--out", help="folder that the tables are written to; default: in the run's folder, or that of --pred"
+    )
     add_prediction_flags(parser)
     return parser
 
@@ -182,49 +206,12 @@ def evaluate_files(
         )
 
     def score(name: str) -> dict:
-        check_labels_flag(files[name], labels)
         classes, summary = score_files(files[name], cases[name], labels, grid)
         return case_row(name, cases[name].subject, summary, classes)
 
     if table:
         clear_report(table.parent)
     return batch.each(score, names, unit="case", table=table)
-
-
-def score_files(pred: Path, case: Case, labels: str, grid: str) -> tuple[list[dict], dict]:
-    """`score_case` of one mask file.
-
-    Raises:
-        ValueError: it lies on another grid than the true mask, or holds labels that it should not.
-    """
-    found, truth = load_label(pred), load_label(case.mask)
-    if not same_grid(found, truth):
-        raise ValueError(
-            f"{pred}: lies on another grid than {case.mask.name} (shape {found.array.shape}, truth "
-            f"{truth.array.shape}); score masks that predict.py wrote for this very scan"
-        )
-    centres = {}
-    if case.centroids is not None:
-        centres = centroids_to_mm(read_centroids(case.centroids), truth)
-    elif labels == "levels26":
-        centres = body_centres(truth.array, truth.affine)
-    pred_labels = map_labels(found.array, labels) if labels == "levels26" else found.array
-    target, spacing_mm, affine = truth.array, truth.spacing_mm, truth.affine
-    if grid == "1mm":
-        shape = resampled_shape(target.shape, spacing_mm, (1.0, 1.0, 1.0))
-        affine = resampled_affine(affine, target.shape, shape)
-        spacing_mm = tuple(np.multiply(spacing_mm, target.shape) / shape)
-        pred_labels, target = resample_labels(pred_labels, shape), resample_labels(target, shape)
-    return score_case(pred_labels, target, spacing_mm, affine, labels, centres)
-
-
-def check_labels_flag(mask: Path, labels: str) -> None:
-    """Refuse to score, say, a binary mask as levels: predict.py noted beside the mask what it holds."""
-    note = mask.with_name(f"{case_name(mask).removesuffix('_mask')}.json")
-    if note.is_file():
-        held = read_json(note, {"labels": str | None}).get("labels")
-        if held not in (None, labels):
-            raise ValueError(f"{mask}: holds {held} labels; score it with --labels {held}")
 
 
 def missing_notes(source: Path, scored: list[str]) -> tuple[str, ...]:

@@ -32,122 +32,92 @@ from common.config import (
     positive_int,
     run_script,
 )
-from common.files import check_keys, read_json, write_json
+from common.files import write_json
 from common.hardware import choose_precision, describe_device, peak_memory_mib, start_device
-from common.hu import why_not_hu
-from common.nifti import NIFTI_SUFFIXES, NiftiFile, case_name, open_nifti, save_label
+from common.nifti import NIFTI_SUFFIXES, case_name, open_nifti, save_label
 from common.runs import run_dir_of
-from common.volumes import body_box, crop
+from common.volumes import crop
 from common.windows import prediction_peak_mib, reading_box
-from verse_spine.heatmap import HU_RANGE, small_grid, to_small_grid
 from verse_spine.labels import class_names, num_outputs, unmap_labels, write_centroids
 from verse_spine.networks import TrainedModel, load_trained
 from verse_spine.pictures import save_planes
-from verse_spine.preprocess import BODY_MARGIN_MM
+from verse_spine.region import find_region
 from verse_spine.segment import (
-    AIR_BELOW_HU,
-    Region,
     clean_up,
     mask_centroids,
-    predict_heatmap,
     segment,
-    spine_region,
 )
 
 OWN_NAMES = ("_mask", "_msk")  # masks of this script and of VerSe are not scans
-OVERVIEW_MM = 3.0  # voxels of the coarse copy that stage 1 and the body box look at
 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--weights", required=True, help="best.pt of train_segmentation.py")
-    parser.add_argument("--heatmap_weights", help="best.pt of train_heatmap.py, to look only at the spine")
-    parser.add_argument("--source", required=True, help="a NIfTI scan, or a folder of them")
-    parser.add_argument("--out", help="folder of the results; default: predictions/ in the run's folder")
-    parser.add_argument("--recursive", action=Switch, default=False, help="also subfolders")
     parser.add_argument(
-        "--no_roi", action="store_true", help="search the whole scan, also the air around the body"
+        "--weights", required=True, help="segmentation model: best.pt of verse_spine/train_segmentation.py"
     )
-    parser.add_argument("--roi", help="JSON from an earlier run, or {'start': [z, y, x], 'stop': [z, y, x]}")
-    parser.add_argument("--tta", action=Switch, default=False, help="average with the mirrored scan: 2x time")
     parser.add_argument(
-        "--overlap", type=fraction, default=0.5, help="of neighbouring windows; 0.25 is faster"
+        "--heatmap_weights",
+        help="spine finder: best.pt of verse_spine/train_heatmap.py; with it only the box around the spine "
+        "is segmented, which is faster and has fewer false alarms",
     )
-    parser.add_argument("--batch_size", type=positive_int, default=1, help="windows at a time")
-    parser.add_argument("--clean_up", action=Switch, default=True, help="remove what is no part of a spine")
-    parser.add_argument("--save_preview", action=Switch, default=True, help="a picture of three planes")
+    parser.add_argument("--source", required=True, help="what to segment: a NIfTI scan, or a folder of them")
+    parser.add_argument(
+        "--out", help="folder that the results are written to; default: predictions/ in the run's folder"
+    )
+    parser.add_argument("--recursive", action=Switch, default=False, help="look for scans in subfolders too")
+    parser.add_argument(
+        "--no_roi",
+        action="store_true",
+        help="segment the whole scan, with the air around the body; slower, if a vertebra is missing",
+    )
+    parser.add_argument(
+        "--roi",
+        help="segment this box: <name>.json of an earlier run, or a JSON file with "
+        "{'start': [z, y, x], 'stop': [z, y, x]} in voxels of the scan in RAS",
+    )
+    parser.add_argument(
+        "--tta",
+        action=Switch,
+        default=False,
+        help="average the prediction with that of the scan mirrored left to right; takes twice as long",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=fraction,
+        default=0.5,
+        help="share of a window that the next one covers too, 0 to below 1; 0.25 is faster and coarser",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=1,
+        help="number of windows that are computed at a time; more are faster on a large GPU",
+    )
+    parser.add_argument(
+        "--clean_up", action=Switch, default=True, help="remove pieces that do not belong to the spine"
+    )
+    parser.add_argument(
+        "--save_preview", action=Switch, default=True, help="write a picture with three planes of each scan"
+    )
     parser.add_argument(
         "--save_3d",
         action=Switch,
         default=False,
-        help="also a shaded surface and a mesh to open in a browser",
+        help="write pictures of the surface as well, and a page that shows it in a browser",
     )
     add_prediction_flags(parser)
     return parser
 
 
-# ---- stage 1 ----
-
-
-def find_region(file: NiftiFile, heatmap: TrainedModel | None, args: Namespace) -> Region:
-    """Where to segment: by --roi, --no_roi, the heat map, or the box of the body."""
-    if args.roi:
-        return Region(read_roi(args.roi, file), "given")
-    if args.no_roi:
-        return Region(((0, 0, 0), file.shape), "whole scan")
-    factors = tuple(max(1, int(OVERVIEW_MM / s)) for s in file.spacing_mm)
-    coarse = file.read_reduced(factors, HU_RANGE)
-    if doubt := why_not_hu(coarse):
-        tqdm.write(f"warning: {file.path.name}: {doubt}")
-    margin = tuple(map(int, np.ceil(BODY_MARGIN_MM / np.multiply(file.spacing_mm, factors))))
-    low, high = body_box(coarse, AIR_BELOW_HU, margin)  # the field of view that preprocessing leaves
-    start = np.multiply(low, factors)
-    stop = np.minimum(np.multiply(high, factors), file.shape)
-    body = (tuple(map(int, start)), tuple(map(int, stop)))
-    if heatmap is None:
-        return Region(body, "body")
-    grid = small_grid(tuple(map(int, stop - start)), file.spacing_mm, tuple(heatmap.config["patch_size"]))
-    heat = predict_heatmap(heatmap, to_small_grid(crop(coarse, low, high), grid))
-    if region := spine_region(heat, grid):
-        box = tuple(tuple(int(v) for v in np.add(corner, start)) for corner in region.box)
-        return Region(box, region.source, region.heat)
-    tqdm.write(
-        f"warning: {file.path.name}: the heat map found no spine (highest value {heat.max():.2f}); "
-        "searching the whole body"
-    )
-    return Region(body, "body", float(heat.max()))
-
-
-def read_roi(path: str | Path, file: NiftiFile) -> tuple[tuple, tuple]:
-    """Box in voxels (z y x, RAS) of a JSON file: {"start", "stop"}, or a result of this script.
-
-    Raises:
-        FileNotFoundError, ValueError: the file is missing, or holds no box inside the scan.
-    """
-    advice = '--roi needs {"start": [z, y, x], "stop": [z, y, x]} in voxels of the scan in RAS'
-    content = read_json(path, advice=advice)
-    box = content.get("region", content)
-    check_keys(box, {"start": list, "stop": list}, str(path), advice=advice)
-    start, stop = tuple(box["start"]), tuple(box["stop"])
-    is_inside = len(start) == len(stop) == 3 and all(isinstance(v, int) for v in (*start, *stop))
-    is_inside = is_inside and all(0 <= a < b <= n for a, b, n in zip(start, stop, file.shape, strict=True))
-    if not is_inside:
-        name = f"{file.path.name} {file.shape}"
-        raise ValueError(f"{path}: box {start} to {stop} is not inside {name}; {advice}")
-    return start, stop
-
-
-# ---- one scan ----
-
-
 def predict_scan(
     model: TrainedModel, heatmap: TrainedModel | None, path: Path, out: Path, args: Namespace
 ) -> dict:
-    """Everything of one scan; returns its line of results.csv."""
+    """Write all files of one scan; returns its row of predictions.csv."""
     started = time.perf_counter()
     file, labels = open_nifti(path), model.config["labels"]
     name = case_name(path)
-    region = find_region(file, heatmap, args)
+    region = find_region(file, heatmap, roi=args.roi, whole_scan=args.no_roi)
     found_s = time.perf_counter() - started
     working_mm, patch_size = model.preprocessing["spacing_mm"], tuple(model.config["patch_size"])
     # What is read is larger than a region smaller than a patch: the network sees the tissue around it.

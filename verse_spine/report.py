@@ -44,7 +44,7 @@ def write_report(
 
 
 def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
-    """Markdown: a line a class, then what only the whole case tells."""
+    """Markdown: one line for each class, then what only whole cases tell."""
     shown = ("dice", "nsd_1mm", "nsd_2mm", "hd95_mm", "assd_mm")
     lines = [f"| class | {' | '.join(shown)} | cases | missed | hallucinated |"]
     lines.append("|---" * (len(shown) + 4) + "|")

@@ -1,16 +1,23 @@
 """Scores of one scan's vertebrae against the truth: by class, by vertebra and of all together."""
 
+from pathlib import Path
+
 import numpy as np
 from scipy import ndimage
 
+from common.files import read_json
 from common.metrics import binary_counts, case_metrics, dice_from_counts
-from common.nifti import voxel_mm3
+from common.nifti import case_name, load_label, same_grid, voxel_mm3
+from common.volumes import resample_labels, resampled_affine, resampled_shape
+from verse_spine.cases import Case
 from verse_spine.labels import (
     VERTEBRAE,
     body_centres,
+    centroids_to_mm,
     class_names,
     identification_rate,
     map_labels,
+    read_centroids,
     unmap_labels,
 )
 
@@ -93,3 +100,43 @@ def instance_scores(pred: np.ndarray, target: np.ndarray) -> dict[str, float]:
         "dice_instance": float(dice[true, 1:].max(1).mean()),
         "dice_inner": float(np.mean([dice[k, k] for k in inner])) if inner else np.nan,
     }
+
+
+def score_files(pred: Path, case: Case, labels: str, grid: str) -> tuple[list[dict], dict]:
+    """`score_case` of one mask file.
+
+    Args:
+        grid: "native", that of the scan, or "1mm".
+
+    Raises:
+        ValueError: it lies on another grid than the true mask, or holds other labels than `labels`.
+    """
+    check_labels_flag(pred, labels)
+    found, truth = load_label(pred), load_label(case.mask)
+    if not same_grid(found, truth):
+        raise ValueError(
+            f"{pred}: lies on another grid than {case.mask.name} (shape {found.array.shape}, truth "
+            f"{truth.array.shape}); score masks that predict.py wrote for this very scan"
+        )
+    centres = {}
+    if case.centroids is not None:
+        centres = centroids_to_mm(read_centroids(case.centroids), truth)
+    elif labels == "levels26":
+        centres = body_centres(truth.array, truth.affine)
+    pred_labels = map_labels(found.array, labels) if labels == "levels26" else found.array
+    target, spacing_mm, affine = truth.array, truth.spacing_mm, truth.affine
+    if grid == "1mm":
+        shape = resampled_shape(target.shape, spacing_mm, (1.0, 1.0, 1.0))
+        affine = resampled_affine(affine, target.shape, shape)
+        spacing_mm = tuple(np.multiply(spacing_mm, target.shape) / shape)
+        pred_labels, target = resample_labels(pred_labels, shape), resample_labels(target, shape)
+    return score_case(pred_labels, target, spacing_mm, affine, labels, centres)
+
+
+def check_labels_flag(mask: Path, labels: str) -> None:
+    """Refuse to score, say, a binary mask as levels: predict.py noted beside the mask what it holds."""
+    note = mask.with_name(f"{case_name(mask).removesuffix('_mask')}.json")
+    if note.is_file():
+        held = read_json(note, {"labels": str | None}).get("labels")
+        if held not in (None, labels):
+            raise ValueError(f"{mask}: holds {held} labels; score it with --labels {held}")
