@@ -18,8 +18,8 @@ def add_training_flags(parser: ArgumentParser) -> None:
         "--image_size",
         type=positive_int,
         default=512,
-        help="side in pixels of the square that each slice is fitted to; 256 takes a quarter of memory and "
-        "time",
+        help="side in pixels of the square that the network sees of a slice, at the pixel size of the data "
+        "set; 256 instead of 512 takes a quarter of memory and time",
     )
     data.add_argument(
         "--folds",

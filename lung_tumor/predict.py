@@ -27,6 +27,7 @@ from common.config import (
     fraction,
     make_parser,
     parse_args,
+    positive_float,
     positive_int,
     run_script,
 )
@@ -39,7 +40,6 @@ from common.runs import run_dir_of
 from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
 from lung_tumor.slices import (
     IMAGE_SUFFIXES,
-    millimetres,
     read_image,
     to_display,
     to_pixel_size,
@@ -71,7 +71,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--pixel_mm",
-        type=millimetres,
+        type=positive_float,
         help="side of a pixel of the image files in mm (a NIfTI scan brings its own); default: as in the "
         "training slices, which is right for images from preprocess.py",
     )

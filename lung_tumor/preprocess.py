@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import Switch, fraction, make_parser, parse_args, run_script
+from common.config import Switch, fraction, make_parser, parse_args, positive_float, run_script
 from common.decathlon import find_decathlon, read_dataset_json
 from common.files import write_json
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
@@ -26,7 +26,6 @@ from lung_tumor.conversion import WINDOW_HU, Settings, convert_all, median_pixel
 from lung_tumor.dataset import read_json
 from lung_tumor.explore import explore
 from lung_tumor.phantoms import write_chest_phantoms
-from lung_tumor.slices import millimetres
 
 
 def build_parser() -> ArgumentParser:
@@ -55,7 +54,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--pixel_mm",
-        type=millimetres,
+        type=positive_float,
         help="side of a pixel of the converted slices in mm, the same for all scans, so that the network "
         "sees one scale; default: the median of the scans, which suits most data sets",
     )

@@ -6,7 +6,6 @@ predict.
 A slice is stored as a radiologist sees it: row = front to back, column = the patient's right to left.
 """
 
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +26,6 @@ def volume_to_slices(volume: np.ndarray, window_hu: tuple[float, float]) -> np.n
     for z, plane in enumerate(to_display(volume)):  # slice by slice: no float copy of a whole scan
         slices[z] = np.rint(window(plane, *window_hu) * 255)
     return slices
-
-
-def millimetres(text: str) -> float:
-    """For argparse's `type=`: the side of a pixel in mm."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 100:
-        raise ArgumentTypeError(f"{text!r} is not the side of a pixel in mm; write 0.8, for example")
-    return value
 
 
 def to_display(volume: np.ndarray) -> np.ndarray:

@@ -124,6 +124,8 @@ def train(
         f"{len(split['val'])}; test volumes: {len(split['test'])}; {len(loader)} steps an epoch, effective "
         f"batch {effective_batch}"
     )
+    if pixel_mm := preprocessing["pixel_mm"]:
+        run.log(f"pixels: {pixel_mm / preprocessing['scale']:.3g} mm in squares of {args.image_size} pixels")
     if packed.num_unclean:
         run.log(
             f"warning: {packed.num_unclean} masks hold grey values besides 0 and 255; above 127 is tumour"
