@@ -56,6 +56,18 @@ def open_training_data(args: Namespace) -> tuple[PackedSlices, dict[str, list[st
     return open_data(data_path, args.image_size, args.seed, args.folds, fold)
 
 
+def data_notes(packed: PackedSlices, preprocessing: dict, image_size: int) -> list[str]:
+    """What the log should say about pixels and masks."""
+    notes = []
+    if pixel_mm := preprocessing["pixel_mm"]:
+        seen_mm = pixel_mm / preprocessing["scale"]
+        notes.append(f"pixels: {seen_mm:.3g} mm in squares of {image_size} pixels")
+    if packed.num_unclean:
+        unclean = f"{packed.num_unclean} masks hold grey values besides 0 and 255"
+        notes.append(f"warning: {unclean}; above 127 is tumour")
+    return notes
+
+
 def train(
     args: Namespace, resumed: dict | None, folder: Path | None, resume_words: list[str] | None = None
 ) -> list[dict]:
@@ -116,7 +128,7 @@ def train(
         wandb_project="lung_tumor" if args.use_wandb else None,
     )
     model = distributed.wrap(network, device)
-    for line in setup.lines:
+    for line in [*setup.lines, *data_notes(packed, preprocessing, args.image_size)]:
         run.log(line)
     effective_batch = plan.batch_size * plan.accumulate * distributed.world_size()
     run.log(
@@ -124,12 +136,6 @@ def train(
         f"{len(split['val'])}; test volumes: {len(split['test'])}; {len(loader)} steps an epoch, effective "
         f"batch {effective_batch}"
     )
-    if pixel_mm := preprocessing["pixel_mm"]:
-        run.log(f"pixels: {pixel_mm / preprocessing['scale']:.3g} mm in squares of {args.image_size} pixels")
-    if packed.num_unclean:
-        run.log(
-            f"warning: {packed.num_unclean} masks hold grey values besides 0 and 255; above 127 is tumour"
-        )
 
     # ---- train ----
     with run:  # Ctrl-C and SIGTERM: the update is finished, last.pt saved

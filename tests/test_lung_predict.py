@@ -314,7 +314,8 @@ def test_all_slices_come_from_the_scan_when_only_some_were_converted(
     assert not failed
     scan = load_nifti(phantom_source / "imagesTr" / f"{name}.nii.gz")
     truth = to_display(load_label(phantom_source / "labelsTr" / f"{name}.nii.gz").array) > 0
-    probs = np.stack(list(predict_slices(model, volume_to_slices(scan.array, (-1024, 325)))))
+    slices = volume_to_slices(scan.array, (-1024, 325))
+    probs = np.stack(list(predict_slices(model, slices, pixel_size_mm=scan.spacing_mm[1:])))
     pred = probs > 0.5
     assert row["all_slices"] and row["slices"] == len(truth) > len(
         read_json(phantom_slices, "volumes.json")[name]["kept"]
