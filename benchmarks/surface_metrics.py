@@ -24,8 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.lung_tumor_patches import write_results
+from common.class_metrics import case_metrics
 from common.config import make_parser, parse_args, positive_int
-from common.metrics import case_metrics
 
 FULL = (300, 512, 512)
 SPACING_MM = (1.5, 0.8, 0.8)

@@ -19,15 +19,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.class_metrics import case_means, case_metrics, metric_columns
 from common.config import make_parser, parse_args, run_script
-from common.metrics import (
-    case_means,
-    case_metrics,
-    holm,
-    metric_columns,
-    paired_wilcoxon,
-    write_table,
-)
+from common.metrics import holm, paired_wilcoxon, write_table
 from common.nifti import case_name, is_nifti, load_label, same_grid
 from common.splits import natural_key, patients_of
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.volumes import Box, Triple, clip_values, needed_rows, resample_slab
+from common.stored_values import clip_values
+from common.volumes import Box, Triple, needed_rows, resample_slab
 from common.windows import CHUNK_BYTES, axis_first, row_bytes
 
 

@@ -1,7 +1,7 @@
-"""Metrics of a case, lesion counts, tables, intervals and a paired test; empty masks are defined throughout.
+"""Overlap of two masks, lesions, means with intervals by patient, a paired test, tables.
 
-Overlap: both masks empty = NaN, left out of means and counted beside them; one empty = 0.
-Distances between surfaces: surfaces.py.
+Both masks empty = NaN, left out of means and counted beside them; one empty = 0. Several classes:
+class_metrics.py; distances between surfaces: surfaces.py.
 """
 
 import csv
@@ -11,9 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from common.files import replacing
-from common.surfaces import check_grid, diagonal_mm, distances_between, summarise, surfels
-
-NOT_METRICS = ("case", "patient", "class", "name", "status")  # columns without a metric
 
 
 def binary_counts(pred: np.ndarray, target: np.ndarray) -> tuple[int, int, int, int]:
@@ -49,91 +46,6 @@ def volume_similarity(tp: float, fp: float, fn: float) -> float:
     """
     total = 2 * tp + fp + fn
     return 1 - abs(fn - fp) / total if total else float("nan")
-
-
-def case_metrics(
-    pred: np.ndarray,
-    target: np.ndarray,
-    spacing_mm: Sequence[float],
-    classes: Mapping[int, str],
-    tolerances_mm: Sequence[float] = (1.0, 2.0),
-    *,
-    surfaces: bool = True,
-    voxel_mm3: float | None = None,
-) -> list[dict]:
-    """A row for each class: class, name, status, dice, iou, volume_similarity, hd_mm, hd95_mm, assd_mm,
-    nsd_<t>mm, target_mm3, pred_mm3.
-
-    Args:
-        pred, target: (z, y, x) label maps of integers or booleans, 0 = background.
-        spacing_mm: z y x.
-        classes: {label: name}, without the background.
-        surfaces: False leaves the distances out, which take most of the time.
-        voxel_mm3: volume of a voxel, see `voxel_mm3` in common/nifti.py. None = the product of the spacings,
-            which is right only where the axes are at right angles: not after gantry tilt.
-
-    status is "ok"; "missed": in the target only; "hallucinated": in the prediction only; "absent": in
-    neither. Missed and hallucinated classes score 0 overlap and NSD, and the image's diagonal as distances;
-    absent ones NaN.
-
-    Raises:
-        ValueError: two shapes, a wrong spacing, or a label that `classes` does not name.
-    """
-    check_grid(pred, target, spacing_mm)
-    counts = _joint_counts(pred, target, list(classes))
-    if voxel_mm3 is None:
-        voxel_mm3 = float(np.prod(spacing_mm))
-    elements = [surfels(labels, classes, spacing_mm) for labels in (pred, target) if surfaces]
-    worst_mm = diagonal_mm(pred.shape, spacing_mm)
-    rows = []
-    for index, (label, name) in enumerate(classes.items(), start=1):
-        tp, num_target, num_pred = (
-            int(n) for n in (counts[index, index], counts[index].sum(), counts[:, index].sum())
-        )
-        fp, fn = num_pred - tp, num_target - tp
-        found = {(True, True): "ok", (True, False): "missed", (False, True): "hallucinated"}
-        distances = {}
-        if surfaces:
-            between = distances_between(*(e[label] for e in elements), pred.shape, spacing_mm)
-            distances = summarise(between, worst_mm, tolerances_mm)
-        rows.append(
-            {
-                "class": label,
-                "name": name,
-                "status": found.get((num_target > 0, num_pred > 0), "absent"),
-                "dice": dice_from_counts(tp, fp, fn),
-                "iou": iou_from_counts(tp, fp, fn),
-                "volume_similarity": volume_similarity(tp, fp, fn),
-                **distances,
-                "target_mm3": num_target * voxel_mm3,
-                "pred_mm3": num_pred * voxel_mm3,
-            }
-        )
-    return rows
-
-
-def _joint_counts(pred: np.ndarray, target: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-    """(1 + classes, 1 + classes) voxels by target (rows) and prediction, one pass; index 0 = background."""
-    for what, labels in (("prediction", pred), ("target", target)):
-        if labels.dtype.kind not in "iub" or labels.min(initial=0) < 0:
-            raise ValueError(f"{what}: label maps hold integers of at least 0, got {labels.dtype}")
-    if not classes or min(classes) < 1:
-        raise ValueError(f"classes {list(classes)}: labels of at least 1 are needed; 0 is the background")
-    size, unknown = len(classes) + 2, len(classes) + 1
-    position = np.full(1 + max(*classes, int(pred.max(initial=0)), int(target.max(initial=0))), unknown)
-    position[[0, *classes]] = range(unknown)
-    counts = np.zeros(size * size, np.int64)
-    for plane_pred, plane_target in zip(pred, target, strict=True):  # plane by plane: bincount works in int64
-        some = (plane_pred != 0) | (plane_target != 0)
-        joint = position[plane_target[some].astype(np.intp)] * size
-        joint += position[plane_pred[some].astype(np.intp)]
-        counts += np.bincount(joint, minlength=counts.size)
-    counts = counts.reshape(size, size)
-    for what, labels, number in (("prediction", pred, counts[:, -1]), ("target", target, counts[-1])):
-        if number.any():
-            other = sorted(set(np.unique(labels).tolist()) - {0, *classes})
-            raise ValueError(f"{what}: label(s) {str(other[:10])[1:-1]} are not among {sorted(classes)}")
-    return counts[:-1, :-1]
 
 
 def lesion_counts(pred: np.ndarray, target: np.ndarray) -> dict[str, int]:
@@ -208,46 +120,6 @@ def summary(values: Sequence[float], groups: Sequence[str] | None = None) -> dic
     sd = float(valid.std(ddof=1)) if valid.size > 1 else float("nan")
     mean, median = float(valid.mean()), float(np.median(valid))
     return {"mean": mean, "sd": sd, "median": median, "low": low, "high": high, "n": int(valid.size)}
-
-
-def metric_columns(rows: Sequence[dict]) -> list[str]:
-    """Names of the metrics in rows of `case_metrics`."""
-    return [key for key in rows[0] if key not in NOT_METRICS]
-
-
-def class_table(rows: Sequence[dict]) -> list[dict]:
-    """A row for each class and metric over cases; "all" is the mean over a case's classes, then over cases.
-
-    Args:
-        rows: of `case_metrics`, each with "case" and, where scans share one, "patient" in front.
-
-    Returns:
-        rows of class, name, metric, mean, sd, median, low, high (95 % bootstrap interval by patient), n
-        (values that are not NaN), missed, hallucinated, absent (cases; of "all": structures).
-    """
-    table = []
-    for label in [*dict.fromkeys(r["class"] for r in rows), "all"]:
-        of_class = [r for r in rows if label in (r["class"], "all")]
-        status = [r["status"] for r in of_class]
-        number = {key: status.count(key) for key in ("missed", "hallucinated", "absent")}
-        name = "all classes" if label == "all" else of_class[0]["name"]
-        patients = {r["case"]: r.get("patient", r["case"]) for r in of_class}
-        for metric in metric_columns(rows):
-            values = case_means(of_class, metric)
-            table.append(
-                {"class": label, "name": name, "metric": metric}
-                | summary(list(values.values()), [patients[case] for case in values])
-                | number
-            )
-    return table
-
-
-def case_means(rows: Sequence[dict], metric: str) -> dict[str, float]:
-    """{case: mean of the metric over its rows that are not NaN, NaN if there is none}."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["case"], []).extend([row[metric]] if row[metric] == row[metric] else [])
-    return {case: float(np.mean(numbers)) if numbers else float("nan") for case, numbers in values.items()}
 
 
 def paired_wilcoxon(

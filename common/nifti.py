@@ -16,7 +16,7 @@ import numpy as np
 
 from common.files import replacing
 from common.nifti_checks import as_labels, check_first_bytes, check_header, rounded_labels
-from common.stored_values import lowest_finite, scaled, without_nan
+from common.stored_values import clip_values, lowest_finite, scaled, without_nan
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 UNREADABLE = (EOFError, zlib.error, OSError, ValueError)  # what nibabel raises for damaged files
@@ -94,12 +94,10 @@ class NiftiFile:
     def read_reduced(self, factors: Sequence[int], value_range: Sequence[float] | None = None) -> np.ndarray:
         """Means over blocks of `factors` (z y x) voxels; needs the memory of the result and of a chunk.
 
-        Values are cut to `value_range` before they are averaged, see `clip_values` in common/volumes.py.
+        Values are cut to `value_range` before they are averaged, see `clip_values`.
 
         Returns (z, y, x) float32; the last block of an axis may have fewer voxels to average.
         """
-        from common.volumes import clip_values
-
         if len(factors) != 3 or any(f != int(f) or f < 1 for f in factors):
             raise ValueError(f"{self.path}: factors {factors}, expected three whole numbers above 0 (z y x)")
         sums = np.zeros([-(-n // f) for n, f in zip(self.shape, factors, strict=True)])

@@ -1,7 +1,7 @@
-"""From the numbers that a scan's file stores to voxel values: slope and intercept, NaN and infinity."""
+"""From the numbers that a scan's file stores to voxel values: slope and intercept, NaN, range."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +55,17 @@ def without_nan(array: np.ndarray, lowest: Callable[[], float]) -> np.ndarray:
     if array.dtype.kind != "f" or (finite := np.isfinite(array)).all():
         return array
     return np.where(finite, array, np.float32(lowest()))
+
+
+def clip_values(array: np.ndarray, value_range: Sequence[float] | None) -> np.ndarray:
+    """The array cut to [low, high], of its type; as it is if `value_range` is None.
+
+    Comes before any resampling or averaging: a screw of 30,000 HU or padding of -3024 would else spread into
+    the voxels beside it. Preprocessing and prediction do so alike.
+    """
+    if value_range is None:
+        return array
+    low, high = value_range
+    if array.dtype.kind in "iu":  # numpy refuses limits that the type cannot hold
+        low, high = max(low, np.iinfo(array.dtype).min), min(high, np.iinfo(array.dtype).max)
+    return array.clip(low, high)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.metrics import largest_component
+from common.stored_values import clip_values
 
 Triple = tuple[int, int, int]  # z y x
 Box = tuple[Triple, Triple]  # start and stop, z y x, half-open
@@ -53,20 +54,6 @@ def crop_affine(affine: np.ndarray, start_zyx: Sequence[int]) -> np.ndarray:
 
 
 # ---- values ----
-
-
-def clip_values(array: np.ndarray, value_range: Sequence[float] | None) -> np.ndarray:
-    """The array cut to [low, high], of its type; as it is if `value_range` is None.
-
-    Comes before any resampling or averaging: a screw of 30,000 HU or padding of -3024 would else spread into
-    the voxels beside it. Preprocessing and prediction do so alike.
-    """
-    if value_range is None:
-        return array
-    low, high = value_range
-    if array.dtype.kind in "iu":  # numpy refuses limits that the type cannot hold
-        low, high = max(low, np.iinfo(array.dtype).min), min(high, np.iinfo(array.dtype).max)
-    return array.clip(low, high)
 
 
 # ---- resampling ----

@@ -8,8 +8,9 @@ import pytest
 from conftest import run_script
 from scipy import stats
 
+from common.class_metrics import case_metrics
 from common.compare import compare, label_files, main, read_results, score_folders
-from common.metrics import case_metrics, write_table
+from common.metrics import write_table
 from common.nifti import write_nifti
 
 NAN = float("nan")

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from common.class_metrics import case_metrics, class_table
 from common.metrics import (
     binary_counts,
     bootstrap_interval,
-    case_metrics,
-    class_table,
     dice_from_counts,
     holm,
     iou_from_counts,

@@ -11,10 +11,10 @@ from scipy import ndimage
 
 from common import volumes
 from common.nifti import open_nifti, write_nifti
+from common.stored_values import clip_values
 from common.volumes import (
     body_box,
     box_of,
-    clip_values,
     crop,
     crop_affine,
     expand_box,

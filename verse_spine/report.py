@@ -7,8 +7,9 @@ import numpy as np
 
 from common import distributed
 from common.batch import failed_lines
+from common.class_metrics import class_table
 from common.files import replacing
-from common.metrics import class_table, write_table
+from common.metrics import write_table
 
 HEAT_MAP_FAINT = "whole scan, heat map faint"  # in the column "region"
 FILES = ("results.csv", "cases.csv", "summary.csv", "summary.md")

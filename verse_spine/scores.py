@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from common.class_metrics import case_metrics
 from common.files import read_json
-from common.metrics import binary_counts, case_metrics, dice_from_counts
+from common.metrics import binary_counts, dice_from_counts
 from common.nifti import case_name, load_label, same_grid, voxel_mm3
 from common.volumes import resample_labels, resampled_affine, resampled_shape
 from verse_spine.cases import Case
