@@ -220,6 +220,7 @@ class Run:
         row |= scores
         row |= {"seconds": seconds, "data_wait": self._wait_s / seconds}
         row["peak_mib"] = peak_memory_mib(self.device)
+        score = distributed.from_main(score)  # lest processes disagree by a rounding error on when to end
         is_best = score > self.best
         if is_best:
             self.best, self.best_epoch = score, self.epoch
@@ -243,6 +244,13 @@ class Run:
             f"{row['seconds']:.1f} s ({100 * row['data_wait']:.0f} % waiting for data)  "
             f"{row['peak_mib']:.0f} MiB peak"
         )
+
+    def best_or_last(self) -> Path:
+        """best.pt, or last.pt with a line in the log if no epoch has a score."""
+        if self.best_epoch >= 0:
+            return self.best_weights
+        self.log(f"warning: no validation gave a score, so there is no best.pt: going on with {self.last}")
+        return self.last
 
     def save(self) -> None:
         """Write last.pt, from which a run goes on as if it had never stopped."""

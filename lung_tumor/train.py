@@ -173,13 +173,14 @@ def train(
                 run.log(
                     "warning: almost no tumour predicted for 5 epochs; try --loss dice_bce or a lower --lr"
                 )
-    return score_best(run, load_trained(run.best_weights, device, precision), data_path)
+    return score_best(run, trained, data_path)
 
 
-def score_best(run: Run, best: TrainedModel, data_path: str) -> list[dict]:
+def score_best(run: Run, trained: TrainedModel, data_path: str) -> list[dict]:
     """Score best.pt on whole test volumes (validation volumes where there are none): tables and pictures."""
-    part = "test" if best.split["test"] else "val"
-    weights = run.best_weights
+    part = "test" if trained.split["test"] else "val"
+    weights = run.best_or_last()
+    best = load_trained(weights, trained.device, trained.precision)
     run.log(f"best validation Dice {run.best:.4f} in epoch {run.best_epoch}")
     run.log(f"now whole {part} volumes with {weights}")
     rows, failed = evaluate_volumes(best, data_path, best.split[part])

@@ -19,15 +19,16 @@ from torch.utils.data import DataLoader
 
 from common.checkpoints import load_checkpoint
 from common.config import resolved_config
+from common.hardware import Precision
 from common.hdf5 import CaseFile
 from common.losses import dice_ce_loss
 from common.patches import draw_patch, histogram
 from common.runs import seed_everything
-from verse_spine import train_heatmap, train_segmentation
+from verse_spine import boxes, train_heatmap, train_segmentation
 from verse_spine.dataset import STRATA, UNIFORM, HeatmapDataset, PatchDataset, SmallScan, VerSe, spine_box
 from verse_spine.heatmap import LOSSES, TARGETS, heatmap_loss
 from verse_spine.labels import map_labels, num_outputs
-from verse_spine.networks import MODELS, get_model
+from verse_spine.networks import MODELS, get_model, load_trained
 from verse_spine.training import get_optimizer, set_up
 
 TIMES = {"seconds", "data_wait", "peak_mib"}
@@ -491,3 +492,22 @@ def test_scripts_run_from_another_folder(verse_h5, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert (tmp_path / "runs" / stage / "weights" / "best.pt").is_file()
+
+
+def test_one_damaged_case_does_not_end_the_evaluation_of_boxes(verse_h5, verse_runs, tmp_path, monkeypatch):
+    verse, weights = VerSe(verse_h5), verse_runs["heatmap"] / "weights" / "best.pt"
+    model = load_trained(weights, torch.device("cpu"), Precision("fp32", None, False, ""), "heatmap")
+    names = [*verse.split["train"], *verse.split["val"]]
+    original = boxes.make_target
+
+    def broken(kind, grid, *rest):
+        if grid.scan_shape == tuple(verse.cases[names[1]].shape):
+            raise KeyError("centroid of T12")
+        return original(kind, grid, *rest)
+
+    monkeypatch.setattr(boxes, "make_target", broken)
+    rows, failed = boxes.evaluate_boxes(model, verse, names, tmp_path / "evaluation" / "boxes.csv")
+    assert [row["case"] for row in rows] + list(failed) == [names[0], *names[2:], names[1]]
+    assert "KeyError" in failed[names[1]]
+    with (tmp_path / "evaluation" / "boxes.csv").open() as file:
+        assert [row["case"] for row in csv.DictReader(file)] == [names[0], *names[2:]]

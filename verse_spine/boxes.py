@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common import distributed
+from common import batch, distributed
 from common.metrics import summary
 from verse_spine.dataset import HeatmapDataset, SmallScan, VerSe
 from verse_spine.heatmap import box_iou, box_recall, heatmap_box, heatmap_loss, make_target, scan_box
@@ -52,11 +51,22 @@ def validate_heatmaps(
     return means | {"lowest_recall": min(recalls, default=math.nan)}
 
 
-def evaluate_boxes(model: TrainedModel, verse: VerSe, names: list[str]) -> list[dict]:
-    """One row for each scan: share of its vertebra voxels, in the full mask, inside the predicted box with
-    its margin (and without: a margin that fills a narrow scan makes every box good)."""
-    rows = []
-    for name in tqdm(distributed.my_share(names), "evaluating", unit="case", disable=None, leave=False):
+def evaluate_boxes(
+    model: TrainedModel, verse: VerSe, names: list[str], table: Path
+) -> tuple[list[dict], dict[str, str]]:
+    """Score the predicted boxes of preprocessed cases, shared over the processes.
+
+    Args:
+        table: CSV file that gets each row as soon as its case is scored.
+
+    Returns:
+        (one row for each case in the order of `names`: share of its vertebra voxels inside the predicted box
+        with its margin, and without, since a margin that fills a narrow scan makes every box good;
+        {failed case: reason}), the same in every process.
+    """
+    table.parent.mkdir(exist_ok=True)
+
+    def score(name: str) -> dict:
         case = verse.cases[name]
         small = SmallScan(case, tuple(model.config["patch_size"]), verse.path / "small_grids")
         heat = predict_heatmap(model, small.image)
@@ -66,19 +76,17 @@ def evaluate_boxes(model: TrainedModel, verse: VerSe, names: list[str]) -> list[
         mask = case.label[...] > 0
         share = 1.0 if found is None else float(np.prod(np.subtract(*found[::-1])) / np.prod(case.shape))
         target = make_target(model.config["target"], small.grid, small.boxes, small.occupancy)
-        rows.append(
-            {
-                "case": name,
-                "patient": verse.subjects[name],
-                "box_recall": box_recall(mask, found),
-                "recall_without_margin": box_recall(mask, bare),
-                "box_iou": box_iou(box, heatmap_box(target)),
-                "box_share_of_scan": share,
-                "max_heat": float(heat.max()),
-            }
-        )
-    rows = [row for part in distributed.gather(rows) for row in part]
-    return sorted(rows, key=lambda row: names.index(row["case"]))
+        return {
+            "case": name,
+            "patient": verse.subjects[name],
+            "box_recall": box_recall(mask, found),
+            "recall_without_margin": box_recall(mask, bare),
+            "box_iou": box_iou(box, heatmap_box(target)),
+            "box_share_of_scan": share,
+            "max_heat": float(heat.max()),
+        }
+
+    return batch.each(score, names, unit="case", table=table)
 
 
 def save_preview(path: Path, model: TrainedModel, val_set: HeatmapDataset) -> None:

@@ -22,11 +22,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import distributed, hardware, runs
+from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
 from common.config import Switch, fraction, make_parser, resolved_config, run_script
-from common.metrics import summary, write_table
+from common.metrics import summary
 from common.plots import save_curves
 from common.schedules import learning_rate
 from common.training import Run, optimizer_step
@@ -209,19 +209,21 @@ def score_best(run: Run, trained: TrainedModel, verse: VerSe, *, evaluate: bool)
     """The boxes that best.pt gives for the test scans (validation scans where there are none), and the next
     command."""
     part, rows = "test" if verse.split["test"] else "val", []
-    val_loss = run.history[run.best_epoch]["val_loss"]
-    run.log(f"best.pt: validation loss {val_loss:.4f} in epoch {run.best_epoch}")
+    weights = run.best_or_last()
+    if run.best_epoch >= 0:
+        val_loss = run.history[run.best_epoch]["val_loss"]
+        run.log(f"best.pt: validation loss {val_loss:.4f} in epoch {run.best_epoch}")
     if evaluate and verse.split[part]:
-        best = load_trained(run.best_weights, trained.device, trained.precision, "heatmap")
-        rows = evaluate_boxes(best, verse, verse.split[part])
+        best = load_trained(weights, trained.device, trained.precision, "heatmap")
+        table = run.folder / "evaluation" / "boxes.csv"
+        rows, failed = evaluate_boxes(best, verse, verse.split[part], table)
         recalls = [row["box_recall"] for row in rows]
         run.log(
             f"{len(rows)} {part} scans: share of vertebra voxels in the box: mean "
             f"{summary(recalls)['mean']:.4f}, lowest {min(recalls, default=math.nan):.4f}"
         )
-        if distributed.is_main() and rows:
-            (run.folder / "evaluation").mkdir(exist_ok=True)
-            write_table(run.folder / "evaluation" / "boxes.csv", rows)
+        for line in batch.failed_lines(failed):
+            run.log(line)
     run.log(f"written: {run.folder}/ with log.txt, metrics.csv, training_curves.png, previews/, weights/")
     data = shlex.quote(str(run.notes["config"]["data_path"]))
     run.log(f"next: python verse_spine/train_segmentation.py --data_path {data} --model_name spine")

@@ -207,13 +207,11 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> list[di
 
 def score_best(run: Run, trained: TrainedModel, verse: VerSe, *, evaluate: bool) -> list[dict]:
     """Score best.pt on whole test scans, or validation scans where there are none; name the next command."""
-    part, weights, rows = "test" if verse.split["test"] else "val", run.best_weights, []
+    part, rows = "test" if verse.split["test"] else "val", []
+    weights = run.best_or_last()
     if run.best_epoch >= 0:
         dice = run.history[run.best_epoch]["val_dice"]
         run.log(f"best.pt: validation Dice {dice:.4f} in epoch {run.best_epoch}")
-    else:
-        weights = run.last
-        run.log(f"warning: no validation gave a Dice, so there is no best.pt: going on with {weights}")
     if evaluate and verse.split[part]:
         run.log(f"now the whole {part} scans with {weights}")
         best = load_trained(weights, trained.device, trained.precision, "segmentation")
