@@ -35,17 +35,37 @@ HALF = (0.5, 0.5, 0.5)
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--patch_size", type=positive_int, default=96, help="side of the patches, voxels")
-    parser.add_argument("--batch_size", type=positive_int, default=2, help="patches a batch")
-    parser.add_argument("--batches", type=positive_int, default=2, help="batches a round of each case")
+    parser.add_argument("--patch_size", type=positive_int, default=96, help="side of the patches in voxels")
+    parser.add_argument("--batch_size", type=positive_int, default=2, help="number of patches in a batch")
     parser.add_argument(
-        "--default_batches", type=positive_int, default=10, help="same, of `defaults`, which vary"
+        "--batches",
+        type=positive_int,
+        default=2,
+        help="number of batches that each way augments in a round of a case",
     )
     parser.add_argument(
-        "--repeats", type=positive_int, default=5, help="rounds of each case and way, in turns"
+        "--default_batches",
+        type=positive_int,
+        default=10,
+        help="the same for the case `defaults`, whose batches differ more",
     )
-    parser.add_argument("--threads", type=positive_int, default=2, help="of torch and of SimpleITK")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        default=5,
+        help="number of rounds, in each of which all ways take turns",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=2,
+        help="number of processor threads, of torch and of SimpleITK",
+    )
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        help="folder that the results (JSON and Markdown) are written to",
+    )
     return parser
 
 

@@ -44,17 +44,60 @@ COLUMNS = {"pooled_dice": 3, "tumour_patch_dice": 3, "empty_patch_fp": 2, "ms_pe
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--data_path", required=True, help="folder with val.npz and test.npz")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="networks")
-    parser.add_argument("--seeds", type=positive_int, default=3, help="runs in each direction")
-    parser.add_argument("--steps", type=positive_int, default=300, help="optimiser steps of a run")
-    parser.add_argument("--batch_size", type=positive_int, default=16, help="patches a step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of ours, falls as a cosine")
-    parser.add_argument("--monai_lr", type=float, default=1e-2, help="learning rate of MONAI's, likewise")
-    parser.add_argument("--base_features", type=positive_int, default=16, help="channels of our first level")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, mps or auto")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = all cores, 1 on a busy machine")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
+    parser.add_argument("--data_path", required=True, help="folder that holds val.npz and test.npz")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=list(MODELS),
+        help="networks to compare: ours is this project's",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=positive_int,
+        default=3,
+        help="number of runs in each direction, each with another seed",
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=300, help="number of optimiser updates in a run"
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=16, help="number of patches in an update")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=3e-3,
+        help="highest learning rate of this project's network; it falls as a cosine",
+    )
+    parser.add_argument(
+        "--monai_lr",
+        type=float,
+        default=1e-2,
+        help="highest learning rate of MONAI's network; it falls as a cosine",
+    )
+    parser.add_argument(
+        "--base_features",
+        type=positive_int,
+        default=16,
+        help="number of channels of the first level of this project's network, doubled at each deeper level",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where to compute: cuda, cuda:1 (the second card), mps (Apple) or cpu; auto takes the first "
+        "of cuda, mps and cpu that this machine has",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="number of processor threads of torch; 0 = as many as there are cores; take 1 on a machine "
+        "that others use",
+    )
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        help="folder that the results (JSON and Markdown) are written to",
+    )
     return parser
 
 

@@ -45,13 +45,32 @@ VARIANTS = {
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--source", help="NIfTI file with the CT; default: a phantom")
-    parser.add_argument("--shape", type=positive_int, nargs=3, default=[512, 320, 320], help="z y x, voxels")
+    parser.add_argument("--source", help="CT (NIfTI) to read patches of; default: a phantom")
     parser.add_argument(
-        "--patch_sizes", type=positive_int, nargs="+", default=[128, 96], help="sides, voxels"
+        "--shape",
+        type=positive_int,
+        nargs=3,
+        default=[512, 320, 320],
+        help="size of the scan in voxels, z y x",
     )
-    parser.add_argument("--reads", type=positive_int, default=60, help="patches of each size, each way")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
+    parser.add_argument(
+        "--patch_sizes",
+        type=positive_int,
+        nargs="+",
+        default=[128, 96],
+        help="sides of the patches in voxels",
+    )
+    parser.add_argument(
+        "--reads",
+        type=positive_int,
+        default=60,
+        help="number of patches of each size that are read in each way",
+    )
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        help="folder that the results (JSON and Markdown) are written to",
+    )
     return parser
 
 

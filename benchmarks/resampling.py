@@ -32,15 +32,27 @@ CT_SPACING_MM = (1.5, 0.8, 0.8)  # z y x
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--ct_shape", type=positive_int, nargs=3, default=[200, 512, 512], help="z y x, int16"
+        "--ct_shape",
+        type=positive_int,
+        nargs=3,
+        default=[200, 512, 512],
+        help="size of the CT in voxels, z y x",
     )
     parser.add_argument(
-        "--cube", type=positive_int, default=320, help="side of the cube that grows 1.5 times"
+        "--cube", type=positive_int, default=320, help="side in voxels of the cube that is enlarged 1.5 times"
     )
-    parser.add_argument("--repeats", type=positive_int, default=3, help="runs of each way")
-    parser.add_argument("--threads", type=positive_int, default=2, help="of torch")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
-    parser.add_argument("--run", nargs="+", help="for the script itself: way, shape and new shape of one run")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="number of runs of each way")
+    parser.add_argument(
+        "--threads", type=positive_int, default=2, help="number of processor threads of torch"
+    )
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        help="folder that the results (JSON and Markdown) are written to",
+    )
+    parser.add_argument(
+        "--run", nargs="+", help="used by the script itself: way, size before and size after of a single run"
+    )
     return parser
 
 

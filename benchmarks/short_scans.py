@@ -32,18 +32,28 @@ WAYS = ("air", "edge repeated", "region of the whole scan")
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--weights", required=True, help="best.pt of train_segmentation.py")
     parser.add_argument(
-        "--data_path", help="preprocessed cases to predict; default: those that the model was trained on"
+        "--weights",
+        required=True,
+        help="trained model of the second stage: weights/best.pt in the folder of a run of "
+        "train_segmentation.py",
+    )
+    parser.add_argument(
+        "--data_path", help="folder that preprocess.py wrote; default: the one that the model was trained on"
     )
     parser.add_argument(
         "--rows",
         type=positive_int,
         nargs="+",
         default=[60, 50, 40, 24, 15],
-        help="lengths of the pieces in voxels; along each axis those below the patch are tried",
+        help="lengths of the pieces in voxels; along each axis those that are shorter than the patch are "
+        "tried",
     )
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        help="folder that the results (JSON and Markdown) are written to",
+    )
     return parser
 
 

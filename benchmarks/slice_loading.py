@@ -31,11 +31,20 @@ WINDOW_HU = (-1024.0, 325.0)  # default of lung_tumor/preprocess.py
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--cases", type=positive_int, default=2, help="phantom scans")
-    parser.add_argument("--slices", type=positive_int, default=60, help="slices of each scan")
-    parser.add_argument("--image_size", type=positive_int, default=512, help="side of the slices, pixels")
-    parser.add_argument("--repeats", type=positive_int, default=15, help="passes over all slices, each way")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
+    parser.add_argument("--cases", type=positive_int, default=2, help="number of phantom scans")
+    parser.add_argument("--slices", type=positive_int, default=60, help="number of slices of each scan")
+    parser.add_argument("--image_size", type=positive_int, default=512, help="side of the slices in pixels")
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        default=15,
+        help="number of times that all slices are read in each way",
+    )
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        help="folder that the results (JSON and Markdown) are written to",
+    )
     return parser
 
 

@@ -38,16 +38,38 @@ SPACING_MM = (1.0, 1.0, 1.0)  # also of the network: nothing is resampled, MONAI
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--slices", type=positive_int, nargs="+", default=[200, 400], help="of each scan")
-    parser.add_argument("--plane", type=positive_int, default=512, help="side of a slice, voxels")
-    parser.add_argument("--patch", type=positive_int, default=96, help="side of a window, voxels")
-    parser.add_argument("--classes", type=positive_int, default=16, help="number of classes")
     parser.add_argument(
-        "--repeats", type=positive_int, nargs="+", default=[2, 1], help="for each of --slices"
+        "--slices",
+        type=positive_int,
+        nargs="+",
+        default=[200, 400],
+        help="numbers of slices: one scan is predicted for each number",
     )
-    parser.add_argument("--threads", type=positive_int, default=2, help="of torch")
-    parser.add_argument("--one", choices=WAYS, help="only this way, in this process; labels go to --out")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
+    parser.add_argument("--plane", type=positive_int, default=512, help="side of a slice in voxels")
+    parser.add_argument("--patch", type=positive_int, default=96, help="side of a window in voxels")
+    parser.add_argument(
+        "--classes", type=positive_int, default=16, help="number of classes that the network tells apart"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        nargs="+",
+        default=[2, 1],
+        help="number of runs of each way, one number for each of --slices",
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, default=2, help="number of processor threads of torch"
+    )
+    parser.add_argument(
+        "--one",
+        choices=WAYS,
+        help="used by the script itself: measure only this way in this process; labels go to --out",
+    )
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        help="folder that the results (JSON and Markdown) are written to",
+    )
     return parser
 
 

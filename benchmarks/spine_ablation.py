@@ -32,10 +32,27 @@ VARIANTS = {
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one training each")
-    parser.add_argument("--epochs", type=positive_int, default=None, help="default: those of demo.yaml")
-    parser.add_argument("--side_by_side", type=positive_int, default=2, help="trainings at a time")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help="seeds; each variant is trained once with each of them",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=positive_int,
+        default=None,
+        help="number of passes over the training set; default: that of demo.yaml",
+    )
+    parser.add_argument(
+        "--side_by_side", type=positive_int, default=2, help="number of trainings that run at the same time"
+    )
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        help="folder that the results (JSON and Markdown) are written to",
+    )
     return parser
 
 

@@ -52,12 +52,34 @@ ORGANS = (  # centre and semi-axes z y x, voxels of the full size
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="what to measure")
-    parser.add_argument("--shape", nargs=3, type=positive_int, default=list(FULL), help="voxels z y x")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="runs of each way")
-    parser.add_argument("--threads", type=positive_int, default=2, help="cores of each run")
-    parser.add_argument("--single", choices=list(WAYS), help="one run in this process; prints JSON")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=list(WAYS),
+        default=list(WAYS),
+        help="packages to measure: ours is this project",
+    )
+    parser.add_argument(
+        "--shape",
+        nargs=3,
+        type=positive_int,
+        default=list(FULL),
+        help="size of the label maps in voxels, z y x",
+    )
+    parser.add_argument("--repeats", type=positive_int, default=3, help="number of runs of each way")
+    parser.add_argument(
+        "--threads", type=positive_int, default=2, help="number of processor cores that a run may use"
+    )
+    parser.add_argument(
+        "--single",
+        choices=list(WAYS),
+        help="used by the script itself: a single run of this way in this process, which prints JSON",
+    )
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        help="folder that the results (JSON and Markdown) are written to",
+    )
     return parser
 
 

@@ -32,10 +32,26 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # on
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="networks")
-    parser.add_argument("--patch_size", type=positive_int, nargs=3, help="only this one, z y x")
-    parser.add_argument("--device", default="auto", help="measured on it if it is a CUDA card")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
+    parser.add_argument(
+        "--models", choices=MODELS, nargs="+", default=list(MODELS), help="networks to measure"
+    )
+    parser.add_argument(
+        "--patch_size",
+        type=positive_int,
+        nargs=3,
+        help="size in voxels, z y x, of the only patch to try; default: three usual sizes",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where to compute: a CUDA card also measures each step, elsewhere its memory is only "
+        "predicted; auto takes the first of cuda, mps and cpu that this machine has",
+    )
+    parser.add_argument(
+        "--out",
+        default="benchmarks/results",
+        help="folder that the results (JSON and Markdown) are written to",
+    )
     return parser
 
 

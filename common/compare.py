@@ -32,12 +32,16 @@ VOLUMES = ("target_mm3", "pred_mm3")  # columns that are not scores
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("run_a", help="results.csv or its folder; with --target a folder of label maps")
-    parser.add_argument("run_b", help="the other run, of the same kind")
+    parser.add_argument(
+        "run_a",
+        help="the first run: its results.csv or the folder of this file; with --target a folder of label "
+        "maps",
+    )
+    parser.add_argument("run_b", help="the second run, given in the same way")
     parser.add_argument(
         "--metric",
         nargs="+",
-        help="columns of the tables to compare, such as dice; by default all that both have",
+        help="columns of the tables to compare, such as dice; default: all that both tables have",
     )
     parser.add_argument(
         "--target",
@@ -46,8 +50,9 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--patient_pattern",
-        help="regular expression whose group finds the patient in the name of a case, as 'sub-([0-9]+)'; "
-        "needed if a patient has several cases, which count as one in the test and the interval",
+        help="regular expression whose group finds the patient in the name of a case, such as "
+        "'sub-([0-9]+)'; needed where a patient has several scans, which then count as one in the "
+        "test and in the interval",
     )
     parser.add_argument("--out", default="comparison", help="folder that the tables are written to")
     return parser

@@ -52,7 +52,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = _Parser(description=doc, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument(
         "--config",
-        help="YAML file of flags, one 'flag: value' a line; flags of the command line win over it, and a "
+        help="YAML file of flags, each line a 'flag: value'; flags of the command line win over it, and a "
         "later --config wins over an earlier one",
     )
     return parser
@@ -294,11 +294,15 @@ def add_run_flags(
         "--workers",
         type=non_negative_int,
         default=2,
-        help="number of processes that prepare batches; 0 = the main process does it itself. Raise it if the"
-        " log shows a large share of waiting for data",
+        help="number of processes that prepare batches; 0 = the main process does it itself; raise it if "
+        "the log shows a large share of waiting for data",
     )
     machine.add_argument(
-        "--seed", type=int, default=42, help="seed of the first weights, of shuffling and of augmentation"
+        "--seed",
+        type=int,
+        default=42,
+        help="number that fixes what is random: the first weights, shuffling and augmentation; the same "
+        "number gives the same run on a CPU",
     )
     machine.add_argument(
         "--deterministic",
@@ -314,7 +318,7 @@ def add_run_flags(
         required=model_name is None,
         help="name of the run and of its folder; a second run of this name gets _2 behind it",
     )
-    run.add_argument("--out", default=out, help="folder that holds the folders of all runs")
+    run.add_argument("--out", default=out, help="folder in which each run gets a folder of its own")
     run.add_argument(
         "--resume",
         nargs="?",

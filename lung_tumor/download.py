@@ -41,16 +41,17 @@ MSD_STEPS = """The Decathlon hands out its files through a browser:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--out", default="data/lung_tumor_raw", help="folder that the scans are put into")
+    parser.add_argument("--out", default="data/lung_tumor_raw", help="folder that the scans are written to")
     parser.add_argument(
         "--source",
         choices=["kaggle", "msd"],
         default="kaggle",
-        help="where from; kaggle fetches about 40 GB, msd prints the steps to do by hand",
+        help="where to get the scans: kaggle fetches about 40 GB, msd prints the steps to do by hand",
     )
     parser.add_argument(
         "--archive",
-        help="what you have already: Task06_Lung.tar, which is unpacked, or a folder, which is used in place",
+        help="what you have already: Task06_Lung.tar, which is unpacked, or a folder of scans, which is "
+        "used in place",
     )
     parser.add_argument(
         "--force",

@@ -36,29 +36,37 @@ from lung_tumor.slices import read_image, read_mask, to_display, volume_to_slice
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--weights", required=True, help="trained model: weights/best.pt in a run's folder")
     parser.add_argument(
-        "--data_path", help="folder of the converted data set; default: the one that the run was trained on"
+        "--weights", required=True, help="trained model: weights/best.pt in the folder of a run of train.py"
+    )
+    parser.add_argument(
+        "--data_path", help="folder that preprocess.py wrote; default: the one that the model was trained on"
     )
     parser.add_argument(
         "--part",
         choices=["test", "val", "train"],
-        help="part of the split to score; default: the test volumes if the run has any, else val",
+        help="part of the split to score; default: test, or val if the split has no test part",
     )
     parser.add_argument(
         "--volumes", nargs="+", help="names of the volumes to score, instead of a part of the split"
     )
     parser.add_argument(
-        "--source", help="folder with the scans, if they were moved since preprocess.py read them"
+        "--source",
+        help="folder with the scans and masks, as for preprocess.py; needed only if they were moved after "
+        "their conversion",
     )
     parser.add_argument(
         "--threshold",
         type=fraction,
         default=0.5,
-        help="probability, 0 to 1, above which a pixel counts as tumour; choose it on validation volumes",
+        help="probability, 0 to 1, above which a pixel counts as tumour; a lower one finds more tumour and "
+        "more false alarms; choose it on validation volumes",
     )
     parser.add_argument(
-        "--out", help="folder that the tables are written to; default: evaluation/ in the run's folder"
+        "--out",
+        help="folder that the tables and the picture are written to; default: evaluation/ in the run's "
+        "folder, or evaluation_<part>/ for another part than the default, evaluation_named/ for "
+        "--volumes",
     )
     add_prediction_flags(parser)
     return parser

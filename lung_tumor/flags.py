@@ -1,13 +1,49 @@
 """The flags of lung_tumor/train.py; those that every train script has are in common/config.py."""
 
-from argparse import ArgumentParser
+import argparse
 
 from common.config import Switch, add_run_flags, fraction, non_negative_int, positive_int
 from common.schedules import SCHEDULES
 from lung_tumor.model import LOSSES, MODELS
 
 
-def add_training_flags(parser: ArgumentParser) -> None:
+def add_network_flags(parser: argparse._ActionsContainer, *, base_features: int) -> None:
+    """The flags that decide the shape of the network, for training and for the overfit test.
+
+    Args:
+        base_features: default of --base_features.
+    """
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default="AttentionUNet",
+        help="network: a U-Net, with attention gates on its skips or without",
+    )
+    parser.add_argument(
+        "--base_features",
+        type=positive_int,
+        default=base_features,
+        help="number of channels of the network's first level, doubled at each deeper level; half as many "
+        "take a quarter of the weights",
+    )
+    parser.add_argument(
+        "--bilinear",
+        action=Switch,
+        default=True,
+        help="enlarge feature maps by interpolation; --no-bilinear enlarges them by transposed convolutions, "
+        "which learn how and have more weights",
+    )
+    parser.add_argument(
+        "--norm",
+        choices=["batch", "group"],
+        default="batch",
+        help="how feature maps are normalised: batch = over all slices of a batch, group = over groups of "
+        "channels of each slice, which is better for --batch_size 1",
+    )
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags of train.py."""
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data_path",
@@ -18,153 +54,171 @@ def add_training_flags(parser: ArgumentParser) -> None:
         "--image_size",
         type=positive_int,
         default=512,
-        help="side in pixels of the square that the network sees of a slice, at the pixel size of the data "
-        "set; 256 instead of 512 takes a quarter of memory and time",
+        help="side in pixels of the square in which the network sees a slice; 256 instead of 512 takes a "
+        "quarter of memory and time, but where the median slice does not fit all slices are shrunk "
+        "and small tumours are lost",
     )
     data.add_argument(
         "--folds",
         type=positive_int,
-        help="number of parts, 3 or more, that cross-validation divides the patients into; give --fold as "
+        help="number of parts, 3 or more, into which cross-validation divides the patients; give --fold as "
         "well",
     )
     data.add_argument(
-        "--fold", help="part to hold out in this run, 0 to folds - 1, or all for one run after the other"
+        "--fold",
+        help="part to hold out in this run, 0 to folds - 1; all = one run after the other, for every part",
     )
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        choices=MODELS,
-        default="AttentionUNet",
-        help="network: a U-Net with or without attention gates",
-    )
-    model.add_argument(
-        "--base_features",
-        type=positive_int,
-        default=64,
-        help="channels of the first level, doubled at each level below; 32 takes a quarter of the weights",
-    )
-    model.add_argument(
-        "--bilinear",
-        action=Switch,
-        default=True,
-        help="enlarge feature maps by interpolation; --no-bilinear learns it by transposed convolutions, "
-        "which have more weights",
-    )
-    model.add_argument(
-        "--norm",
-        choices=["batch", "group"],
-        default="batch",
-        help="normalisation of feature maps over the batch or, better for --batch_size 1, over groups of "
-        "channels",
-    )
+    add_network_flags(model, base_features=64)
     model.add_argument(
         "--deep_supervision",
         action=Switch,
         default=False,
-        help="add the losses of predictions at a half, a quarter and an eighth of the resolution",
+        help="in training also predict at a half, a quarter and an eighth of the resolution, and add the "
+        "losses of these predictions",
     )
     model.add_argument(
         "--checkpointing",
         action=Switch,
         default=True,
-        help="compute activations a second time in the backward pass instead of keeping them: needs half the"
-        " memory and about a third more time",
+        help="compute activations a second time in the backward pass instead of keeping them, which takes "
+        "less memory and about a third more time",
     )
     optim = parser.add_argument_group("optimisation")
     optim.add_argument(
         "--batch_size",
         type=positive_int,
         default=2,
-        help="slices that each process holds in memory at a time; halve it if memory runs out, and double "
-        "--accumulate",
+        help="number of slices that each process computes at a time; if memory runs out, halve it and "
+        "double --accumulate, which keeps the effective batch",
     )
     optim.add_argument(
         "--accumulate",
         type=positive_int,
         default=16,
-        help="batches whose gradients are added up before the weights change; the effective batch is this "
-        "times --batch_size times the number of processes",
+        help="number of batches whose gradients are added up for one update of the weights, so that a "
+        "small card trains with a large effective batch: this times --batch_size times the number of "
+        "processes",
     )
     optim.add_argument(
         "--lr",
         type=float,
         default=5e-5,
-        help="learning rate of AdamW at its highest; fits an effective batch of 32",
+        help="highest learning rate of the run, for AdamW; the default fits an effective batch of 32",
     )
     optim.add_argument(
         "--weight_decay",
         type=float,
         default=1e-4,
-        help="share of the weights that AdamW takes away, times --lr",
+        help="share of each weight, times the learning rate, that is taken away at every update; keeps the "
+        "weights small",
     )
     optim.add_argument(
         "--grad_clip",
         type=float,
         default=1.0,
-        help="gradients with a larger norm are scaled down to it; 0 leaves them as they are",
+        help="largest norm of the gradient of an update; a larger gradient is scaled down to it, so that "
+        "one odd batch does little harm; 0 = no limit",
     )
     optim.add_argument(
         "--schedule",
         choices=SCHEDULES,
         default="cosine_annealing",
-        help="course of the learning rate: down a cosine from the start or after a warm-up, halved whenever "
-        "the validation stands still, or constant",
+        help="course of the learning rate: cosine_annealing = down a cosine, warmup_cosine = first up "
+        "during --warmup, then down the cosine, reduce_on_plateau = halved whenever the validation "
+        "score stands still (--plateau_patience), constant = always --lr",
     )
-    optim.add_argument("--min_lr", type=float, default=1e-6, help="learning rate at the end of the schedule")
     optim.add_argument(
-        "--warmup", type=fraction, default=0.07, help="share of the run in which warmup_cosine rises to --lr"
+        "--min_lr",
+        type=float,
+        default=1e-6,
+        help="lowest learning rate, at the end of the cosine or after many halvings",
+    )
+    optim.add_argument(
+        "--warmup",
+        type=fraction,
+        default=0.07,
+        help="share of the run, 0 to 1, in which warmup_cosine raises the learning rate from 0 to --lr",
     )
     optim.add_argument(
         "--plateau_patience",
         type=non_negative_int,
         default=10,
-        help="epochs without a better validation Dice after which reduce_on_plateau halves the learning rate",
+        help="number of epochs without a better validation Dice that reduce_on_plateau waits before it "
+        "halves the learning rate",
     )
     optim.add_argument(
         "--loss",
         choices=LOSSES,
         default="dice_bce",
-        help="what is minimised: dice_bce = class-balanced cross-entropy + Dice (finds small tumours), dice,"
-        " ce = cross-entropy, balanced_ce, focal_tversky (weighs missed tumour more than false alarms)",
+        help="what is minimised: dice_bce = class-balanced cross-entropy + Dice (finds small tumours), "
+        "dice = Dice alone, ce = cross-entropy, balanced_ce = class-balanced cross-entropy alone, "
+        "focal_tversky = a loss that weighs missed tumour more than false alarms",
     )
-    optim.add_argument("--ce_weight", type=float, default=1.0, help="factor of the cross-entropy in dice_bce")
-    optim.add_argument("--dice_weight", type=float, default=1.0, help="factor of the Dice loss in dice_bce")
+    optim.add_argument(
+        "--ce_weight",
+        type=float,
+        default=1.0,
+        help="factor on the cross-entropy in dice_bce; a larger one makes it count more",
+    )
+    optim.add_argument(
+        "--dice_weight",
+        type=float,
+        default=1.0,
+        help="factor on the Dice loss in dice_bce; a larger one makes it count more",
+    )
     optim.add_argument(
         "--tumour_weight",
         type=fraction,
         default=0.5,
-        help="share of the balanced cross-entropy that tumour pixels make up together, however few they are",
+        help="share, 0 to 1, that the tumour pixels of a slice together have in the class-balanced "
+        "cross-entropy, however few they are; a larger one finds more tumour and more false alarms",
     )
     optim.add_argument(
         "--ema",
         action=Switch,
         default=False,
-        help="validate and keep a moving average of the weights, which is often better and always smoother",
+        help="validate and save a moving average of the weights instead of the latest ones; its scores "
+        "swing less from epoch to epoch",
     )
     optim.add_argument(
         "--ema_decay",
         type=fraction,
         default=0.99,
-        help="how much of the average an update leaves: 0.99 averages about the last 100 updates",
+        help="share of the old average, 0 to 1, that an update leaves: 0.99 averages about the last 100 "
+        "updates",
     )
     augment = parser.add_argument_group("augmentation")
     augment.add_argument(
-        "--augment", action=Switch, default=True, help="change training slices at random, each time anew"
+        "--augment",
+        action=Switch,
+        default=True,
+        help="change training slices at random (position, shape, grey values), anew in each epoch; "
+        "--no-augment trains on them as they are",
     )
     augment.add_argument(
-        "--horizontal_flip", type=fraction, default=0.5, help="probability of swapping left and right"
+        "--horizontal_flip",
+        type=fraction,
+        default=0.5,
+        help="probability, 0 to 1, that left and right are swapped",
     )
     augment.add_argument(
-        "--rotation_limit", type=float, default=15.0, help="largest rotation to either side, in degrees"
+        "--rotation_limit",
+        type=float,
+        default=15.0,
+        help="largest angle in degrees by which a slice is rotated to either side",
     )
     augment.add_argument(
-        "--elastic", type=fraction, default=0.3, help="probability of each of the elastic distortions"
+        "--elastic",
+        type=fraction,
+        default=0.3,
+        help="probability, 0 to 1, of each of two smooth deformations, an elastic one and one of a grid",
     )
     augment.add_argument(
         "--brightness_contrast",
         type=fraction,
         default=0.15,
-        help="largest change of brightness and of contrast, as a share of the grey-value range",
+        help="largest change of brightness and of contrast, as a share, 0 to 1, of the range of grey values",
     )
     add_run_flags(
         parser,

@@ -17,7 +17,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import (
-    Switch,
     add_prediction_flags,
     fraction,
     make_parser,
@@ -30,7 +29,8 @@ from common.metrics import dice_from_counts
 from common.plots import PRED_COLOR, TRUTH_COLOR, overlay, save_curves, save_panels
 from common.runs import seed_everything
 from lung_tumor.dataset import common_scale, list_slices, read_json, training_slices
-from lung_tumor.model import LOSSES, MODELS, get_loss, get_model
+from lung_tumor.flags import add_network_flags
+from lung_tumor.model import LOSSES, get_loss, get_model
 from lung_tumor.preprocess import demo_dataset
 from lung_tumor.slices import fit_to_square, normalise, read_image, read_mask
 
@@ -40,7 +40,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--data_path",
         default="data/lung_tumor",
-        help="folder that preprocess.py wrote, or demo for phantoms that need no download",
+        help="folder that preprocess.py wrote, or demo for phantoms that are made on the spot",
     )
     parser.add_argument(
         "--samples", type=positive_int, default=4, help="number of slices to learn by heart; few are enough"
@@ -49,10 +49,14 @@ def build_parser() -> ArgumentParser:
         "--min_pixels",
         type=int,
         default=100,
-        help="a slice is taken only if it shows more tumour pixels than this; lower it for small tumours",
+        help="take only slices that show more tumour pixels than this; lower it for small tumours",
     )
     parser.add_argument(
-        "--epochs", type=positive_int, default=200, help="number of steps after which the test has failed"
+        "--epochs",
+        type=positive_int,
+        default=200,
+        help="largest number of updates of the weights; if the Dice is not above --target by then, the "
+        "test has failed",
     )
     parser.add_argument(
         "--target", type=fraction, default=0.8, help="Dice, 0 to 1, above which the test has passed"
@@ -61,36 +65,26 @@ def build_parser() -> ArgumentParser:
         "--lr", type=float, default=1e-3, help="learning rate of Adam; take a tenth if the loss jumps"
     )
     parser.add_argument(
-        "--loss", choices=LOSSES, default="dice_bce", help="loss to test; take the one you will train with"
+        "--loss",
+        choices=LOSSES,
+        default="dice_bce",
+        help="what is minimised: dice_bce = class-balanced cross-entropy + Dice (finds small tumours), "
+        "dice = Dice alone, ce = cross-entropy, balanced_ce = class-balanced cross-entropy alone, "
+        "focal_tversky = a loss that weighs missed tumour more than false alarms; take the one that "
+        "you will train with",
     )
-    parser.add_argument(
-        "--model", choices=MODELS, default="AttentionUNet", help="network to test, as train.py names it"
-    )
-    parser.add_argument(
-        "--base_features",
-        type=positive_int,
-        default=32,
-        help="channels of the first level, doubled at each deeper one; fewer are faster",
-    )
-    parser.add_argument(
-        "--bilinear",
-        action=Switch,
-        default=True,
-        help="enlarge by interpolation; --no-bilinear by transposed convolutions, which have more weights",
-    )
-    parser.add_argument(
-        "--norm",
-        choices=["batch", "group"],
-        default="batch",
-        help="normalisation of the layers: over the batch, or over groups of channels of each slice",
-    )
+    add_network_flags(parser, base_features=32)
     parser.add_argument(
         "--image_size",
         type=positive_int,
         default=256,
-        help="side in pixels of the square that the network sees; smaller is faster and loses small tumours",
+        help="side in pixels of the square in which the network sees a slice; 256 instead of 512 takes a "
+        "quarter of memory and time, but where the median slice does not fit all slices are shrunk "
+        "and small tumours are lost",
     )
-    parser.add_argument("--seed", type=int, default=42, help="number that decides the first weights")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="number that fixes what is random: the first weights"
+    )
     parser.add_argument(
         "--out", default="runs/overfit_test", help="folder that the two pictures are written to"
     )

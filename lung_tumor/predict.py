@@ -52,37 +52,44 @@ OWN_NAMES = ("_mask", "_overlay")  # what this script writes itself
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--weights", required=True, help="trained model: weights/best.pt in a run's folder")
     parser.add_argument(
-        "--source", required=True, help="what to predict: an image, a NIfTI scan, or a folder with either"
+        "--weights", required=True, help="trained model: weights/best.pt in the folder of a run of train.py"
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        help="what to predict: a NIfTI scan, an image file, or a folder with scans and images",
     )
     parser.add_argument(
         "--out", help="folder that the results are written to; default: predictions/ in the run's folder"
     )
     parser.add_argument(
-        "--recursive", action=Switch, default=False, help="look for images and scans in subfolders too"
+        "--recursive", action=Switch, default=False, help="also look into the subfolders of --source"
     )
     parser.add_argument(
         "--threshold",
         type=fraction,
         default=0.5,
-        help="probability, 0 to 1, above which a pixel counts as tumour; lower finds more tumour and more "
-        "false alarms",
+        help="probability, 0 to 1, above which a pixel counts as tumour; a lower one finds more tumour and "
+        "more false alarms; choose it on validation volumes",
     )
     parser.add_argument(
         "--pixel_mm",
         type=positive_float,
-        help="side of a pixel of the image files in mm (a NIfTI scan brings its own); default: as in the "
+        help="side of a pixel of the image files in mm (a NIfTI scan states its own); default: that of the "
         "training slices, which is right for images from preprocess.py",
     )
     parser.add_argument(
         "--save_overlay",
         "--save-overlay",
         action="store_true",
-        help="write a picture with the predicted tumour in red as well",
+        help="also write a picture of each result with the predicted tumour in red",
     )
     parser.add_argument(
-        "--save_mask", action=Switch, default=True, help="write the masks; without them only results.csv"
+        "--save_mask",
+        action=Switch,
+        default=True,
+        help="write the masks; --no-save_mask writes results.csv only",
     )
     parser.add_argument(
         "--largest_only",
@@ -94,7 +101,8 @@ def build_parser() -> ArgumentParser:
         "--batch_size",
         type=positive_int,
         default=4,
-        help="number of slices that are computed at a time; fewer take less memory",
+        help="number of slices that are computed at a time; more are faster on a large GPU, fewer take "
+        "less memory",
     )
     add_prediction_flags(parser)
     return parser

@@ -41,7 +41,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--task",
         default="Task006_Lung",
-        help="which task to convert in the Kaggle layout; any part of its name will do",
+        help="task to convert where --source has the Kaggle layout; any part of its name will do",
     )
     parser.add_argument(
         "--window",
@@ -55,7 +55,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--pixel_mm",
         type=positive_float,
-        help="side of a pixel of the converted slices in mm, the same for all scans, so that the network "
+        help="side in mm of a pixel of the converted slices, the same for all scans, so that the network "
         "sees one scale; default: the median of the scans, which suits most data sets",
     )
     parser.add_argument(
@@ -76,14 +76,14 @@ def build_parser() -> ArgumentParser:
         "--min_pixels",
         type=int,
         default=0,
-        help="leave slices out of training that show some tumour, but fewer pixels of it than this",
+        help="leave out of training the slices that show some tumour, but fewer pixels of it than this; 0 "
+        "keeps all of them",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=42,
-        help="number that decides which slices without tumour are taken, and who is in which part of the "
-        "split",
+        help="number that fixes what is random: which slices without tumour are taken, and the split",
     )
     parser.add_argument(
         "--val_ratio",
@@ -98,21 +98,27 @@ def build_parser() -> ArgumentParser:
         help="share of the patients, 0 to 1, who are kept for the final score and nothing else",
     )
     parser.add_argument(
-        "--val_cases", nargs="+", help="names of the volumes for validation, instead of drawing them"
+        "--val_cases",
+        nargs="+",
+        help="names of the volumes for validation; default: they are drawn, see --val_ratio",
     )
     parser.add_argument(
-        "--test_cases", nargs="+", help="names of the volumes for the final score, instead of drawing them"
+        "--test_cases",
+        nargs="+",
+        help="names of the volumes for the final score; default: they are drawn, see --test_ratio",
     )
     parser.add_argument(
         "--patient_pattern",
-        help="regular expression whose group finds the patient in the name of a volume, such as '(.+)_scan'; "
-        "needed where a patient has several scans, which must stay on one side of the split",
+        help="regular expression whose group finds the patient in the name of a volume, such as "
+        "'(.+)_scan'; needed where a patient has several scans, which must stay in one part of the "
+        "split",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
-        help="number of processes that convert at the same time; 0 works without further processes",
+        help="number of processes that convert scans; 0 = the main process does it itself; more are faster "
+        "and take more memory",
     )
     parser.add_argument(
         "--explore",

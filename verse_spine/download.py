@@ -50,21 +50,30 @@ def sources(edition: int, part: str) -> dict[str, str]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--out", default="data/verse", help="folder in which verse19 and verse20 are made")
+    parser.add_argument(
+        "--out",
+        default="data/verse",
+        help="folder that the scans are written to, in its subfolders verse19 and verse20",
+    )
     parser.add_argument(
         "--dataset_edition",
         type=int,
         nargs="+",
         choices=[19, 20],
         default=[19],
-        help="fetch VerSe19, VerSe20, or both",
+        help="editions of VerSe to fetch: 19, 20, or both (19 20)",
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which parts of the editions to fetch"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="parts of the editions to fetch; default: all of them",
     )
     parser.add_argument(
         "--archives",
-        help="folder with zips that you have already; they are unpacked instead of fetched, and stay there",
+        help="folder with zips that you have already; they are unpacked instead of fetched, and are not "
+        "changed",
     )
     return parser
 

@@ -41,33 +41,45 @@ TABLE = "cases.csv"  # grows case by case
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--weights", help="segmentation model to score: best.pt of verse_spine/train_segmentation.py"
+        "--weights",
+        help="trained model of the second stage: weights/best.pt in the folder of a run of "
+        "train_segmentation.py, which predicts scans that are then scored; give this or --pred",
     )
     parser.add_argument(
-        "--heatmap_weights", help="best.pt of verse_spine/train_heatmap.py; needed for --region heatmap"
+        "--heatmap_weights",
+        help="trained model of the first stage: weights/best.pt in the folder of a run of "
+        "train_heatmap.py; needed for --region heatmap",
     )
     parser.add_argument(
-        "--data_path", help="folder from preprocess.py; default: the one that the run was trained on"
+        "--data_path", help="folder that preprocess.py wrote; default: the one that the model was trained on"
     )
     parser.add_argument(
         "--part",
         choices=["train", "val", "test"],
-        help="part of the split to score; default: the test scans if there are any, else val",
+        help="part of the split to score; default: test, or val if the split has no test part",
     )
     parser.add_argument(
         "--region",
         choices=REGIONS,
         default="none",
-        help="where to predict: none = in the whole scan, heatmap = in the box that the heat map finds, as "
-        "predict.py does, oracle = in the box of the true vertebrae",
+        help="where --weights predicts: none = in the whole scan, heatmap = in the box that the heat map "
+        "finds, as predict.py does, oracle = in the box of the true vertebrae",
     )
-    parser.add_argument("--pred", help="score the masks in this folder from predict.py, instead of --weights")
-    parser.add_argument("--source", help="VerSe folder with the true masks; needed with --pred")
+    parser.add_argument(
+        "--pred",
+        help="folder with masks of predict.py, which are scored against those of --source; give this or "
+        "--weights",
+    )
+    parser.add_argument(
+        "--source", help="folder with the scans and masks in VerSe's layout; needed with --pred"
+    )
     parser.add_argument(
         "--labels",
         choices=MODES,
         default="binary",
-        help="what the masks of --pred hold: as --labels of the training",
+        help="what the labels tell apart: binary = vertebra or not, region3 = cervical, thoracic and "
+        "lumbar vertebrae, levels26 = every vertebra by its name; needed with --pred, and must be "
+        "that of the training",
     )
     parser.add_argument(
         "--grid",
@@ -76,7 +88,9 @@ def build_parser() -> ArgumentParser:
         help="grid on which the masks of --pred are scored: the scan's own, or 1 mm as in VerSe's own script",
     )
     parser.add_argument(
-        "--out", help="folder that the tables are written to; default: in the run's folder, or that of --pred"
+        "--out",
+        help="folder that the tables are written to; default: evaluation_<part>_<region>/ in the run's "
+        "folder, or the folder of --pred",
     )
     add_prediction_flags(parser)
     return parser

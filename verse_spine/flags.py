@@ -8,6 +8,11 @@ from verse_spine.training import DEFAULT_LR
 
 
 def add_training_flags(parser: ArgumentParser, *, patch_size: tuple[int, int, int]) -> None:
+    """The flags that both stages have, those of every train script included.
+
+    Args:
+        patch_size: default of --patch_size, z y x.
+    """
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data_path",
@@ -19,13 +24,13 @@ def add_training_flags(parser: ArgumentParser, *, patch_size: tuple[int, int, in
         type=int,
         choices=[19, 20],
         default=19,
-        help="scans of VerSe19 only, or of VerSe20, which includes them",
+        help="edition of VerSe to train on: 19 = its scans only, 20 = the scans of both editions",
     )
     data.add_argument(
         "--download",
         action=Switch,
         default=False,
-        help="fetch VerSe and convert it into --data_path if that folder does not exist",
+        help="fetch VerSe and convert it into --data_path, unless a converted data set is there already",
     )
     data.add_argument(
         "--patch_size",
@@ -34,102 +39,120 @@ def add_training_flags(parser: ArgumentParser, *, patch_size: tuple[int, int, in
         nargs=3,
         default=list(patch_size),
         metavar=("Z", "Y", "X"),
-        help="voxels that the network sees at a time, z y x, best multiples of 16; memory grows with their "
-        "product",
+        help="size in voxels, z y x, of what the network sees at a time: of a patch, or in the first stage "
+        "of the grid that holds a whole scan; best multiples of 16; memory grows with their product",
     )
     net = parser.add_argument_group("model")
     net.add_argument(
-        "--model", choices=MODELS, default="UNet", help="network; the README compares parameters and memory"
+        "--model",
+        choices=MODELS,
+        default="UNet",
+        help="network to train; the README compares their parameters and memory",
     )
     net.add_argument(
         "--feature_size",
         type=int,
         choices=FEATURE_SIZES,
         default=24,
-        help="channels of the first level of SwinUNetR; 48 takes four times the weights of 24",
+        help="number of channels of the first level of SwinUNetR, doubled at each deeper level; 48 takes "
+        "four times the weights of 24",
     )
     net.add_argument(
         "--init_filters",
         type=int,
         choices=[8, 16],
         default=8,
-        help="channels of the first level of SegResNet",
+        help="number of channels of the first level of SegResNet, doubled at each deeper level; 16 takes "
+        "four times the weights of 8",
     )
     net.add_argument(
         "--checkpointing",
         action=Switch,
         default=None,
-        help="compute activations a second time in the backward pass instead of keeping them: less memory, "
-        "about a third more time (default: only for SwinUNetR, which would not fit 4 GB without it)",
+        help="compute activations a second time in the backward pass instead of keeping them, which takes "
+        "less memory and about a third more time (default: only for SwinUNetR, which would not fit 4 "
+        "GB without it)",
     )
     optim = parser.add_argument_group("optimisation")
     optim.add_argument(
         "--batch_size",
         type=positive_int,
         default=1,
-        help="patches or scans that each process holds in memory at a time",
+        help="number of patches, or in the first stage of whole scans, that each process computes at a "
+        "time; if memory runs out, halve it and double --accumulate, which keeps the effective batch",
     )
     optim.add_argument(
         "--accumulate",
         type=positive_int,
         default=1,
-        help="batches whose gradients are added up before the weights change; the effective batch is this "
-        "times --batch_size times the number of processes",
+        help="number of batches whose gradients are added up for one update of the weights, so that a "
+        "small card trains with a large effective batch: this times --batch_size times the number of "
+        "processes",
     )
     optim.add_argument(
         "--optimizer",
         choices=list(DEFAULT_LR),
         default="prodigy",
-        help="prodigy finds its step size itself; adamw and sgd need a good --lr",
+        help="optimiser: prodigy finds its step size itself, adamw and sgd need a suitable --lr",
     )
     optim.add_argument(
         "--lr",
         type=float,
         default=1.0,
-        help="learning rate; 1.0 suits Prodigy, and means 0.001 for adamw and 0.01 for sgd",
+        help="highest learning rate of the run; leave it at 1.0 for prodigy, where it is a factor on the "
+        "step size; with adamw 1.0 means 0.001, with sgd 0.01",
     )
     optim.add_argument(
         "--weight_decay",
         type=float,
         default=0.0,
-        help="share of the weights taken away at each update, times --lr",
+        help="share of each weight, times the learning rate, that is taken away at every update; keeps the "
+        "weights small",
     )
     optim.add_argument(
         "--grad_clip",
         type=float,
         default=1.0,
-        help="gradients with a larger norm are scaled down to it; 0 leaves them as they are",
+        help="largest norm of the gradient of an update; a larger gradient is scaled down to it, so that "
+        "one odd batch does little harm; 0 = no limit",
     )
     augment = parser.add_argument_group("augmentation")
     augment.add_argument(
         "--augment",
         action=Switch,
         default=True,
-        help="change training patches or scans at random, each time anew",
+        help="change training patches, or in the first stage whole scans, at random (position, shape, grey "
+        "values), anew in each epoch; --no-augment trains on them as they are",
     )
     augment.add_argument(
         "--flip",
         type=fraction,
         default=0.5,
-        help="probability of swapping left and right; vertebrae have no sides",
+        help="probability, 0 to 1, that left and right are swapped; vertebrae have no sides",
     )
     augment.add_argument(
         "--rotate_scale",
         type=fraction,
         default=0.5,
-        help="probability of a rotation by up to 15 degrees about each axis and a change of size by up to 15"
-        " %%",
+        help="probability, 0 to 1, of a rotation by up to 15 degrees about each axis together with a "
+        "change of size by up to 15 %%",
     )
     augment.add_argument(
-        "--elastic", type=fraction, default=0.2, help="probability of a smooth deformation by up to 7.5 mm"
+        "--elastic",
+        type=fraction,
+        default=0.2,
+        help="probability, 0 to 1, of a smooth deformation by up to 7.5 mm",
     )
     augment.add_argument(
-        "--low_resolution", type=fraction, default=0.2, help="probability of simulated thick slices"
+        "--low_resolution",
+        type=fraction,
+        default=0.2,
+        help="probability, 0 to 1, that thick slices are simulated",
     )
     augment.add_argument(
         "--grey_values",
         type=fraction,
         default=0.15,
-        help="probability of each of noise, blur, brightness, contrast and gamma",
+        help="probability, 0 to 1, of each of noise, blur, brightness, contrast and gamma",
     )
     add_run_flags(parser, epochs=200, early_stopping=30, out="runs/verse_spine")

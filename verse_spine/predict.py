@@ -54,27 +54,36 @@ OWN_NAMES = ("_mask", "_msk")  # masks of this script and of VerSe are not scans
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--weights", required=True, help="segmentation model: best.pt of verse_spine/train_segmentation.py"
+        "--weights",
+        required=True,
+        help="trained model of the second stage: weights/best.pt in the folder of a run of "
+        "train_segmentation.py",
     )
     parser.add_argument(
         "--heatmap_weights",
-        help="spine finder: best.pt of verse_spine/train_heatmap.py; with it only the box around the spine "
-        "is segmented, which is faster and has fewer false alarms",
+        help="trained model of the first stage: weights/best.pt in the folder of a run of "
+        "train_heatmap.py; with it only the box around the spine is segmented, which is faster and "
+        "gives fewer false alarms",
     )
-    parser.add_argument("--source", required=True, help="what to segment: a NIfTI scan, or a folder of them")
+    parser.add_argument(
+        "--source", required=True, help="what to predict: a NIfTI scan, or a folder with scans"
+    )
     parser.add_argument(
         "--out", help="folder that the results are written to; default: predictions/ in the run's folder"
     )
-    parser.add_argument("--recursive", action=Switch, default=False, help="look for scans in subfolders too")
+    parser.add_argument(
+        "--recursive", action=Switch, default=False, help="also look into the subfolders of --source"
+    )
     parser.add_argument(
         "--no_roi",
         action="store_true",
-        help="segment the whole scan, with the air around the body; slower, if a vertebra is missing",
+        help="segment the whole scan and not only a box around the spine or the body; slower, but right if "
+        "a vertebra was left out of the box",
     )
     parser.add_argument(
         "--roi",
-        help="segment this box: <name>.json of an earlier run, or a JSON file with "
-        "{'start': [z, y, x], 'stop': [z, y, x]} in voxels of the scan in RAS",
+        help="segment only this box: <name>.json of an earlier run, or a JSON file with {'start': [z, y, "
+        "x], 'stop': [z, y, x]} in voxels of the scan in RAS",
     )
     parser.add_argument(
         "--tta",
@@ -86,25 +95,34 @@ def build_parser() -> ArgumentParser:
         "--overlap",
         type=fraction,
         default=0.5,
-        help="share of a window that the next one covers too, 0 to below 1; 0.25 is faster and coarser",
+        help="share of a window, from 0 to below 1, that the next one covers too; 0.25 is faster, but less "
+        "exact where windows meet",
     )
     parser.add_argument(
         "--batch_size",
         type=positive_int,
         default=1,
-        help="number of windows that are computed at a time; more are faster on a large GPU",
+        help="number of windows that are computed at a time; more are faster on a large GPU, fewer take "
+        "less memory",
     )
     parser.add_argument(
-        "--clean_up", action=Switch, default=True, help="remove pieces that do not belong to the spine"
+        "--clean_up",
+        action=Switch,
+        default=True,
+        help="remove pieces that are small or far from the spine, and fill small holes; --no-clean_up "
+        "keeps the mask as the network gave it",
     )
     parser.add_argument(
-        "--save_preview", action=Switch, default=True, help="write a picture with three planes of each scan"
+        "--save_preview",
+        action=Switch,
+        default=True,
+        help="write a picture of each scan with three planes through the spine",
     )
     parser.add_argument(
         "--save_3d",
         action=Switch,
         default=False,
-        help="write pictures of the surface as well, and a page that shows it in a browser",
+        help="also write pictures of the surface, and a page that shows it in a browser",
     )
     add_prediction_flags(parser)
     return parser

@@ -61,22 +61,28 @@ Spacing = tuple[float, float, float]  # mm, z y x
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--source", default="data/verse", help="folder of one edition of VerSe, or the folder above both"
+        "--source",
+        default="data/verse",
+        help="folder with the scans and masks in VerSe's layout: of one edition, or the folder above both",
     )
-    parser.add_argument("--out", default="data/verse_h5", help="folder that the converted data set goes to")
+    parser.add_argument(
+        "--out", default="data/verse_h5", help="folder that the converted data set is written to"
+    )
     parser.add_argument(
         "--spacing",
         type=float,
         nargs=3,
         default=[1.0, 1.0, 1.0],
         metavar=("Z", "Y", "X"),
-        help="voxel size in mm, z y x; 1 is that of the thesis, 2 takes an eighth of the memory and time",
+        help="size of a voxel in mm, z y x; 1 is that of the thesis behind this task, 2 takes an eighth of "
+        "the memory and time",
     )
     parser.add_argument(
         "--workers",
         type=non_negative_int,
         default=min(4, os.cpu_count() or 1),
-        help="number of processes that convert at a time; each may take 2 GB for a long scan; 0 = no others",
+        help="number of processes that convert scans; 0 = the main process does it itself; each may take 2 "
+        "GB for a long scan",
     )
     return parser
 

@@ -48,20 +48,28 @@ SHEAR = 1e-3  # cosine between two axes above which an affine counts as sheared;
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--source", default="data/verse", help="folder of VerSe, or any folder of NIfTI files"
+        "--source",
+        default="data/verse",
+        help="folder with scans and masks in VerSe's layout, or any folder with NIfTI scans",
     )
-    parser.add_argument("--out", default="runs/verse_spine/statistics", help="folder for tables and picture")
+    parser.add_argument(
+        "--out",
+        default="runs/verse_spine/statistics",
+        help="folder that the tables and the picture are written to",
+    )
     parser.add_argument(
         "--recursive",
         action=Switch,
         default=False,
-        help="also look into sub-folders; needed only for folders that are not in VerSe's layout",
+        help="also look into the subfolders of --source; needed only for folders that are not in VerSe's "
+        "layout",
     )
     parser.add_argument(
         "--workers",
         type=non_negative_int,
         default=0,
-        help="processes that read scans side by side; 0 reads them in this process, one after the other",
+        help="number of processes that read scans; 0 = the main process does it itself; more are faster "
+        "and take more memory",
     )
     return parser
 

@@ -64,25 +64,31 @@ def build_parser() -> ArgumentParser:
         "--target",
         choices=TARGETS,
         default="distance",
-        help="form of the heat map: distance falls off from the middle of the vertebrae, gaussian is a blob "
-        "at each, mask their voxels, hull the convex hull of all",
+        help="form of the heat map: distance = highest in the middle of the vertebrae and falling off "
+        "around them, gaussian = a blob at each vertebra, mask = the voxels of the vertebrae, hull = "
+        "the convex hull of all of them",
     )
     stage.add_argument(
         "--loss",
         choices=LOSSES,
         default="weighted_mse",
-        help="what is minimised: squared error with more weight on the spine (mean), its plain sum, binary "
-        "cross-entropy, or adaptive wing, which stresses small errors",
+        help="what is minimised: weighted_mse = mean squared error with more weight on the spine, sum_mse "
+        "= plain sum of the squared errors, bce = binary cross-entropy, adaptive_wing = a loss that "
+        "stresses small errors",
     )
     stage.add_argument(
         "--truncate",
         type=fraction,
         default=0.3,
-        help="probability that a training scan loses up to half of its length, as scans of any field of view"
-        " do",
+        help="probability, 0 to 1, that a training scan loses up to half of its length, as real scans end "
+        "anywhere",
     )
     stage.add_argument(
-        "--evaluate", action=Switch, default=True, help="score best.pt on the test scans after training"
+        "--evaluate",
+        action=Switch,
+        default=True,
+        help="after training score best.pt on the test scans, or on the validation scans if there are no "
+        "test scans",
     )
     return parser
 

@@ -61,40 +61,47 @@ def build_parser() -> ArgumentParser:
         "--labels",
         choices=MODES,
         default="binary",
-        help="what to tell apart: binary = vertebra or not, region3 = cervical, thoracic, lumbar, levels26 ="
-        " every vertebra by its name",
+        help="what the labels tell apart: binary = vertebra or not, region3 = cervical, thoracic and "
+        "lumbar vertebrae, levels26 = every vertebra by its name",
     )
     stage.add_argument(
         "--sampling",
         choices=SAMPLING,
         default="foreground",
-        help="where training patches come from: mostly from vertebrae and what is mistaken for them, or from"
-        " anywhere in the scan",
+        help="where training patches come from: foreground = mostly from vertebrae and from what is "
+        "mistaken for them, uniform = from anywhere in the scan",
     )
     stage.add_argument(
         "--intensity",
         choices=INTENSITIES,
         default="hu",
-        help="hu scales every scan alike, so that a grey value means one density; patch scales each patch by"
-        " its own range and is there for comparison",
+        help="how HU become the network's input: hu = every scan on one scale, so that a grey value means "
+        "one density, patch = each patch by its own range, for comparison only",
     )
     stage.add_argument(
         "--patches",
         type=positive_int,
         default=250,
-        help="patches in an epoch; each training scan gives at least one",
+        help="number of patches in an epoch, shared evenly by the training scans, and at least one of each",
     )
     stage.add_argument(
         "--val_every",
         type=positive_int,
         default=5,
-        help="validate after every so many epochs, and after the last",
+        help="number of epochs from one validation to the next; the last epoch is validated too",
     )
     stage.add_argument(
-        "--val_cases", type=positive_int, default=20, help="whole scans that a validation predicts, at most"
+        "--val_cases",
+        type=positive_int,
+        default=20,
+        help="largest number of whole scans that a validation predicts; fewer are faster and tell less",
     )
     stage.add_argument(
-        "--evaluate", action=Switch, default=True, help="score best.pt on the test scans after training"
+        "--evaluate",
+        action=Switch,
+        default=True,
+        help="after training score best.pt on the test scans, or on the validation scans if there are no "
+        "test scans",
     )
     return parser
 

@@ -41,12 +41,14 @@ NUM_REGIONS = 3  # a mask without a higher label holds classes (binary or region
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--mask", required=True, help="NIfTI mask with VerSe's numbers or with classes")
     parser.add_argument(
-        "--target", help="true mask on the same grid; needed for the picture of the error in mm"
+        "--mask", required=True, help="mask to draw (NIfTI), with VerSe's numbers or with classes"
     )
-    parser.add_argument("--image", help="CT on the same grid; needed for the straightened planes")
-    parser.add_argument("--out", help="folder that the pictures are written to; by default that of the mask")
+    parser.add_argument(
+        "--target", help="true mask (NIfTI) on the same grid; needed for the picture of the error in mm"
+    )
+    parser.add_argument("--image", help="CT (NIfTI) on the same grid; needed for the straightened planes")
+    parser.add_argument("--out", help="folder that the pictures are written to; default: that of the mask")
     return parser
 
 
