@@ -82,8 +82,10 @@ class Augmentation3d:
             if name.endswith("probability"):
                 values = value if isinstance(value, (tuple, list)) else (value,)
                 bad = [p for p in values if not 0 <= p <= 1]
-                if bad or len(values) != (3 if name == "flip_probability" else 1):
-                    raise ValueError(f"{name} {value}: expected {'z y x, each ' * (len(values) > 1)}in 0..1")
+                num_values = 3 if name == "flip_probability" else 1
+                if bad or len(values) != num_values:
+                    form = "a number in 0..1" if len(values) == 1 else "z y x, each in 0..1"
+                    raise ValueError(f"{name} {value}: expected {form}")
         paired = [value for pair in self.swap_labels for value in pair]
         tests = {
             "rotation_deg": len(self.rotation_deg) == 3 and min(self.rotation_deg) >= 0,
@@ -162,7 +164,7 @@ def draw(settings: Augmentation3d, seed: int, shape: Sequence[int], spacing_mm: 
     Every number is drawn whether used or not, so that switching one change off leaves the others as they are.
     `shape` (D, H, W) and `spacing_mm` say how many control points the elastic field has.
     """
-    s, generator = settings, torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
@@ -171,28 +173,30 @@ def draw(settings: Augmentation3d, seed: int, shape: Sequence[int], spacing_mm: 
         happens, amount = uniform(0, 1) < probability, uniform(low, high)
         return amount if happens else None
 
-    flip = tuple(uniform(0, 1) < probability for probability in s.flip_probability)
-    spatial = uniform(0, 1) < s.spatial_probability
-    rotation_deg = tuple(uniform(-limit, limit) for limit in s.rotation_deg)
-    scale = uniform(1 - s.scale, 1 + s.scale)
-    log_gamma = maybe(s.gamma_probability, math.log(s.gamma[0]), math.log(s.gamma[1]))
+    flip = tuple(uniform(0, 1) < probability for probability in settings.flip_probability)
+    spatial = uniform(0, 1) < settings.spatial_probability
+    rotation_deg = tuple(uniform(-limit, limit) for limit in settings.rotation_deg)
+    scale = uniform(1 - settings.scale, 1 + settings.scale)
+    log_gamma = maybe(settings.gamma_probability, math.log(settings.gamma[0]), math.log(settings.gamma[1]))
     drawn = {
         "flip": flip,
         "rotation_deg": rotation_deg if spatial else (0.0, 0.0, 0.0),
         "scale": scale if spatial else 1.0,
-        "noise_sd": maybe(s.noise_probability, 0, s.noise_sd),
+        "noise_sd": maybe(settings.noise_probability, 0, settings.noise_sd),
         "noise_seed": int(torch.randint(2**62, (), generator=generator)),
-        "blur_mm": maybe(s.blur_probability, *s.blur_mm),
-        "brightness": maybe(s.brightness_probability, -s.brightness, s.brightness),
-        "contrast": maybe(s.contrast_probability, 1 - s.contrast, 1 + s.contrast),
-        "low_resolution": maybe(s.low_resolution_probability, *s.low_resolution),
+        "blur_mm": maybe(settings.blur_probability, *settings.blur_mm),
+        "brightness": maybe(settings.brightness_probability, -settings.brightness, settings.brightness),
+        "contrast": maybe(settings.contrast_probability, 1 - settings.contrast, 1 + settings.contrast),
+        "low_resolution": maybe(settings.low_resolution_probability, *settings.low_resolution),
         "low_resolution_axis": int(torch.randint(3, (), generator=generator)),
         "gamma": None if log_gamma is None else math.exp(log_gamma),
         "elastic_mm": None,
     }
-    if uniform(0, 1) < s.elastic_probability:  # last: how many numbers it takes depends on the shape
-        points = [math.ceil(n * mm / s.elastic_grid_mm) + 3 for n, mm in zip(shape, spacing_mm, strict=True)]
-        drawn["elastic_mm"] = (2 * torch.rand(*points, 3, generator=generator) - 1) * s.elastic_mm
+    if uniform(0, 1) < settings.elastic_probability:  # last: how many numbers it takes depends on the shape
+        points = [
+            math.ceil(n * mm / settings.elastic_grid_mm) + 3 for n, mm in zip(shape, spacing_mm, strict=True)
+        ]
+        drawn["elastic_mm"] = (2 * torch.rand(*points, 3, generator=generator) - 1) * settings.elastic_mm
     return drawn
 
 

@@ -124,8 +124,8 @@ def each(
         if distributed.is_main():
             tables = _tables(table) if table else []
             count = sum(map(_num_rows, tables)) if tables else len(rows)
-            kept = f"; their results are in {', '.join(map(str, tables))}" if tables else ""
-            print(f"\nstopped by the user after {count} of {len(items)} {unit}(s){kept}")
+            where = f"; their results are in {', '.join(map(str, tables))}" if tables else ""
+            print(f"\nstopped by the user after {count} of {len(items)} {unit}(s){where}")
             print("\n".join(failed_lines(failed)))
         raise
     for other_rows, other_failed in distributed.gather((rows, failed)):

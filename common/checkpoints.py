@@ -53,7 +53,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it carries code or foreign objects, is damaged, or is no checkpoint of this project.
+        ValueError: it carries code or foreign objects, is damaged, or was not written by this project.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,8 +62,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         is_zip = zipfile.is_zipfile(file)
     if not is_zip:  # also torch.save's format before 1.6, a bare pickle
         raise ValueError(
-            f"{path}: refused, because it is truncated, damaged or no checkpoint at all; a bare pickle could "
-            "run code. Only checkpoints written by this project are opened"
+            f"{path}: refused, because it is truncated, damaged or not a checkpoint at all; a bare pickle "
+            "could run code. Only checkpoints written by this project are opened"
         )
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums

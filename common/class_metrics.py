@@ -23,7 +23,7 @@ def case_metrics(
     surfaces: bool = True,
     voxel_mm3: float | None = None,
 ) -> list[dict]:
-    """A row for each class: class, name, status, dice, iou, volume_similarity, hd_mm, hd95_mm, assd_mm,
+    """One row for each class: class, name, status, dice, iou, volume_similarity, hd_mm, hd95_mm, assd_mm,
     nsd_<t>mm, target_mm3, pred_mm3.
 
     Args:
@@ -104,7 +104,7 @@ def metric_columns(rows: Sequence[dict]) -> list[str]:
 
 
 def class_table(rows: Sequence[dict]) -> list[dict]:
-    """A row for each class and metric over cases; "all" is the mean over a case's classes, then over cases.
+    """One row for each class and metric; "all" is the mean over the classes of each case, then over cases.
 
     Args:
         rows: of `case_metrics`, each with "case" and, where scans share one, "patient" in front.
@@ -134,5 +134,7 @@ def case_means(rows: Sequence[dict], metric: str) -> dict[str, float]:
     """{case: mean of the metric over its rows that are not NaN, NaN if there is none}."""
     values: dict[str, list[float]] = {}
     for row in rows:
-        values.setdefault(row["case"], []).extend([row[metric]] if row[metric] == row[metric] else [])
+        of_case = values.setdefault(row["case"], [])
+        if not np.isnan(row[metric]):
+            of_case.append(row[metric])
     return {case: float(np.mean(numbers)) if numbers else float("nan") for case, numbers in values.items()}

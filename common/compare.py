@@ -209,7 +209,8 @@ def print_comparison(table: list[dict]) -> None:
         if row["metric"] != metric:
             metric = row["metric"]
             print(f"{metric} ({'lower' if metric.endswith('_mm') else 'higher'} is better)")
-        text = {k: "-" if v != v else f"{v:.3f}" for k, v in row.items() if isinstance(v, float)}
+        numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+        text = {key: "-" if np.isnan(value) else f"{value:.3f}" for key, value in numbers.items()}
         show(
             f"  {row['name'][:19]}",
             *(text[k] for k in ("mean_a", "mean_b", "difference")),

@@ -140,7 +140,9 @@ def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str
             # The blank: argparse takes a bare -1e-05 for an option.
             words = [option, *(f" {v}" if isinstance(v, float) and v < 0 else str(v) for v in value)]
         elif isinstance(value, dict):
-            parser.error(f"{origin}: {key} holds a section; write one 'flag: value' a line, without sections")
+            parser.error(
+                f"{origin}: {key} holds a section; write each flag as a line 'flag: value', without sections"
+            )
         else:
             words = [f"{option}={value}"]
         _check_flag(parser, action, words, origin)
@@ -151,11 +153,11 @@ def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str
 def _check_flag(
     parser: argparse.ArgumentParser, action: argparse.Action, words: list[str], origin: str | Path
 ) -> None:
-    """Let argparse judge a flag from a file alone, while it is known which file it comes from."""
-    judge = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    judge._add_action(action)
+    """Let argparse check a flag from a file by itself, while it is known which file it comes from."""
+    checker = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    checker._add_action(action)
     try:
-        surplus = judge.parse_known_args(words)[1]
+        surplus = checker.parse_known_args(words)[1]
     except argparse.ArgumentError as error:
         parser.error(f"{origin}: {error}")
     if surplus:

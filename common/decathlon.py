@@ -18,7 +18,7 @@ class Case:
 
 
 def find_decathlon(folder: str | Path) -> Path | None:
-    """The folder that holds imagesTr: `folder` itself or its only sub-folder that does; None without one."""
+    """The folder that holds imagesTr: `folder` itself or its only subfolder that does; None without one."""
     folder = Path(folder)
     if (folder / "imagesTr").is_dir():
         return folder
@@ -31,7 +31,7 @@ def list_cases(folder: str | Path) -> list[Case]:
 
     Raises:
         FileNotFoundError: imagesTr or labelsTr is missing.
-        ValueError: there is not one scan, or a scan without label, a label without scan, or two files of one
+        ValueError: there is no scan at all, or a scan without label, a label without scan, or two files of one
             case; names them.
     """
     folder = Path(folder)

@@ -37,7 +37,7 @@ def init() -> None:
 
 @contextmanager
 def session() -> Iterator[None]:
-    """What every script does inside of: join the process group, and leave it whatever happens.
+    """Everything that a script does stands inside: join the process group, and leave it whatever happens.
 
     Errors that a user can mend (ValueError, OSError, too little GPU memory) end the program with one line.
     """
@@ -140,7 +140,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def my_share(items: list) -> list:
-    """Every world_size-th item from this rank's own on: no item twice, none left out."""
+    """Every world_size-th item, the first one by rank: no process has an item of another, none is left out."""
     return items[rank() :: world_size()]
 
 
@@ -189,7 +189,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     Args:
         size: number of training items.
-        batch_size: items a step in one process.
+        batch_size: number of items in a batch of one process.
 
     Raises:
         ValueError: fewer items than one global batch.

@@ -45,7 +45,7 @@ def version_tuple(version: str) -> tuple[int, ...]:
 
 
 def check_package(name: str, bounds: str, version: str | None, fault: str | None) -> tuple[str, str | None]:
-    """Text and problem of a line of requirements.txt; newer than its bounds is told, but is no problem."""
+    """Text and problem of a line of requirements.txt; a version newer than its bounds is named, but accepted."""
     install = f'pip install "{name}{bounds}"'
     if name == "torch":
         install += f"  (GTX 10xx, Titan V and older cards: {CU126})"
@@ -143,7 +143,7 @@ def report_software() -> Iterator[tuple[str, str, str | None]]:
 def report_machine(conv3d: bool) -> Iterator[tuple[str, str, str | None]]:
     """(topic, text, problem) of torch's build, processor, memory, GPUs and precision."""
     if import_fault("torch") is not None:
-        yield "processor, GPUs", "told once torch can be imported", None
+        yield "processor, GPUs", "reported once torch can be imported", None
         return
     import torch
 
@@ -190,11 +190,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for topic, text, problem in chain(report_software(), report_machine(args.conv3d)):
             print(f"{topic:<24}{text}", flush=True)
-            problems.extend([problem] if problem and problem not in problems else [])
+            if problem and problem not in problems:
+                problems.append(problem)
     except RuntimeError as error:  # of CUDA
         problems.append(f"the GPU does not work, restart the machine or update its driver: {error}")
-    print("\n- ".join([f"\n{len(problems)} problem(s) to fix:", *problems]) if problems else "\nall good")
-    return 1 if problems else 0
+    if not problems:
+        print("\nall good")
+        return 0
+    print("\n- ".join([f"\n{len(problems)} problem(s) to fix:", *problems]))
+    return 1
 
 
 if __name__ == "__main__":

@@ -41,7 +41,11 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if form is None:
         raise ValueError(f"--device {name!r} is unknown; use auto, cpu, mps, cuda or cuda:N")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    kind = form[1] if form[1] != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
+    kind = form[1]
+    if kind == "auto" and cuda:
+        kind = "cuda"
+    elif kind == "auto":
+        kind = "mps" if mps else "cpu"
     if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
         raise ValueError(
             f"--device {name}: torch sees none; `python common/doctor.py` says why, --device cpu runs without"
@@ -85,7 +89,7 @@ def wheel_advice(
         arch_list, torch_version, cuda_version: what torch.cuda.get_arch_list and torch.version give.
 
     Returns:
-        None if it can or cannot be told (ROCm, no list), else a line with what to install.
+        None if it can, or if that cannot be told (ROCm, no list); else a line with what to install.
     """
     if any(arch.startswith("gfx") for arch in arch_list) or (cuda_version and not arch_list):
         return None
@@ -119,7 +123,7 @@ def known_bad_torch(version: str) -> str | None:
 
 
 def startup_warnings(device: torch.device, peak_mib: float = 0.0) -> list[str]:
-    """What a script should say about this machine before it starts on `device`; a line each, often none.
+    """What a script should say about this machine before it starts on `device`; one line for each thing, often none.
 
     Args:
         peak_mib: memory that the run is going to need.
@@ -209,8 +213,10 @@ def _cpu_precision(amp: str, trial: Trial | None) -> tuple[str, str]:
     has = f"CPU has {found or 'neither AMX-BF16 nor AVX512-BF16'}"
     if amp == "bf16":
         return "bf16", has if found else f"{has}: slower than fp32"
-    if not found or trial is None:
-        return "fp32", has + (found and "; bf16 only after a timed training step shows it faster")
+    if not found:
+        return "fp32", has
+    if trial is None:
+        return "fp32", f"{has}; bf16 only after a timed training step shows it faster"
     best_ms = {None: math.inf, torch.bfloat16: math.inf}
     begin = time.perf_counter()
     for turn in range(4):  # the first, which allocates and compiles, is never the best

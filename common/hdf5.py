@@ -109,8 +109,8 @@ class CaseFile:
     Cheap to build, to pickle and to hold in thousands: a process keeps the MAX_OPEN_FILES files used last
     open. Forked and spawned workers open their own. Not for several threads at once.
 
-    Every access may raise FileNotFoundError, or ValueError for a file that is truncated, no case, of a newer
-    format, or compressed with a filter that is not installed.
+    Every access may raise FileNotFoundError, or ValueError for a file that is truncated, not a case, of a
+    newer format, or compressed with a filter that is not installed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -191,7 +191,7 @@ class CaseFile:
         """Box of the label like `read_image`, uint8; beyond the volume the nearest label is repeated too.
 
         A repeated voxel looks like the one that it repeats. Called background there, it would teach the
-        network that what looks like, say, the end of a cut vertebra is none.
+        network that what looks like, say, the end of a cut vertebra is background.
         """
         return self._read(self.label, start, shape)
 
@@ -265,9 +265,8 @@ def _to_attribute(value: Any, what: str) -> Any:
     if isinstance(value, bool | int | float | np.generic) and not isinstance(value, str):
         return value
     try:
-        return JSON_MARK + json.dumps(
-            value, default=np.generic.item
-        )  # None, lists, dicts, and text that looks like JSON of ours
+        # None, lists, dicts, and text that looks as if it had been stored in this way
+        return JSON_MARK + json.dumps(value, default=np.generic.item)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: cannot be stored ({error}); use plain values") from error
 
@@ -310,7 +309,7 @@ def _open_file(path: Path):
             f"{path}: format {version}, but this code reads up to {FORMAT_VERSION}; update it, or {advice}"
         )
     if version < 1 or "image" not in file:
-        raise ValueError(f"{path}: HDF5, but no preprocessed case (no image dataset of ours); {advice}")
+        raise ValueError(f"{path}: an HDF5 file, but not a preprocessed case of this project; {advice}")
     filters = file["image"].id.get_create_plist()
     for number in range(filters.get_nfilters()):
         if not h5py.h5z.filter_avail(filters.get_filter(number)[0]):

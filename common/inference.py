@@ -2,7 +2,7 @@
 
 Windows advance along the axis that is longest in patches. Rows of scores behind them are final: they are
 taken to the scan's own grid, reduced to labels and dropped. On either grid scores exist for the depth of one
-patch only, so that of a long scan a longer one takes more time, but no more memory for scores.
+patch only, so that a longer scan takes more time, but not more memory for scores.
 
 A window that reaches beyond the scan sees the scan's edge repeated there, as in training patches
 (common/hdf5.py) and in augmentation (common/augment.py). Where windows lie is planned in common/windows.py;
@@ -34,7 +34,7 @@ from common.windows import (
     window_starts,
 )
 
-AIR_LOGIT = 10.0  # how sure of the background a skipped window is
+AIR_LOGIT = 10.0  # of the background in a window that is skipped
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 
@@ -92,14 +92,14 @@ def stream_scores(
     if len(volume.shape) not in (3, 4) or len(patch) != 3 or batch_size < 1 or num_classes < 1:
         got = f"volume {tuple(volume.shape)}, patch {patch}, {num_classes} classes, batch of {batch_size}"
         raise ValueError(f"{got}; (Z, Y, X) or (C, Z, Y, X), a patch z y x, 1 or more of the others needed")
-    padded, deep = padded_shape(size, patch), sums_shape(size, patch, axis)
+    padded, buffer_shape = padded_shape(size, patch), sums_shape(size, patch, axis)
     before = [(p - s) // 2 for p, s in zip(padded, size, strict=True)]
     device = torch.device(device)
-    home = device_of_sums(device, accumulate_on, num_classes, deep)
-    weights = gaussian_weights(patch).to(home)
-    scores = torch.zeros(num_classes, *deep, device=home)
-    weight_sum = torch.zeros(1, *deep, device=home)
-    image = torch.empty(math.prod(volume.shape[:-3]), *deep)
+    sums_device = device_of_sums(device, accumulate_on, num_classes, buffer_shape)
+    weights = gaussian_weights(patch).to(sums_device)
+    scores = torch.zeros(num_classes, *buffer_shape, device=sums_device)
+    weight_sum = torch.zeros(1, *buffer_shape, device=sums_device)
+    image = torch.empty(math.prod(volume.shape[:-3]), *buffer_shape)
     starts = [window_starts(*pair, overlap) for pair in zip(size, patch, strict=True)]
     windows = _windows_of_a_step(starts, patch, axis)
     done, skipped, rows_read = 0, 0, 0
@@ -122,8 +122,8 @@ def stream_scores(
         for window in windows:
             weight_sum[window].add_(weights)
             if skip is not None and skip(image[window]):
-                sure = AIR_LOGIT if num_classes > 1 else -AIR_LOGIT
-                scores[:1][window].add_(weights, alpha=sure)
+                air_logit = AIR_LOGIT if num_classes > 1 else -AIR_LOGIT
+                scores[:1][window].add_(weights, alpha=air_logit)
                 done, skipped = done + 1, skipped + 1
                 tell_progress()
             else:
@@ -138,7 +138,7 @@ def stream_scores(
             if logits.shape != (len(batch), num_classes, *patch):
                 got = f"the network gives {tuple(logits.shape)} for windows {tuple(batch.shape)}"
                 raise ValueError(f"{got}; expected {num_classes} classes on the same voxels")
-            for window, window_logits in zip(waiting, logits.to(home), strict=False):
+            for window, window_logits in zip(waiting, logits.to(sums_device), strict=False):
                 scores[window].addcmul_(window_logits, weights)
             del waiting[: len(batch)]
             done += len(batch)
@@ -192,8 +192,10 @@ def predict_labels(
     Args (the others as in `stream_scores`):
         volume: (Z, Y, X) or (C, Z, Y, X) on the scan's grid, in memory or read where it is sliced.
         spacing_mm, working_spacing_mm: z y x, of the scan and of what the network was trained on.
-        value_range: intensities are cut to it before they are resampled, as in preprocessing. None = not.
-        air_below: windows where no voxel reaches this intensity are skipped; -500 suits CT. None = no window.
+        value_range: intensities are cut to it before they are resampled, as in preprocessing. None: they stay
+            as they are.
+        air_below: windows where no voxel reaches this intensity are skipped; -500 suits CT. None: no window
+            is skipped.
         box: (start, stop), each z y x: only these voxels are predicted, the others are 0. What is read around
             a box that is smaller than a patch: see `reading_box`.
         threshold: in (0, 1), with a single class only. None = 0.5.
@@ -243,18 +245,18 @@ def predict_labels(
         progress=progress,
         on_message=on_message,
     )
-    cut = 0.0 if threshold is None else math.log(threshold / (1 - threshold))
+    threshold_logit = 0.0 if threshold is None else math.log(threshold / (1 - threshold))
     rows_first = np.moveaxis(target, axis, 0)
     for row, scores in native_rows(slabs, rows_first.shape, working_shape[axis], axis):
         if num_classes == 1:
-            pred = scores[0] > cut
+            pred = scores[0] > threshold_logit
         else:
             pred = scores.max(dim=0).indices  # 2.5 times as fast as argmax
         rows_first[row : row + len(pred)] = pred.to(torch.uint8).cpu().numpy()
-    if target.shape != inside.shape:  # what was read around the box is not asked for
-        asked = inside.copy()
+    if target.shape != inside.shape:  # labels of what was only read around the box are not wanted
+        labels_of_box = inside.copy()
         target[...] = 0
-        inside[...] = asked
+        inside[...] = labels_of_box
     return labels
 
 

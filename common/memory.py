@@ -126,8 +126,8 @@ def training_peak_mib(
     dtype: torch.dtype | None = None,
     hollow: bool = True,
 ) -> float:
-    """Peak memory in MiB of a training step: weights, gradients, optimiser state, kept and passing
-    activations.
+    """Peak memory in MiB of a training step: weights, gradients, optimiser state, and the
+    activations that are kept or exist for a moment.
 
     The step runs on tensors which have shapes but no data, as it would on a CPU. Not included: the CUDA
     context (300 to 500 MiB), workspaces of the convolution library and fragmentation; leave a margin of about
@@ -166,8 +166,8 @@ class Plan:
 
     Attributes:
         patch_size: spatial sides of the input.
-        accumulate: steps an optimiser update; batch_size * accumulate is what the recipe's learning rate
-            fits.
+        accumulate: batches in an update of the weights; the recipe's learning rate fits batch_size *
+            accumulate.
         checkpointing: recompute activations instead of keeping them.
         precision: fp32, bf16 or fp16; "" while it is not chosen.
     """
@@ -214,7 +214,8 @@ def candidates(
 def fit_plan(
     wanted: Plan, peak_mib: Callable[[Plan], float], vram_gib: float, *, shrink_patch: bool = True
 ) -> tuple[Plan, list[tuple[Plan, float]]]:
-    """The first of `candidates` that a card of `vram_gib` holds, and [(plan, MiB), ...] of those tried first.
+    """The first of `candidates` that a card of `vram_gib` holds, and [(plan, MiB), ...] of all considered,
+    itself as the last.
 
     Args:
         peak_mib: predicted peak of a training step, e.g. by `training_peak_mib`.

@@ -141,18 +141,26 @@ def paired_wilcoxon(
     common = [case for case in a if case in b]
     pairs = np.array([(a[case], b[case]) for case in common], float).reshape(-1, 2)
     valid = ~np.isnan(pairs).any(axis=1)
-    groups = [
-        (patients or {}).get(case, case) for case, is_valid in zip(common, valid, strict=True) if is_valid
-    ]
+    patients = patients or {}
+    groups = [patients.get(case, case) for case, is_valid in zip(common, valid, strict=True) if is_valid]
     difference = pairs[valid, 1] - pairs[valid, 0]
     steps = difference.round(9)  # else noise of the last bit breaks ties and makes ranks of zeros
-    p = float("nan") if not groups else float(stats.wilcoxon(steps).pvalue) if steps.any() else 1.0
+    mean_a = mean_b = p = float("nan")
+    if groups:
+        mean_a, mean_b = pairs[valid].mean(axis=0).tolist()
+        p = float(stats.wilcoxon(steps).pvalue) if steps.any() else 1.0
     low, high = bootstrap_interval(difference, groups)
-    mean_a, mean_b = pairs[valid].mean(axis=0).tolist() if groups else [float("nan")] * 2
     return {
-        "mean_a": mean_a, "mean_b": mean_b, "difference": mean_b - mean_a, "low": low, "high": high, "p": p,
-        "n": len(groups), "nan_pairs": len(common) - len(groups), "unpaired": len(set(a) ^ set(b)),
-    }  # fmt: skip
+        "mean_a": mean_a,
+        "mean_b": mean_b,
+        "difference": mean_b - mean_a,
+        "low": low,
+        "high": high,
+        "p": p,
+        "n": len(groups),
+        "nan_pairs": len(common) - len(groups),
+        "unpaired": len(set(a) ^ set(b)),
+    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -175,9 +183,11 @@ def write_table(path: str | Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:
-            writer.writerow(
-                {
-                    k: ("" if np.isnan(v) else f"{v:.6g}") if isinstance(v, float | np.floating) else v
-                    for k, v in row.items()
-                }
-            )
+            writer.writerow({key: _cell(value) for key, value in row.items()})
+
+
+def _cell(value: object) -> object:
+    """A value as it stands in a table."""
+    if not isinstance(value, float | np.floating):
+        return value
+    return "" if np.isnan(value) else f"{value:.6g}"

@@ -10,10 +10,10 @@ TRUTH_COLOR, PRED_COLOR = (0, 200, 80), (230, 30, 30)  # RGB
 
 
 def save_curves(path: str | Path, rows: list[dict], panels: dict[str, list[str]]) -> None:
-    """One panel a title with the named columns of `rows` over "epoch"; the file is replaced in one step.
+    """One panel for each title: the named columns of `rows` over "epoch"; the file is replaced in one step.
 
     Args:
-        rows: one dict an epoch, values float (NaN leaves a gap).
+        rows: one dict for each epoch; values float (NaN leaves a gap).
         panels: {title: [column, ...]}.
     """
     figure, axes = new_figure(1, len(panels), (4.2 * len(panels), 3.2))

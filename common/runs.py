@@ -32,7 +32,7 @@ from common.config import parse_args
 def new_run_dir(root: str | Path, name: str) -> Path:
     """Create and return root/name, or root/name_2, root/name_3, ... where earlier runs lie."""
     if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-        raise ValueError(f"{name!r} is no name for a run; use letters, digits, '_', '-', '+' and '.'")
+        raise ValueError(f"{name!r} cannot be the name of a run; use letters, digits, '_', '-', '+' and '.'")
     number, run_dir = 1, Path(root) / name
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,9 @@ def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
         path = path / "weights" / "last.pt" if path.is_dir() else path
         if path.is_file() and (path.parent.name != "weights" or not (path.parents[1] / "log.txt").is_file()):
             # Resuming writes into the run's folder; a stray copy would write into somebody else's.
-            raise ValueError(f"--resume {path}: lies in no run folder (<run>/weights/last.pt beside log.txt)")
+            raise ValueError(
+                f"--resume {path}: does not lie in the folder of a run (<run>/weights/last.pt, beside log.txt)"
+            )
         if not path.is_file():
             raise FileNotFoundError(f"--resume {resume}: no such checkpoint")
         return path
@@ -81,13 +83,17 @@ def save_config(path: str | Path, config: dict) -> None:
 def git_state() -> str:
     """Commit of this checkout and whether files differ from it, for the log."""
     folder = Path(__file__).resolve().parent
+
+    def answer(*words: str) -> str:
+        command = ["git", *words]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        run = dict(cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain"], **run).stdout.strip()
+        commit, changes = answer("rev-parse", "HEAD"), answer("status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
         return "unknown (not a git checkout)"
-    return f"{commit} ({'dirty: files differ from it' if dirty else 'clean'})"
+    return f"{commit} ({'dirty: files differ from it' if changes else 'clean'})"
 
 
 def start_log(run_dir: Path, config: dict, history: list[dict]) -> Callable[[str], None]:
@@ -180,7 +186,7 @@ def resume(
 
     Args:
         parser: with the flags of `config.add_run_flags`.
-        same: flags that must be as the run began, those which decide the network for one.
+        same: flags whose values must stay those that the run began with, such as those that decide the network.
         name: of the run that a bare --resume means; None = --model_name.
         stage: what the checkpoint's "stage" must be, where a task trains several kinds of network.
         may_be_missing: begin a new run where a bare --resume finds none.

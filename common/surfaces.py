@@ -4,7 +4,8 @@ A surface is the set of nodes (corners of voxels) whose eight voxels are not all
 the marching-cubes surface between the centres of these voxels.
 
 Source: Nikolov et al. 2018 (arXiv:1809.04430); numbers agree with DeepMind's surface-distance. Other: a k-d
-tree of the surface in place of distance maps of a box, so a far stray voxel costs neither time nor memory.
+tree of the surface in place of distance maps of a box, so that a stray voxel far away costs no time and no
+memory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -60,7 +61,7 @@ def _surface_normals() -> tuple[np.ndarray, ...]:
                 neighbours.setdefault(a, []).append(b)
                 neighbours.setdefault(b, []).append(a)
         triangles = []
-        while neighbours:  # one closed polygon a turn
+        while neighbours:  # each turn finds one closed polygon
             polygon, following = [], [next(iter(neighbours))]
             while following:
                 polygon.append(following[0])

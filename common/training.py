@@ -24,7 +24,7 @@ POSITION = "epoch batch num_batches loss_sum counts best best_epoch elapsed_s hi
 
 
 class Run:
-    """A training run: its folder and log, where it stands, when it ends. It sees no network, batch or target.
+    """A training run: its folder and log, where it stands, when it ends. It touches no network and no batch.
 
     with run:
         while run.next_epoch():
@@ -184,7 +184,7 @@ class Run:
         return self._update_size
 
     def count(self, loss: Tensor) -> None:
-        """One more batch is done. Losses are read once an update: each reading makes a GPU wait.
+        """One more batch is done. The losses of an update are read together: each reading makes a GPU wait.
 
         Raises:
             ValueError: the loss of a batch of this update is infinite or NaN.

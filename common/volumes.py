@@ -1,4 +1,4 @@
-"""Clip, resample and crop (z, y, x) volumes; every result can be had slab by slab along z.
+"""Clip, resample and crop (z, y, x) volumes; every result can be computed slab by slab along z.
 
 Resampling keeps the field of view: output voxel i has its centre at (i + 0.5) * n_in / n_out - 0.5. It is
 linear; where an axis shrinks, the triangle is widened by the ratio, so that nothing aliases. Weights that
@@ -21,7 +21,7 @@ from common.stored_values import clip_values
 Triple = tuple[int, int, int]  # z y x
 Box = tuple[Triple, Triple]  # start and stop, z y x, half-open
 
-# Of a slab in work, input and output together; 2^22 to 2^25 were compared, this was the fastest by a little.
+# Of a slab at work, input and output together; of 2^22 to 2^25 bytes this was the fastest by a little.
 SLAB_BYTES = 2**24
 BODY_GRID = 128  # most voxels along an axis that body_box looks at
 
@@ -174,11 +174,11 @@ def _resample_planes(slab: Tensor, plane: tuple[int, int]) -> Tensor:
     planes = slab.reshape(-1, 1, *slab.shape[2:])
     # To planes one voxel wide, torch's antialiasing on the CPU gives every row the weights of the first (seen
     # in 2.13); planes one voxel high are right.
-    lies_wrong = plane[1] == 1
-    if lies_wrong:
+    is_one_wide = plane[1] == 1
+    if is_one_wide:
         planes, plane = planes.mT, plane[::-1]
     planes = F.interpolate(planes, plane, mode="bilinear", align_corners=False, antialias=shrinks)
-    if lies_wrong:
+    if is_one_wide:
         planes = planes.mT
     return planes.reshape(*slab.shape[:2], *planes.shape[2:])
 
@@ -192,9 +192,9 @@ def resample_labels(
 ) -> np.ndarray:
     """Each class resampled linearly as 0/1, the largest score wins, the lower label where two are equal.
 
-    One class after the other with a running maximum, in slabs along z. A class of one
-    voxel can lose everywhere, even on a finer grid (twice as fine, its score is 0.75^3 < 0.5); if the whole
-    is resampled, a warning names the labels that are gone.
+    One class after the other with a running maximum, in slabs along z. A class of one voxel can lose
+    everywhere, even on a finer grid (twice as fine, its score is 0.75^3 < 0.5); if the whole is resampled, a
+    warning names the labels that are gone.
 
     Args:
         labels: (z, y, x) whole numbers in 0..65535; as `volume` of `resample`.
@@ -284,7 +284,7 @@ def expand_box(
 
 
 def box_of(mask: np.ndarray) -> Box | None:
-    """Smallest box around the voxels of a (z, y, x) mask that are not 0; None if there are none."""
+    """Smallest box around the voxels of a (z, y, x) mask that are not 0; None if all are 0."""
     start, stop = [], []
     for axis in range(3):
         occupied = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))

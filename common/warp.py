@@ -40,7 +40,7 @@ def sampling_grid(
         position_mm = (torch.arange(n, dtype=torch.float64) - (n - 1) / 2) * mm
         term = position_mm[:, None] * (inverse[:, axis].flip(0) * to_grid)
         terms.append(term.float().to(device))  # (n, 3)
-    # An affine map is a sum of one term an axis: no matrix product over all voxels.
+    # An affine map is a sum with one term for each axis: no matrix product over all voxels.
     grid = terms[0][:, None, None] + (terms[1][:, None] + terms[2])
     if elastic_mm is not None:
         field = (elastic_mm.flip(-1) * to_grid).float().to(device)  # (gz, gy, gx, 3)

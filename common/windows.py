@@ -13,8 +13,8 @@ from torch import Tensor
 from common.volumes import Box, Triple, resampled_shape
 
 MIB = 2**20
-CHUNK_BYTES = 32 * MIB  # of scores on the scan's grid at a time
-READ_ROWS = 16  # rows of the working grid that are read at a time
+CHUNK_BYTES = 32 * MIB  # of the scores that are on the scan's grid at the same time
+READ_ROWS = 16  # of the working grid, read at the same time
 GPU_SHARE = 0.4  # of the free GPU memory that the sums may take; the rest is for the network
 
 
@@ -148,26 +148,26 @@ def prediction_peak_mib(
     working, device = resampled_shape(shape, spacing_mm, working_spacing_mm), torch.device(device)
     axis = stream_axis(working, patch_shape)
     sums = sums_shape(working, patch_shape, axis)
-    home = device_of_sums(device, accumulate_on, num_classes, sums)
+    sums_device = device_of_sums(device, accumulate_on, num_classes, sums)
     block_mib, patch_mib = (4 * math.prod(s) / MIB for s in (sums, patch_shape))
     image_mib = channels * block_mib + batch_size * channels * patch_mib
     sums_mib = (num_classes + 1) * block_mib + patch_mib
     # A batch: the input and what is prepared from it; scores, their sum over flips, one more while adding.
     batch_mib = batch_size * (2 * channels + 3 * num_classes) * patch_mib + network_mib
-    # From grid to grid: rows as they are, in order, half-way and as they become; two more at the borders.
-    # What is read exists once more, in the type of the scan, while it is cut to the value range.
+    # Resampling holds rows as they come, in the order it needs, after one step and at the end, and two more
+    # at the borders. What is read exists once more, as stored, while it is cut to the value range.
     copies = 4 if tuple(working) != tuple(shape) else 2
-    near, far = axis_first(shape, axis), axis_first(working, axis)
-    read_row_mib = row_bytes(channels, near, far) / MIB
-    reading_mib = (copies + 1) * (min(READ_ROWS, far[0]) + 2) * read_row_mib
-    row_mib = row_bytes(num_classes, far, near) / MIB
-    slab_rows = math.ceil(min(patch_shape[axis] / far[0], 1) * near[0])
+    scan_shape, working_shape = axis_first(shape, axis), axis_first(working, axis)
+    read_row_mib = row_bytes(channels, scan_shape, working_shape) / MIB
+    reading_mib = (copies + 1) * (min(READ_ROWS, working_shape[0]) + 2) * read_row_mib
+    row_mib = row_bytes(num_classes, working_shape, scan_shape) / MIB
+    slab_rows = math.ceil(min(patch_shape[axis] / working_shape[0], 1) * scan_shape[0])
     chunk_mib = min(max(CHUNK_BYTES / MIB, row_mib), slab_rows * row_mib)
     reducing_mib = copies * (chunk_mib + 2 * row_mib)
     labels_mib = math.prod(shape) / MIB
     # block_mib: while the sums move on, one class of them is copied.
     stitching_mib = max(reducing_mib, block_mib)
-    if home.type != "cpu":
+    if sums_device.type != "cpu":
         return PredictionPeak(labels_mib + image_mib + reading_mib, sums_mib + max(batch_mib, stitching_mib))
     host_mib = labels_mib + image_mib + sums_mib + max(reading_mib, batch_mib, stitching_mib)
     return PredictionPeak(host_mib, 0.0 if device.type == "cpu" else batch_mib)

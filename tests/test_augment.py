@@ -527,7 +527,7 @@ def test_gpu_and_cpu_agree_but_for_the_noise():
 @pytest.mark.parametrize(
     "setting, message",
     [
-        (dict(noise_probability=1.5), r"noise_probability 1.5: expected in 0..1"),
+        (dict(noise_probability=1.5), r"noise_probability 1.5: expected a number in 0..1"),
         (dict(gamma_probability=-0.1), "gamma_probability -0.1"),
         (dict(gamma_probability=float("nan")), "gamma_probability nan"),
         (dict(flip_probability=(0.5, 0.5)), r"flip_probability \(0.5, 0.5\): expected z y x, each in 0..1"),

@@ -142,7 +142,7 @@ def test_load_checkpoint_of_a_damaged_file(tmp_path):
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(
-            ValueError, match=f"{path}: refused, because it is truncated, damaged or no check"
+            ValueError, match=f"{path}: refused, because it is truncated, damaged or not a check"
         ):
             checkpoints.load_checkpoint(path)
     weights = whole.find(torch.full((4,), 7.0).numpy().tobytes())
@@ -158,7 +158,7 @@ def test_load_checkpoint_of_other_files(tmp_path):
         checkpoints.load_checkpoint(tmp_path)
     (tmp_path / "text.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(
-        ValueError, match="text.pt: refused, because it is truncated, damaged or no checkpoint"
+        ValueError, match="text.pt: refused, because it is truncated, damaged or not a checkpoint"
     ):
         checkpoints.load_checkpoint(tmp_path / "text.pt")
     with zipfile.ZipFile(tmp_path / "report.zip", "w") as archive:

@@ -195,7 +195,7 @@ def test_yaml_does_not_touch_other_lists(parser, yaml_file):
         ("no-ema: true", "unknown key 'no-ema'"),
         ("config: other.yaml", "unknown key 'config'"),
         ("1: 2", "unknown key '1'"),
-        ("lr:\n  value: 3", "lr holds a section; write one 'flag: value' a line"),
+        ("lr:\n  value: 3", "lr holds a section; write each flag as a line 'flag: value'"),
         ("ema: 'yes'", "ema is a switch: true or false, not 'yes'"),
         ("ema: 1", "ema is a switch: true or false, not 1"),
         ("epochs: true", "epochs needs a value, not true"),

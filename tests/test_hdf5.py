@@ -320,11 +320,11 @@ def test_files_that_are_no_case_say_so(tmp_path):
         _ = CaseFile(path).shape
     with h5py.File(path, "w") as file:
         file["data"] = np.zeros(3)
-    with pytest.raises(ValueError, match="no preprocessed case"):
+    with pytest.raises(ValueError, match="not a preprocessed case"):
         _ = CaseFile(path).shape
     with h5py.File(path, "w") as file:
         file.attrs["format_version"] = 1
-    with pytest.raises(ValueError, match="no image dataset"):
+    with pytest.raises(ValueError, match="not a preprocessed case"):
         _ = CaseFile(path).shape
 
 

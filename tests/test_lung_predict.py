@@ -226,7 +226,7 @@ def test_bad_sources_and_weights(trained_run, tmp_path):
         (weights, tmp_path / "empty", "no NIfTI scan and no image in it; --recursive"),
         (tmp_path / "none.pt", tmp_path / "empty", "no such checkpoint"),
         (evil, tmp_path / "empty", "refused, because it holds more than tensors"),
-        (damaged, tmp_path / "empty", "truncated, damaged or no checkpoint at all"),
+        (damaged, tmp_path / "empty", "truncated, damaged or not a checkpoint at all"),
         (foreign, tmp_path / "empty", "not a checkpoint of lung_tumor/train.py .model 'SwinUNETR'"),
     ):
         with pytest.raises(SystemExit, match=message):

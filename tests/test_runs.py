@@ -41,7 +41,7 @@ def test_new_run_dir_overwrites_nothing(tmp_path):
     "name", ["", ".", "..", ".hidden", "a/b", "../a", "/a", "a b", "a\n", "a*", "a\\b", "a:b"]
 )
 def test_new_run_dir_refuses_names_that_are_no_folder(tmp_path, name):
-    with pytest.raises(ValueError, match="is no name for a run; use letters, digits") as info:
+    with pytest.raises(ValueError, match="cannot be the name of a run; use letters, digits") as info:
         runs.new_run_dir(tmp_path, name)
     assert repr(name) in str(info.value)
     assert not list(tmp_path.iterdir())
@@ -87,7 +87,7 @@ def test_a_checkpoint_outside_of_a_run_folder_is_not_resumed(tmp_path):
     for path in (tmp_path / "downloads" / "last.pt", tmp_path / "weights" / "last.pt"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
-        with pytest.raises(ValueError, match="lies in no run folder"):
+        with pytest.raises(ValueError, match="does not lie in the folder of a run"):
             runs.find_checkpoint(str(path), tmp_path, "lung")
 
 
