@@ -85,19 +85,24 @@ def torchio_transform(settings: Augmentation3d, patch_size: int) -> Callable:
     """The same ranges and probabilities; a transform that would never apply is left out."""
     import torchio as tio
 
-    s = settings
-    points = max(4, math.ceil(patch_size / s.elastic_grid_mm) + 3)  # 3 more than cells, as B-splines have
-    affine = dict(scales=s.scale, degrees=s.rotation_deg[::-1], isotropic=True)
+    points = max(
+        4, math.ceil(patch_size / settings.elastic_grid_mm) + 3
+    )  # 3 more than cells, as B-splines have
+    affine = dict(scales=settings.scale, degrees=settings.rotation_deg[::-1], isotropic=True)
     steps = [
         tio.RandomFlip(
-            axes=(0, 1, 2), flip_probability=s.flip_probability[0], p=float(any(s.flip_probability))
+            axes=(0, 1, 2),
+            flip_probability=settings.flip_probability[0],
+            p=float(any(settings.flip_probability)),
         ),
-        tio.RandomAffine(**affine, p=s.spatial_probability),
-        tio.RandomElasticDeformation(points, s.elastic_mm, locked_borders=0, p=s.elastic_probability),
-        tio.RandomNoise(std=(0, s.noise_sd), p=s.noise_probability),
-        tio.RandomBlur(std=s.blur_mm, p=s.blur_probability),
-        tio.RandomAnisotropy(downsampling=s.low_resolution, p=s.low_resolution_probability),
-        tio.RandomGamma(log_gamma=tuple(map(math.log, s.gamma)), p=s.gamma_probability),
+        tio.RandomAffine(**affine, p=settings.spatial_probability),
+        tio.RandomElasticDeformation(
+            points, settings.elastic_mm, locked_borders=0, p=settings.elastic_probability
+        ),
+        tio.RandomNoise(std=(0, settings.noise_sd), p=settings.noise_probability),
+        tio.RandomBlur(std=settings.blur_mm, p=settings.blur_probability),
+        tio.RandomAnisotropy(downsampling=settings.low_resolution, p=settings.low_resolution_probability),
+        tio.RandomGamma(log_gamma=tuple(map(math.log, settings.gamma)), p=settings.gamma_probability),
     ]
     return tio.Compose([step for step in steps if step.probability > 0])
 
@@ -131,7 +136,8 @@ def ways_of_case(settings: Augmentation3d, image: Tensor, label: Tensor, with_to
 
 
 def measure(ways: dict[str, Callable], batches: int, patches: int, repeats: int) -> dict[str, dict]:
-    """Wall and processor ms a patch of each way, one number a round, after one batch that does not count."""
+    """Wall and processor ms for a patch in each way, one number for each round, after a first batch that does
+    not count."""
     taken = {name: {"wall_ms": [], "cpu_ms": []} for name in ways}
     for run in ways.values():
         run(0)

@@ -69,7 +69,7 @@ def run_once(way: str, shape: tuple[int, ...], new_shape: tuple[int, ...]) -> di
     rng = np.random.default_rng(0)
     for plane in volume:  # row by row: leaves no peak behind
         plane[...] = rng.integers(-1000, 1000, plane.shape)
-    small = np.zeros((4, 4, 4), np.int16)  # imports and thread pools are no part of the time
+    small = np.zeros((4, 4, 4), np.int16)  # so that imports and thread pools do not count
 
     def zoom(array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
         if way == "ours":

@@ -61,7 +61,8 @@ def write_slices(folder: Path, cases: int, slices: int, size: int) -> None:
 
 
 def measure(folder: Path, size: int, repeats: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Slices a second (image and label as uint8 arrays) of each way, one number a pass; ms a slice to pack.
+    """Slices per second (image and label as uint8 arrays) of each way, one number for each pass; and how many
+    ms it takes to pack a slice.
 
     Raises:
         ValueError: the two ways give different pixels.
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict:
     notes = f"""{count} slices of {args.image_size} x {args.image_size} pixels, image and label.
 Median (lowest to highest) of {args.repeats} passes each way, in turns.
 Packed over PNG, pass by pass: {shown(speedup, 1)} times as many slices a second.
-Packing, once a data set: {shown(packing_ms, 1)} ms a slice."""
+Packing, once for a data set: {shown(packing_ms, 1)} ms a slice."""
     write_results(args.out, "slice_loading", argv, content, rows, notes)
     return content
 

@@ -33,7 +33,11 @@ from common.windows import prediction_peak_mib
 WAYS = ("ours", "monai")
 COLUMNS = {"peak MiB": "peak_mib", "CPU s": "cpu_s", "s": "seconds"}
 CPU = torch.device("cpu")
-SPACING_MM = (1.0, 1.0, 1.0)  # also of the network: nothing is resampled, MONAI's part would not do that
+SPACING_MM = (
+    1.0,
+    1.0,
+    1.0,
+)  # of scan and network alike: nothing is resampled, which MONAI's function cannot do
 
 
 def build_parser() -> ArgumentParser:
@@ -156,7 +160,7 @@ def main(argv: list[str] | None = None) -> dict:
             rows.append(row)
     bounds = ", ".join(f"{scan['predicted_peak_mib']:,.0f} MiB" for scan in content["scans"])
     equal = ", ".join(f"{scan['equal_labels']:.6f}" for scan in content["scans"])
-    notes = f"""{args.classes} classes, windows of {args.patch} voxels a side, overlap 0.5, one a call,
+    notes = f"""{args.classes} classes, windows of {args.patch}^3 voxels, overlap 0.5, one in each call,
 Gaussian weights, {args.threads} threads. Medians. Other programs may use the machine at the same time:
 memory does not mind, CPU seconds (all threads) a little, seconds much. Ours announces its peak
 beforehand, without scan and network: {bounds}. Voxels with equal labels: {equal};

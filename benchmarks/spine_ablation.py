@@ -85,15 +85,15 @@ def main(argv: list[str] | None = None) -> int:
     base = {r["seed"]: r["dice"] for r in runs if r["variant"] == "as it is"}
     rows = []
     for variant in VARIANTS:
-        of = [r for r in runs if r["variant"] == variant]
-        change = [r["dice"] - base[r["seed"]] for r in of]
+        of_variant = [r for r in runs if r["variant"] == variant]
+        change = [r["dice"] - base[r["seed"]] for r in of_variant]
         rows.append(
             {
                 "training": variant,
-                "Dice of each seed": " ".join(f"{r['dice']:.3f}" for r in of),
-                "mean": f"{np.mean([r['dice'] for r in of]):.3f}",
+                "Dice of each seed": " ".join(f"{r['dice']:.3f}" for r in of_variant),
+                "mean": f"{np.mean([r['dice'] for r in of_variant]):.3f}",
                 "difference, seed by seed": " ".join(f"{c:+.3f}" for c in change if variant != "as it is"),
-                "HD95 mm": f"{np.mean([r['hd95_mm'] for r in of]):.1f}",
+                "HD95 mm": f"{np.mean([r['hd95_mm'] for r in of_variant]):.1f}",
             }
         )
     notes = (

@@ -125,7 +125,7 @@ def score_monai(pred: np.ndarray, target: np.ndarray) -> list[dict]:
     from monai import metrics as peer
 
     rows = []
-    for label in range(1, len(ORGANS) + 1):  # a class a time: all at once would be 1.2 GB for each map
+    for label in range(1, len(ORGANS) + 1):  # one class at a time: all at once would be 1.2 GB for each map
         masks = [torch.from_numpy(labels == label)[None, None] for labels in (pred, target)]
         row = {"dice": peer.compute_dice(*masks).item()}
         for name, percent in (("hd_mm", None), ("hd95_mm", 95)):

@@ -123,7 +123,7 @@ def known_bad_torch(version: str) -> str | None:
 
 
 def startup_warnings(device: torch.device, peak_mib: float = 0.0) -> list[str]:
-    """What a script should say about this machine before it starts on `device`; one line for each thing, often none.
+    """What a script should say about this machine before it starts on `device`: any number of lines.
 
     Args:
         peak_mib: memory that the run is going to need.

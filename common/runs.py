@@ -63,7 +63,7 @@ def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
         if path.is_file() and (path.parent.name != "weights" or not (path.parents[1] / "log.txt").is_file()):
             # Resuming writes into the run's folder; a stray copy would write into somebody else's.
             raise ValueError(
-                f"--resume {path}: does not lie in the folder of a run (<run>/weights/last.pt, beside log.txt)"
+                f"--resume {path}: does not lie in the folder of a run, which holds weights/last.pt and log.txt"
             )
         if not path.is_file():
             raise FileNotFoundError(f"--resume {resume}: no such checkpoint")
@@ -186,7 +186,7 @@ def resume(
 
     Args:
         parser: with the flags of `config.add_run_flags`.
-        same: flags whose values must stay those that the run began with, such as those that decide the network.
+        same: flags that a run keeps, such as those that decide the network.
         name: of the run that a bare --resume means; None = --model_name.
         stage: what the checkpoint's "stage" must be, where a task trains several kinds of network.
         may_be_missing: begin a new run where a bare --resume finds none.

@@ -19,7 +19,7 @@ from lung_tumor.dataset import read_json
 from lung_tumor.kaggle import KaggleCase
 from lung_tumor.slices import to_display, to_pixel_size, volume_to_slices, write_png
 
-WINDOW_HU = (-1024.0, 325.0)  # wide enough for lung, soft tissue and contrast; 5.3 HU a grey level
+WINDOW_HU = (-1024.0, 325.0)  # wide enough for lung, soft tissue and contrast; a grey level is 5.3 HU
 
 
 @dataclass(frozen=True)

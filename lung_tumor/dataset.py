@@ -99,7 +99,7 @@ def read_json(data_path: str | Path, name: str) -> dict:
 
 
 def training_slices(slices: list[SliceFile], volumes: dict) -> list[SliceFile]:
-    """The slices that volumes.json names for training (`kept`); all slices if there is no volumes.json."""
+    """The slices that volumes.json names for training (`kept`); all slices if `volumes` is {}."""
     chosen = {name: set(entry["kept"]) for name, entry in volumes.items()}
     return [s for s in slices if s.volume not in chosen or s.number in chosen[s.volume]]
 
@@ -237,7 +237,7 @@ def pack_slices(
     old ones are removed. If the folder cannot be written, a temporary folder is used, with a message.
 
     Raises:
-        ValueError: an image and its label differ in shape, or a file is no image or mask.
+        ValueError: an image and its label differ in shape, or a file is not an image or a mask.
     """
     stamp = hashlib.sha256(f"version 2 {size} {scale}".encode())
     for s in slices:
@@ -295,12 +295,12 @@ def _write_packed(folder: Path, slices: list[SliceFile], size: int, scale: float
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
     labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, shape)
     num_unclean, tumour_pixels = 0, 0
-    for i, s in enumerate(tqdm(slices, "packing slices", unit="slice", disable=None, leave=False)):
-        image = read_image(s.image)
-        mask, is_clean = read_mask(s.label)
+    for i, files in enumerate(tqdm(slices, "packing slices", unit="slice", disable=None, leave=False)):
+        image = read_image(files.image)
+        mask, is_clean = read_mask(files.label)
         if image.shape != mask.shape:
             raise ValueError(
-                f"{s.image.name}: image {image.shape} and label {mask.shape} differ in shape; "
+                f"{files.image.name}: image {image.shape} and label {mask.shape} differ in shape; "
                 "run lung_tumor/preprocess.py again or remove the pair"
             )
         images[i] = fit_to_square(image, size, scale, cut=True)

@@ -4,8 +4,7 @@
 
 Takes the data set and the held-out part from the checkpoint. Volumes are read from their scans again, so that
 every slice counts and the mask is compared at the scan's own resolution; where a scan is gone, its converted
-slices are scored. Writes per_volume.csv, summary.csv, sweep.csv and
-evaluation.png beside the weights' folder.
+slices are scored. Writes per_volume.csv, summary.csv, sweep.csv and evaluation.png to --out.
 """
 
 import math
@@ -142,19 +141,26 @@ def load_volume(name: str, files: list[SliceFile], entry: dict, model: TrainedMo
     case = cases.get(name) or (case_from_entry(name, entry) if entry else None)
     if entry and case is not None:
         scan, mask = load_case(case)
-        if doubt := why_not_hu(scan.array):
-            tqdm.write(f"warning: {name}: {doubt}")
+        if suspicion := why_not_hu(scan.array):
+            tqdm.write(f"warning: {name}: {suspicion}")
         slices = volume_to_slices(scan.array, window_hu(model))
-        where = (scan.voxel_mm3, True, scan.spacing_mm[1:])
-        return Volume(name, slices, to_display(mask), entry["kept"], *where)
+        return Volume(
+            name,
+            slices,
+            to_display(mask),
+            for_training=entry["kept"],
+            voxel_mm3=scan.voxel_mm3,
+            complete=True,
+            pixel_size_mm=scan.spacing_mm[1:],
+        )
     shown_hu = entry.get("settings", {}).get("window_hu")
     if shown_hu and list(shown_hu) != list(window_hu(model)):
         raise ValueError(
             f"volume {name}: its slices show {shown_hu} HU, but the model was trained on {window_hu(model)}; "
             "name the folder of the scans with --source"
         )
-    kept = entry.get("kept")
-    positions = [i for i, f in enumerate(files) if kept is None or f.number in kept]
+    chosen = entry.get("kept", [f.number for f in files])
+    for_training = [i for i, f in enumerate(files) if f.number in chosen]
     complete = bool(entry) and len(files) == entry["num_slices"]
     images, masks = [read_image(f.image) for f in files], [read_mask(f.label)[0] for f in files]
     if len({array.shape for array in images + masks}) != 1:
@@ -165,14 +171,14 @@ def load_volume(name: str, files: list[SliceFile], entry: dict, model: TrainedMo
         sides = zip(entry["shape_zyx"][1:], entry["spacing_mm"][1:], images[0].shape, strict=True)
         pixel_size_mm = tuple(num * mm / new_num for num, mm, new_num in sides)
         voxel_mm3 = entry["voxel_mm3"] * math.prod(entry["shape_zyx"][1:]) / images[0].size
-    return Volume(name, images, masks, positions, voxel_mm3, complete, pixel_size_mm)
+    return Volume(name, images, masks, for_training, voxel_mm3, complete, pixel_size_mm)
 
 
 def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
     """All counts and scores of one volume; see the README for their definitions."""
     pred = np.zeros((len(volume.slices), *volume.slices[0].shape), bool)
     target = np.stack(volume.masks).astype(bool)
-    bins = np.zeros((len(THRESHOLDS) + 1, 2), np.int64)  # [number of thresholds below p, target]
+    bins = np.zeros((len(THRESHOLDS) + 1, 2), np.int64)  # [thresholds below the probability, target]
     probs = predict_slices(model, volume.slices, model.config["batch_size"], volume.pixel_size_mm)
     for z, prob in enumerate(probs):
         pred[z] = prob > threshold
@@ -183,7 +189,7 @@ def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
     has_tumour = target.any(axis=(1, 2))
     per_slice = [dice_from_counts(*binary_counts(pred[z], target[z])[:3]) for z in np.flatnonzero(has_tumour)]
     false_alarms = int(pred[~has_tumour].any(axis=(1, 2)).sum())
-    above = bins[::-1].cumsum(axis=0)[::-1][1:]  # (threshold, target): voxels with p above it
+    above = bins[::-1].cumsum(axis=0)[::-1][1:]  # (threshold, target): voxels above the threshold
     return {
         "volume": volume.name,
         "slices": len(pred),
@@ -203,7 +209,7 @@ def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
         "kept_fp": kept_fp,
         "kept_fn": kept_fn,
         "kept_tn": kept_tn,
-        "sweep": [[int(t), int(f), int(target.sum() - t)] for f, t in above],  # tp, fp, fn of each threshold
+        "sweep": [[int(hit), int(false), int(target.sum() - hit)] for false, hit in above],  # tp, fp, fn
     }
 
 

@@ -51,8 +51,8 @@ def explore(cases: list, load_case: Callable, out: Path) -> int:
             f"{case.case_id:<16}{sizes:>16}{steps:>18}{f'{low}..{high}':>14}"
             f"{row['tumour_mm3']:>12.0f}{row['tumour_slices']:>8}"
         )
-        if doubt := why_not_hu(scan.array):
-            print(f"warning: {case.case_id}: {doubt}")
+        if suspicion := why_not_hu(scan.array):
+            print(f"warning: {case.case_id}: {suspicion}")
     if not rows:
         print("no case could be read")
         return 1

@@ -7,8 +7,10 @@ from common.schedules import SCHEDULES
 from lung_tumor.model import LOSSES, MODELS
 
 
-def add_network_flags(parser: argparse._ActionsContainer, *, base_features: int) -> None:
-    """The flags that decide the shape of the network, for training and for the overfit test.
+def add_network_flags(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, base_features: int
+) -> None:
+    """The flags that decide the shape of the network, in train.py and in overfit_test.py.
 
     Args:
         base_features: default of --base_features.

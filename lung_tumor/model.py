@@ -41,8 +41,9 @@ def get_loss(
 ) -> Callable[..., Tensor]:
     """A function (logits, target) -> scalar.
 
-    dice_bce is the seed's name for balanced cross-entropy + Dice on the softmax; no binary cross-entropy in
-    it. Lists of logits (deep supervision) are weighted by DEEP_SUPERVISION_WEIGHTS.
+    dice_bce is balanced cross-entropy + Dice on the softmax; the project that this task grew from called it
+    so, although it holds no binary cross-entropy. Lists of logits (deep supervision) are weighted by
+    DEEP_SUPERVISION_WEIGHTS.
     """
 
     def dice_bce(logits: Tensor, target: Tensor) -> Tensor:

@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> int:
             break
     passed = dice > args.target
     rows = [
-        [i, overlay(i, m, TRUTH_COLOR), overlay(i, p, PRED_COLOR)]
-        for i, m, p in zip(images, masks, pred.cpu().numpy(), strict=True)
+        [shown, overlay(shown, truth, TRUTH_COLOR), overlay(shown, found, PRED_COLOR)]
+        for shown, truth, found in zip(images, masks, pred.cpu().numpy(), strict=True)
     ]
     save_panels(out / "overfit.png", rows, [["image", "truth", "prediction"]] * len(rows))
     save_curves(out / "overfit_curves.png", history, {"loss": ["loss"], "Dice": ["dice"]})

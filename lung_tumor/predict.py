@@ -109,7 +109,7 @@ def build_parser() -> ArgumentParser:
 
 
 def predict_image(model: TrainedModel, path: Path, out: Path, args) -> dict:
-    """Mask (and overlay) of one image file; returns its line of results.csv."""
+    """Mask (and overlay) of one image file; returns its row of results.csv."""
     image = read_image(path)
     pixel_size_mm = (args.pixel_mm, args.pixel_mm) if args.pixel_mm else None
     prob = next(predict_slices(model, image[None], pixel_size_mm=pixel_size_mm))
@@ -123,13 +123,13 @@ def predict_image(model: TrainedModel, path: Path, out: Path, args) -> dict:
 
 
 def predict_scan(model: TrainedModel, path: Path, out: Path, args) -> dict:
-    """Mask (and montage) of one CT scan on its own grid; returns its line of results.csv.
+    """Mask (and montage) of one CT scan on its own grid; returns its row of results.csv.
 
     Slice by slice: class scores exist for one batch of slices only, whatever the length of the scan.
     """
     scan = load_nifti(path)
-    if doubt := why_not_hu(scan.array):
-        tqdm.write(f"warning: {path.name}: {doubt}")
+    if suspicion := why_not_hu(scan.array):
+        tqdm.write(f"warning: {path.name}: {suspicion}")
     slices = volume_to_slices(scan.array, window_hu(model))
     mask, highest = np.zeros(slices.shape, np.uint8), 0.0
     probs = predict_slices(model, slices, args.batch_size, scan.spacing_mm[1:])
@@ -176,7 +176,7 @@ def save_montage(
 
 
 def result_row(path: Path, mask: np.ndarray, highest: float, volume_mm3: float) -> dict:
-    """One line of results.csv; the volume of an image file is not known (NaN)."""
+    """One row of results.csv; the volume of an image file is not known (NaN)."""
     return {
         "file": str(path),
         "tumour_pixels": int(mask.sum()),

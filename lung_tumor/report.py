@@ -42,7 +42,7 @@ def summarise(rows: list[dict]) -> list[dict]:
 
     return [
         pooled(
-            "pooled_dice", dice_from_counts(*kept[:3]), "one count over the kept slices (the seed's 0.8080)"
+            "pooled_dice", dice_from_counts(*kept[:3]), "one count over the slices chosen as for training"
         ),
         pooled("pooled_iou", iou_from_counts(*kept[:3]), "the same pixels"),
         pooled(
@@ -91,9 +91,9 @@ def print_summary(table: list[dict], title: str) -> None:
     print(f"\n{title}")
     print(f"{'metric':<20}{'mean':>7}{'sd':>7}{'median':>8}{'95 % interval':>16}{'n':>4}  what")
     for row in table:
-        numbers = {
-            k: "" if row[k] != row[k] else f"{row[k]:.3f}" for k in ("mean", "sd", "median", "low", "high")
-        }
+        numbers = {}
+        for key in ("mean", "sd", "median", "low", "high"):
+            numbers[key] = "" if np.isnan(row[key]) else f"{row[key]:.3f}"
         interval = f"{numbers['low']}..{numbers['high']}" if numbers["low"] else ""
         print(
             f"{row['metric']:<20}{numbers['mean']:>7}{numbers['sd']:>7}{numbers['median']:>8}"
@@ -145,7 +145,8 @@ def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str]
         axes[0, 1].plot([r["threshold"] for r in sweep], [r[name] for r in sweep], marker=".", label=name)
     axes[0, 1].set(title="threshold sweep", xlabel="threshold", ylim=(0, 1))
     axes[0, 1].legend()
-    largest = max([1.0, *(r[k] / 1000 for r in rows for k in ("target_mm3", "pred_mm3") if r[k] == r[k])])
+    volumes_ml = [row[key] / 1000 for row in rows for key in ("target_mm3", "pred_mm3")]
+    largest = max([1.0, *(ml for ml in volumes_ml if not np.isnan(ml))])
     axes[0, 2].plot([0, largest], [0, largest], color="grey", linewidth=0.8)
     axes[0, 2].plot(
         [r["target_mm3"] / 1000 for r in rows], [r["pred_mm3"] / 1000 for r in rows], "o", alpha=0.7

@@ -71,7 +71,7 @@ def data_notes(packed: PackedSlices, preprocessing: dict, image_size: int) -> li
 def train(
     args: Namespace, resumed: dict | None, folder: Path | None, resume_words: list[str] | None = None
 ) -> list[dict]:
-    """One run, new or `resumed` from a checkpoint; returns its evaluation, a row for each volume."""
+    """One run, new or `resumed` from a checkpoint; returns its evaluation, one row for each volume."""
     device = hardware.start_device(args.device, distributed.local_rank())
     runs.seed_everything(args.seed, args.deterministic)
 
@@ -133,8 +133,8 @@ def train(
     effective_batch = plan.batch_size * plan.accumulate * distributed.world_size()
     run.log(
         f"slices: {len(train_set)} training of {len(split['train'])} volumes, {len(val_set)} validation of "
-        f"{len(split['val'])}; test volumes: {len(split['test'])}; {len(loader)} steps an epoch, effective "
-        f"batch {effective_batch}"
+        f"{len(split['val'])}; test volumes: {len(split['test'])}; {len(loader)} batches in an epoch, "
+        f"effective batch {effective_batch}"
     )
 
     # ---- train ----

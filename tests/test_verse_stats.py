@@ -252,7 +252,7 @@ def test_mistakes_are_clear(tmp_path):
     with pytest.raises(SystemExit, match="absent: no such folder; verse_spine/download.py"):
         main(["--source", str(tmp_path / "absent")])
     (tmp_path / "sub").mkdir()
-    with pytest.raises(SystemExit, match=r"neither VerSe .* nor \*.nii, \*.nii.gz; --recursive looks"):
+    with pytest.raises(SystemExit, match=r"neither VerSe .* nor \*.nii, \*.nii.gz; --recursive also looks"):
         main(["--source", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"nor \*.nii, \*.nii.gz$"):
         main(["--source", str(tmp_path), "--recursive"])

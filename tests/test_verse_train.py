@@ -381,8 +381,8 @@ def test_two_steps_accumulated_equal_one_of_twice_the_batch(verse_h5, tmp_path):
     start("heatmap", verse_h5, tmp_path, *flags, "--batch_size", 2, name="batch")
     start("heatmap", verse_h5, tmp_path, *flags, "--batch_size", 1, "--accumulate", 2, name="accumulated")
     assert_moved_alike(*(last_of(tmp_path / n) for n in ("batch", "accumulated")))
-    assert "2 steps an epoch, effective batch 2" in log_of(tmp_path / "batch")
-    assert "4 steps an epoch, effective batch 2" in log_of(tmp_path / "accumulated")
+    assert "2 batches in an epoch, effective batch 2" in log_of(tmp_path / "batch")
+    assert "4 batches in an epoch, effective batch 2" in log_of(tmp_path / "accumulated")
 
 
 @pytest.mark.slow

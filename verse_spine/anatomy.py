@@ -11,7 +11,7 @@ from scipy import ndimage
 from common.phantoms import box_between, oval_mm, paint, tube_mm
 
 # Sizes by vertebra, in mm; between these numbers (1 = C1, 8 = T1, 20 = L1) they change evenly.
-AT = (1, 2, 3, 7, 8, 13, 19, 20, 22, 24)
+TABLE_LEVELS = (1, 2, 3, 7, 8, 13, 19, 20, 22, 24)
 HEIGHT = (12, 17, 13, 14, 16, 19, 24, 26, 28, 28)  # of the body
 DEPTH = (13, 14, 15, 17, 18, 26, 30, 31, 33, 34)
 WIDTH = (16, 17, 18, 25, 27, 28, 38, 40, 44, 50)
@@ -23,13 +23,13 @@ SPINE_DROP = (0, 5, 5, 8, 12, 30, 8, 5, 5, 5)
 SPINE_HALF = (3, 5, 3.5, 4, 4.5, 4.5, 8, 9, 10, 8)  # half height
 SIDE_REACH = (37, 24, 25, 30, 37, 31, 23, 36, 44, 42)  # tip of the transverse process from the midline
 SIDE_FRONT = (2, 3, 4, 0, -8, -13, -7, -3, -1, 1)  # of its tip, seen from the canal's centre
-PITCH_AT = (1, 3, 8, 13, 19, 22, 24, 29)
+PITCH_LEVELS = (1, 3, 8, 13, 19, 22, 24, 29)
 PITCH = (12, 8, -20, 0, 18, 0, -22, -55)  # degrees by which the way down leads to the front
 
 
 def at_level(values: tuple, level: float) -> float:
     """The size of a vertebra at `level` from one of the tables above."""
-    return float(np.interp(level, AT, values))
+    return float(np.interp(level, TABLE_LEVELS, values))
 
 
 class _Frame:
@@ -123,7 +123,7 @@ def lay_out(rng, variant: str) -> tuple[list[int], list[float], list[_Frame], fl
     labels = sorted([*range(1, 25), *extra], key=lambda label: 19.5 if label == 28 else label)
     levels = [{28: 19, 25: 24}.get(label, label) for label in labels] + list(range(25, 30))
     size = rng.uniform(0.88, 1.06)
-    pitches = np.deg2rad(np.interp(levels, PITCH_AT, np.array(PITCH) * rng.uniform(0.5, 1.3, len(PITCH))))
+    pitches = np.deg2rad(np.interp(levels, PITCH_LEVELS, np.array(PITCH) * rng.uniform(0.5, 1.3, len(PITCH))))
     waves, phase = rng.uniform(0.5, 1.2), rng.uniform(0, 2 * np.pi)
     rolls = np.deg2rad(
         12 * rng.uniform() ** 2 * np.sin(np.linspace(0, 2 * np.pi * waves, len(levels)) + phase)

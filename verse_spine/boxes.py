@@ -20,7 +20,8 @@ def validate_heatmaps(
     model: TrainedModel, scans: list[SmallScan], targets: list[np.ndarray], loss: str
 ) -> dict:
     """Means over scans, shared over the processes: loss, MAE, RMSE, R2 of the heat map; IoU of its box with
-    that of the target; box_recall, the share of vertebra in the box with its margin, and the lowest of it."""
+    that of the target; box_recall, the share of the vertebrae in the box with its margin; and the lowest
+    box_recall."""
     rows = []
     for scan, target in distributed.my_share(list(zip(scans, targets, strict=True))):
         heat = predict_heatmap(model, scan.image)

@@ -16,7 +16,7 @@ from verse_spine.heatmap import SmallGrid, make_target, small_grid, to_small_gri
 from verse_spine.labels import map_labels
 
 # Shares of the training patches: a random place of a random vertebra, the border of a vertebra, bright voxels
-# that are none (ribs, pelvis, metal), the ends of the spine's box, anywhere in the box, anywhere in the scan.
+# of something else (ribs, pelvis, metal), the ends of the spine's box, anywhere in the box or in the scan.
 STRATA = {"class": 0.45, "boundary": 0.15, "hard_negative": 0.15, "ends": 0.05, "box": 0.16, "uniform": 0.04}
 UNIFORM = {"uniform": 1.0}
 

@@ -92,12 +92,20 @@ def map_labels(labels: np.ndarray, mode: str) -> np.ndarray:
     class_names(mode)
     table = np.zeros(max(LABEL_NAMES) + 1, np.uint8)
     for index, label in enumerate(VERTEBRAE, 1):
-        region = 1 if label < 8 else 2 if label < 20 or label == 28 else 3
-        table[label] = {"binary": 1, "region3": region, "levels26": index}[mode]
+        table[label] = {"binary": 1, "region3": _region(label), "levels26": index}[mode]
     _check_range(
         labels, len(table) - 1, "VerSe uses 0-28 (1-7 C, 8-19 T, 20-25 L, 28 T13); map yours to these"
     )
     return table[labels]
+
+
+def _region(label: int) -> int:
+    """1 for a cervical, 2 for a thoracic, 3 for a lumbar vertebra."""
+    if label < 8:
+        return 1
+    if label < 20 or label == 28:
+        return 2
+    return 3
 
 
 def unmap_labels(pred: np.ndarray, mode: str) -> np.ndarray:

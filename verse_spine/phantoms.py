@@ -152,9 +152,12 @@ def _write_case(part: Path, index: int, rng, spacing_scale: float, full_spine: b
     raw.mkdir(parents=True)
     derived.mkdir(parents=True)
     origin_mm = rng.uniform(-300, 100, 3)  # x, y, z
-    placement = {"origin_mm": tuple(origin_mm), "orientation": ORIENTATIONS[index % len(ORIENTATIONS)]}
-    write_nifti(raw / f"{name}_ct.nii.gz", image, spacing_mm, **placement)
-    write_nifti(derived / f"{name}_seg-vert_msk.nii.gz", label, spacing_mm, **placement)
+    orientation = ORIENTATIONS[index % len(ORIENTATIONS)]
+    for path, array in (
+        (raw / f"{name}_ct.nii.gz", image),
+        (derived / f"{name}_seg-vert_msk.nii.gz", label),
+    ):
+        write_nifti(path, array, spacing_mm, origin_mm=tuple(origin_mm), orientation=orientation)
     in_space = {n: tuple(float(v) for v in np.add(c, origin_mm[::-1])) for n, c in centres.items()}
     scan = load_nifti(derived / f"{name}_seg-vert_msk.nii.gz")
     kind = "vb" if index % 5 == 4 else "subreg"

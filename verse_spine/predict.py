@@ -42,11 +42,7 @@ from verse_spine.labels import class_names, num_outputs, unmap_labels, write_cen
 from verse_spine.networks import TrainedModel, load_trained
 from verse_spine.pictures import save_planes
 from verse_spine.region import find_region
-from verse_spine.segment import (
-    clean_up,
-    mask_centroids,
-    segment,
-)
+from verse_spine.segment import clean_up, mask_centroids, segment
 
 OWN_NAMES = ("_mask", "_msk")  # masks of this script and of VerSe are not scans
 
@@ -180,16 +176,16 @@ def predict_scan(
     if args.clean_up:
         mask, report = clean_up(mask, file.spacing_mm, file.voxel_mm3)
     counts = np.zeros(256, np.int64)
-    for plane in mask:  # plane by plane: as an index the whole mask would take 8 bytes a voxel
+    for plane in mask:  # plane by plane: as an index the whole mask would take 8 bytes for each voxel
         plane[...] = unmap_labels(plane, labels)
         counts += np.bincount(plane.ravel(), minlength=256)
     volumes = {int(v): float(counts[v] * file.voxel_mm3 / 1000) for v in np.flatnonzero(counts) if v}
     if not volumes:
         tqdm.write(f"warning: {path.name}: no vertebra found, its mask is empty")
     save_label(out / f"{name}_mask.nii.gz", mask, file)
-    # Without levels the numbers only count: a name of its own, lest they be taken for C1, C2 ...
-    centres = out / f"{name}_{'ctd' if labels == 'levels26' else 'bodies'}.json"
-    write_centroids(centres, mask_centroids(mask, file, labels))
+    # Without levels the bodies are only counted: another file name, so that nobody takes 1, 2 for C1, C2.
+    ending = "ctd" if labels == "levels26" else "bodies"
+    write_centroids(out / f"{name}_{ending}.json", mask_centroids(mask, file, labels))
     inside = crop(mask, start, stop)
     if args.save_preview:
         save_planes(out / f"{name}_preview.png", image, file.spacing_mm, inside, title=name)

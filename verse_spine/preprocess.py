@@ -115,9 +115,9 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
     if not vertebrae.any():
         raise ValueError(f"{case.mask}: holds no vertebra; remove the case or its mask")
     centres_mm, notes = _centres(case, scan, mask)
-    if doubt := why_not_hu(scan.array):
-        print(f"warning: {case.name}: {doubt}")
-        notes.append(doubt)
+    if suspicion := why_not_hu(scan.array):
+        print(f"warning: {case.name}: {suspicion}")
+        notes.append(suspicion)
 
     # ---- body, spacing ----
     margin = np.ceil(np.divide(BODY_MARGIN_MM, scan.spacing_mm)).astype(int)

@@ -40,8 +40,8 @@ def find_region(
         return Region(((0, 0, 0), file.shape), "whole scan")
     factors = tuple(max(1, int(OVERVIEW_MM / s)) for s in file.spacing_mm)
     coarse = file.read_reduced(factors, HU_RANGE)
-    if doubt := why_not_hu(coarse):
-        tqdm.write(f"warning: {file.path.name}: {doubt}")
+    if suspicion := why_not_hu(coarse):
+        tqdm.write(f"warning: {file.path.name}: {suspicion}")
     margin = tuple(map(int, np.ceil(BODY_MARGIN_MM / np.multiply(file.spacing_mm, factors))))
     low, high = body_box(coarse, AIR_BELOW_HU, margin)  # the field of view that preprocessing leaves
     start = np.multiply(low, factors)

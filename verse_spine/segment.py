@@ -119,7 +119,7 @@ def segment(
 
 
 def _tell_trouble(line: str) -> None:
-    """Of what common/inference.py says only that the device ran out of memory; sizes are the caller's."""
+    """Print only the messages about a lack of memory; what a prediction needs is printed by the caller."""
     if "out of memory" in line:
         tqdm.write(f"warning: {line}")
 

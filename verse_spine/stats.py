@@ -89,7 +89,7 @@ def find_scans(source: str | Path, recursive: bool = False) -> list[Case]:
     except FileNotFoundError:  # not VerSe's layout
         paths = sorted(p for p in (source.rglob("*") if recursive else source.iterdir()) if is_nifti(p))
     if not paths:
-        more = "" if recursive else "; --recursive looks into sub-folders too"
+        more = "" if recursive else "; --recursive also looks into subfolders"
         raise FileNotFoundError(f"{source}: neither VerSe (rawdata, derivatives) nor *.nii, *.nii.gz{more}")
     names = [(path.relative_to(source).parent / case_name(path)).as_posix() for path in paths]
     return sorted(map(Case, names, names, paths), key=lambda case: natural_key(case.name))

@@ -46,7 +46,7 @@ def unusual(result: dict) -> dict[str, bool]:
         "sheared affine (gantry tilt)": row["sheared"] == "yes",
         f"voxels longer than {THICK_MM:g} mm": thickest_mm > THICK_MM,
         "longer (z) than twice the width (x)": row["fov_z_mm"] > 2 * row["fov_x_mm"],
-        f"nothing below {AIR_HU} HU: no CT?": row["hu_min"] >= AIR_HU,
+        f"nothing below {AIR_HU} HU: not a CT?": row["hu_min"] >= AIR_HU,
         "mask on another grid": row["mask_on_grid"] == "no",
         "mask without a vertebra": row["vertebrae"] == 0,
         f"centroid > {MAX_DISTANCE_MM:g} mm from its mask": farthest_mm > MAX_DISTANCE_MM,

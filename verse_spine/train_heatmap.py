@@ -165,7 +165,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> list[di
         run.log(line)
     run.log(
         f"cases: {len(train_set)} training, {len(val_set)} validation, {len(verse.split['test'])} test; "
-        f"{len(loader)} steps an epoch, effective batch {effective_batch}"
+        f"{len(loader)} batches in an epoch, effective batch {effective_batch}"
     )
 
     # ---- train ----

@@ -162,8 +162,8 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> list[di
         run.log(line)
     run.log(
         f"cases: {len(verse.split['train'])} training, {len(val_names)} of {len(verse.split['val'])} "
-        f"validation, {len(verse.split['test'])} test; {len(train_set)} patches and {len(loader)} steps an "
-        f"epoch, effective batch {effective_batch}"
+        f"validation, {len(verse.split['test'])} test; {len(train_set)} patches in {len(loader)} batches "
+        f"in an epoch, effective batch {effective_batch}"
     )
 
     # ---- train ----

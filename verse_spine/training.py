@@ -17,7 +17,7 @@ from verse_spine.networks import get_model, uses_checkpointing
 from verse_spine.phantoms import write_verse_phantoms
 from verse_spine.prodigy import Prodigy
 
-# Learning rates that replace the seed's --lr 1.0, which only Prodigy understands.
+# Learning rates that replace --lr 1.0, which only Prodigy understands.
 DEFAULT_LR = {"prodigy": 1.0, "adamw": 1e-3, "sgd": 1e-2}
 
 
@@ -72,7 +72,7 @@ def download_and_convert(data_path: Path, edition: int) -> None:
 
 
 def get_augmentation(args: Namespace) -> Augmentation3d:
-    """What the flags ask for. Only left-right flips: upside down there is no spine."""
+    """What the flags ask for. Only left-right flips: after preprocessing no scan is upside down."""
     return Augmentation3d(
         flip_probability=(0, 0, args.flip),
         spatial_probability=args.rotate_scale,

@@ -21,11 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.config import make_parser, parse_args, run_script
 from common.mesh import save_html, split_mesh, surface_mesh
 from common.nifti import case_name, load_label, load_nifti, same_grid
-from common.render import (
-    label_colors,
-    make_scene,
-    render_scene,
-)
+from common.render import label_colors, make_scene, render_scene
 from common.views import save_pictures, save_triptych, save_turntable, trimmed
 from verse_spine.curved import curved_planar
 from verse_spine.labels import LABEL_NAMES, body_centres
