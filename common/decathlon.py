@@ -31,8 +31,8 @@ def list_cases(folder: str | Path) -> list[Case]:
 
     Raises:
         FileNotFoundError: imagesTr or labelsTr is missing.
-        ValueError: there is no scan at all, or a scan without label, a label without scan, or two files of one
-            case; names them.
+        ValueError: no scan at all, a scan without label, a label without scan, or two files of one case; it
+            names them.
     """
     folder = Path(folder)
     for name in ("imagesTr", "labelsTr"):

@@ -140,7 +140,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def my_share(items: list) -> list:
-    """Every world_size-th item, the first one by rank: no process has an item of another, none is left out."""
+    """Every world_size-th item, beginning with the rank-th: no item twice, none left out."""
     return items[rank() :: world_size()]
 
 

@@ -45,7 +45,7 @@ def version_tuple(version: str) -> tuple[int, ...]:
 
 
 def check_package(name: str, bounds: str, version: str | None, fault: str | None) -> tuple[str, str | None]:
-    """Text and problem of a line of requirements.txt; versions newer than its bounds are named, not refused."""
+    """Text and problem of a line of requirements.txt; a version above its bounds is named, not refused."""
     install = f'pip install "{name}{bounds}"'
     if name == "torch":
         install += f"  (GTX 10xx, Titan V and older cards: {CU126})"

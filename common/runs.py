@@ -63,7 +63,7 @@ def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
         if path.is_file() and (path.parent.name != "weights" or not (path.parents[1] / "log.txt").is_file()):
             # Resuming writes into the run's folder; a stray copy would write into somebody else's.
             raise ValueError(
-                f"--resume {path}: does not lie in the folder of a run, which holds weights/last.pt and log.txt"
+                f"--resume {path}: does not lie in the folder of a run, with weights/last.pt and log.txt"
             )
         if not path.is_file():
             raise FileNotFoundError(f"--resume {resume}: no such checkpoint")
