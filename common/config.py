@@ -110,14 +110,13 @@ def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str
 
     None leaves a flag out. `origin` (a file) stands in front of the message about a wrong key or value.
     """
-    by_name = {
-        option[2:]: action
-        for action in parser._actions
-        for option in action.option_strings
-        if option.startswith("--")
-        and not option.startswith("--no-")
-        and action.dest not in ("help", "config")
-    }
+    by_name: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        if action.dest in ("help", "config"):
+            continue
+        for option in action.option_strings:
+            if option.startswith("--") and not option.startswith("--no-"):
+                by_name[option[2:]] = action
     flags: list[str] = []
     for key, value in mapping.items():
         action = by_name.get(str(key))

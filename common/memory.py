@@ -296,8 +296,8 @@ def set_up_step(
         make_network: checkpointing or not -> the same network once more, to predict its memory.
         wanted: what the flags ask for, without a precision.
         amp: value of --amp.
-        resumed: checkpoint of the run that goes on: "auto" then means its precision, lest its second half be
-            computed in another one than its first.
+        resumed: checkpoint of the run that goes on: "auto" then means its precision, so that both halves are
+            computed in the same one.
         vram_gib, shrink_patch, make_optimizer: see `fit_plan` and `training_peak_mib`.
 
     Raises:

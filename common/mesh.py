@@ -68,7 +68,8 @@ def surface_mesh(
 
 
 def check_labels(labels: np.ndarray, spacing_mm: Sequence[float]) -> None:
-    """
+    """Refuse what cannot be meshed or drawn.
+
     Raises:
         ValueError: `labels` is not 3-D, not of bool or whole numbers, or `spacing_mm` is not three numbers
             above 0.

@@ -220,7 +220,7 @@ def load_nifti(path: str | Path) -> Scan:
     Integer files with a whole-number slope and intercept stay integers (int16 for CT); others become float32.
     NaN and infinity are replaced by the smallest finite value, with a warning that counts them.
 
-    Raises as `open_nifti`, and ValueError if the file is truncated or holds no finite value.
+    Raises what `open_nifti` does, and ValueError if the file is truncated or holds no finite value.
     """
     file = open_nifti(path)
     raw = file._read((0, 0, 0), file.shape)
@@ -249,7 +249,8 @@ def load_label(path: str | Path) -> Scan:
 
     Values that a float file stores a little off (0.99999997) are rounded.
 
-    Raises as `load_nifti`, and ValueError if a value is negative or not within 0.001 of a whole number.
+    Raises what `load_nifti` does, and ValueError if a value is negative or not within 0.001 of a whole
+    number.
     """
     scan = load_nifti(path)
     return replace(scan, array=rounded_labels(scan.array, path))

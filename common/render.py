@@ -138,7 +138,7 @@ def render_scene(
     elevation_deg: float = 0.0,
     size: tuple[int, int] = (800, 400),
 ) -> np.ndarray:
-    """Picture (h, w, 3) uint8 on white; its scale is the same from every azimuth, such that all views fit.
+    """Picture (h, w, 3) uint8 on white; its scale is the same from every azimuth, so that all views fit.
 
     Args:
         azimuth_deg: 0 looks at the front, 90 at the patient's left side, 180 at the back, 270 at the right.

@@ -240,8 +240,8 @@ def pack_slices(
         ValueError: an image and its label differ in shape, or a file is not an image or a mask.
     """
     stamp = hashlib.sha256(f"version 2 {size} {scale}".encode())
-    for s in slices:
-        for path in (s.image, s.label):
+    for files in slices:
+        for path in (files.image, files.label):
             stat = path.stat()
             stamp.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
     name = f"slices_{size}_{stamp.hexdigest()[:16]}"

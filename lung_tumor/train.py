@@ -216,9 +216,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_fold_flags(args: Namespace) -> None:
-    """
+    """Refuse flags of a cross-validation that do not fit together.
+
     Raises:
-        ValueError: --folds without --fold or the reverse, or a value that neither is.
+        ValueError: --folds without --fold or the reverse, or a --fold that is neither a number nor all.
     """
     if (args.folds is None) != (args.fold is None):
         raise ValueError("--folds N and --fold K (or --fold all) belong together")

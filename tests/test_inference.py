@@ -463,7 +463,7 @@ def test_peak_is_an_upper_bound_and_close(working_mm, num_classes, flips):
     with StorageCounter(hollow=False) as counter:
         labels_of(network, volume, num_classes, **spacing, flips=flips, batch_size=2)
     peak = prediction_peak_mib(volume.shape, *spacing.values(), num_classes, batch_size=2)
-    measured_mib = counter.peak / 2**20 + volume.size / 2**20  # the labels are no tensor
+    measured_mib = counter.peak / 2**20 + volume.size / 2**20  # the labels are not a tensor
     assert measured_mib < peak.host_mib < 2 * measured_mib
     assert peak.device_mib == 0
 

@@ -303,7 +303,7 @@ def test_source_msd_prints_its_steps(tmp_path, capsys):
 
 def test_downloads_then_moves_into_place(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    out.mkdir()  # an empty folder is no obstacle
+    out.mkdir()  # an empty folder may be there
 
     def fetch(handle):
         assert handle == "modaresimr/medical-image-segmentation"

@@ -104,7 +104,7 @@ def test_lesion_counts_of_a_drawn_example():
     assert lesion_counts(pred, target) == {
         "target_lesions": 3,
         "found_lesions": 2,
-        "pred_lesions": 2,  # the lone one touches the pair's across a corner, so it is no lesion of its own
+        "pred_lesions": 2,  # the lone one touches the pair's across a corner and belongs to it
         "true_lesions": 2,
     }
 

@@ -262,7 +262,7 @@ def test_every_place_is_what_its_name_says():
         assert places.dtype == np.uint16 and (label[tuple(places.T)] == n).all()
         assert len(np.unique(places, axis=0)) == len(places) == (label == n).sum()
     expected = []
-    padded = np.pad(label, 1, mode="edge")  # the border of the volume is no boundary
+    padded = np.pad(label, 1, mode="edge")  # the border of the volume does not count as a boundary
     for z, y, x in np.argwhere(label):
         block = padded[z : z + 3, y : y + 3, x : x + 3]
         neighbours = [

@@ -101,6 +101,30 @@ def test_scripts(path):
             )
 
 
+def test_a_flag_means_the_same_in_every_script():
+    beginnings = {
+        "--accumulate": "number of batches whose gradients are added up",
+        "--batch_size": "number of ",
+        "--checkpointing": "compute activations a second time",
+        "--data_path": "folder that ",
+        "--device": "where to compute: ",
+        "--grad_clip": "largest norm of the gradient",
+        "--image_size": "side ",
+        "--out": "folder ",
+        "--recursive": "also look into the subfolders of --source",
+        "--seed": "number that fixes what is random",
+        "--threshold": "probability, 0 to 1, above which",
+        "--weight_decay": "share of each weight",
+        "--weights": "trained model",
+        "--workers": "number of processes that ",
+    }
+    for path in SCRIPTS:
+        module = importlib.import_module(name(path)[:-3].replace("/", "."))
+        for action in module.build_parser()._actions:
+            for option in beginnings.keys() & set(action.option_strings):
+                assert action.help.startswith(beginnings[option]), f"{name(path)} {option}: {action.help}"
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.yaml")), ids=name)
 def test_yaml_files_hold_flags_of_their_script(path):
     from common.config import parse_args

@@ -547,7 +547,7 @@ def test_real_scans(real_spine_ct, tmp_path):
     assert found["sub-verse901"]["vertebrae"] == list(range(18, 25))
     # Its voxels are 3 mm already: 13,406 of them are vertebra.
     assert found["sub-verse901"]["vertebra_ml"] == pytest.approx(13406 * 0.027, rel=0.01)
-    assert found["sub-verse903"]["vertebrae"] == [21, 22, 23], "its seg-subreg_msk is no vertebra mask"
+    assert found["sub-verse903"]["vertebrae"] == [21, 22, 23], "its seg-subreg_msk is not a vertebra mask"
     assert found["sub-verse903"]["vertebra_ml"] == pytest.approx(36348 * 1.5**3 / 1000, rel=0.05)
     for name in found:
         case = CaseFile(out / "cases" / f"{name}.h5")

@@ -135,7 +135,12 @@ def lay_out(rng, variant: str) -> tuple[list[int], list[float], list[_Frame], fl
         frame = _Frame(place, pitch, roll)
         frame.centre = place = place - (before + half) * frame.up
         frames.append(frame)
-        before = half + size * (at_level(DISC, level) if level < 24 else 10 if level == 24 else 0)
+        disc = 0  # the parts of the sacrum have grown together
+        if level < 24:
+            disc = at_level(DISC, level)
+        elif level == 24:
+            disc = 10
+        before = half + size * disc
     return labels, levels, frames, size
 
 

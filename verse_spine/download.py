@@ -179,9 +179,14 @@ def main(argv: list[str] | None = None) -> int:
         if failed:
             rows = [f"     {url}" for pair in failed for url in sources(*pair).values()]
             nodes = " and ".join(f"https://osf.io/{OSF_NODES[e]}" for e in sorted({e for e, _ in failed}))
-            words = {"editions": {e for e, _ in failed}, "parts": {p for _, p in failed}}
-            words = {key: " ".join(map(str, sorted(values))) for key, values in words.items()}
-            print(STEPS.format(nodes=nodes, addresses="\n".join(rows), out=shlex.quote(str(out)), **words))
+            steps = STEPS.format(
+                nodes=nodes,
+                addresses="\n".join(rows),
+                out=shlex.quote(str(out)),
+                editions=" ".join(sorted({str(edition) for edition, _ in failed})),
+                parts=" ".join(sorted({part for _, part in failed})),
+            )
+            print(steps)
             return 1
         report(out, editions)
     except (OSError, ValueError) as error:

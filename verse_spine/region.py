@@ -62,7 +62,7 @@ def find_region(
 
 
 def read_roi(path: str | Path, file: NiftiFile) -> tuple[tuple, tuple]:
-    """Box in voxels (z y x, RAS) of a JSON file: {"start", "stop"}, or a result of this script.
+    """Box in voxels (z y x, RAS) of a JSON file: {"start", "stop"}, or <name>.json of predict.py.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing, or holds no box inside the scan.

@@ -44,7 +44,8 @@ class Region:
 
     Attributes:
         box: (start, stop) in voxels of the scan, z y x.
-        source: "heat map", "body" (the heat map found nothing), "given", "whole scan".
+        source: "heat map"; "body" (without a heat map, or where it found nothing); "given" (--roi); "whole
+            scan"; or "oracle" (the box of the true vertebrae).
         heat: the highest value of the heat map; NaN without one.
     """
 

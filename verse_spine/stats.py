@@ -231,7 +231,11 @@ def _describe_mask(case: Case, file: NiftiFile, mask: Scan | None) -> tuple[dict
 
 
 def statistics(args: Namespace) -> dict[str, str]:
-    """Describe every scan and write the files; returns {unreadable file: reason}. Raises as `find_scans`."""
+    """Describe every scan and write the files; returns {unreadable file: reason}.
+
+    Raises:
+        FileNotFoundError, ValueError: see `find_scans`.
+    """
     source, out = Path(args.source), Path(args.out)
     cases = find_scans(source, args.recursive)
     results, failed = [], {}
