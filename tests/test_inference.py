@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
 
+from common import grids, inference
 from common.hardware import Precision
 from common.hdf5 import CaseFile, write_case
 from common.inference import predict_labels, stream_scores
@@ -513,6 +514,33 @@ print(peak_memory_mib(torch.device("cpu")) - before)
     labels_and_scan_mib = 700 * 100 * 100 * 3 / 2**20
     whole_sums_mib = 12 * 700 * 100 * 100 * 4 / 2**20
     assert peaks[1] - peaks[0] - labels_and_scan_mib < 0.1 * whole_sums_mib
+
+
+def test_few_rows_are_read_at_a_time(monkeypatch):
+    shape, read = (40, 16, 16), []
+
+    class Lazy:
+        def __getitem__(self, where):
+            read.append(where[0].stop - where[0].start)
+            return np.zeros(shape, np.int16)[where]
+
+    Lazy.shape = shape
+    monkeypatch.setattr(inference, "READ_ROWS", 5)
+    labels_of(copy_network, Lazy(), 1)
+    assert sum(read) == 40 and max(read) == 5
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_scores_become_those_of_the_scan_a_few_rows_at_a_time(rows, monkeypatch):
+    """60 rows from 20: CHUNK_BYTES bounds what is interpolated at once, here 2 classes of 8 x 8 float32."""
+    monkeypatch.setattr(grids, "CHUNK_BYTES", rows * 4 * 2 * 8 * 8)
+    slabs = ((start, start + 10, torch.zeros(2, 10, 8, 8)) for start in (0, 10))
+    firsts, sizes = [], []
+    for first, scores in grids.native_rows(slabs, (60, 8, 8), 20, 0):
+        firsts.append(first)
+        sizes.append(scores.shape[1])
+    assert max(sizes) == rows and sum(sizes) == 60
+    assert firsts == np.cumsum([0, *sizes[:-1]]).tolist()
 
 
 @pytest.mark.slow

@@ -37,6 +37,20 @@ def test_grid_holds_the_scan_and_keeps_proportions(scan_shape, spacing):
     assert np.allclose(grid.to_scan(grid.from_scan(positions)), positions)
 
 
+def test_voxels_of_the_grid_by_hand():
+    """120 x 204.8 x 204.8 mm in 64 x 32 x 32: voxels of 6.4 mm, and 18.75 of them along z become 19."""
+    grid = small_grid((40, 512, 512), (3.0, 0.4, 0.4), SHAPE)
+    assert grid.inner == (19, 32, 32) and grid.start == (22, 0, 0)
+    assert grid.voxel_mm == pytest.approx([120 / 19, 6.4, 6.4])
+    # A vertebra in the middle of the scan, the 10th of the 19 voxels: heat falls by its distance in mm.
+    boxes = np.array([[18, 248, 248, 22, 264, 264]])
+    heat = make_target("gaussian", grid, boxes, np.zeros(SHAPE))[:, 16, 16]
+    to_the_centre = 2 * 3.2**2  # half a voxel along y and x
+    for k in (0, 3, 8):
+        expected = np.exp(-((k * 120 / 19) ** 2 + to_the_centre) / (2 * 24**2))
+        assert heat[31 + k] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("scan_shape, spacing", FIELDS)
 def test_a_box_comes_back_within_one_small_voxel(scan_shape, spacing):
     """A mask resized to the grid and read back as a box lies where it was."""

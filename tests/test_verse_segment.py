@@ -188,6 +188,17 @@ def test_bodies_of_thick_slices_and_fine_pixels():
     assert np.abs(found * (3, 0.4, 0.4) - expected_mm).max() < 1.1
 
 
+def test_bodies_of_thick_sagittal_slices():
+    """1 x 1 x 6 mm: a body is 4 slices wide, which is as deep in mm as its 24 rows."""
+    labels = np.zeros((100, 40, 10), np.uint8)
+    for first in (10, 60):
+        labels[first : first + 24, 8:32, 3:7] = 1
+    found = count_bodies(labels, (1, 1, 6))
+    assert found.shape == (2, 3)
+    expected = [(71.5, 19.5, 4.5), (21.5, 19.5, 4.5)]
+    assert np.abs((found - expected) * (1, 1, 6)).max() < 1.1
+
+
 def test_no_bodies():
     assert count_bodies(np.zeros((4, 5, 6), np.uint8), (1, 1, 1)).shape == (0, 3)
     assert count_bodies(np.pad(np.ones((1, 1, 1), np.uint8), 3), (1, 1, 1)).shape == (0, 3)

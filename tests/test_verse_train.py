@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from common.checkpoints import load_checkpoint
 from common.config import resolved_config
 from common.hardware import Precision
-from common.hdf5 import CaseFile
+from common.hdf5 import CaseFile, write_case
 from common.losses import dice_ce_loss
 from common.patches import draw_patch, histogram
 from common.runs import seed_everything
@@ -123,6 +123,15 @@ def test_no_training_case(verse_h5, tmp_path):
         refused("data: no training case", stage, data, tmp_path)
 
 
+def test_the_margin_of_the_spine_box_is_in_millimetres(tmp_path):
+    """Voxels of 3 x 0.5 x 2 mm, by hand: 30, 20, 20 mm are 10, 40 and 10 voxels."""
+    boxes = np.array([[20, 30, 90, 24, 35, 150, 30], [21, 40, 100, 26, 44, 120, 36]])
+    attributes = {"spacing_mm": (3.0, 0.5, 2.0), "boxes": boxes}
+    write_case(tmp_path / "case.h5", np.zeros((80, 240, 60), np.int16), attributes=attributes)
+    start, stop = spine_box(CaseFile(tmp_path / "case.h5"), (30.0, 20.0, 20.0))
+    assert start.tolist() == [20, 50, 14] and stop.tolist() == [54, 190, 46]
+
+
 def test_spine_box_holds_every_vertebra(verse_h5):
     verse = VerSe(verse_h5)
     for case in verse.cases.values():
@@ -206,6 +215,16 @@ def test_small_grids_are_kept_and_renewed(verse_h5, tmp_path, monkeypatch):
     os.utime(path, ns=(kept.stat().st_mtime_ns + 10**9,) * 2)
     renewed = SmallScan(CaseFile(path), (32, 16, 16), tmp_path / "kept")
     assert not np.array_equal(first.image, renewed.image)
+
+
+def test_small_grids_are_rounded(tmp_path):
+    """A quarter of the voxels at 3 HU, the others at 0: 0.75 HU after halving, which is 1."""
+    image = np.zeros((16, 8, 16), np.int16)
+    image[1::2, :, 1::2] = 3
+    attributes = {"spacing_mm": (1.0, 1.0, 1.0), "boxes": np.zeros((0, 7), np.int64)}
+    write_case(tmp_path / "case.h5", image, np.zeros(image.shape, np.uint8), attributes=attributes)
+    small = SmallScan(CaseFile(tmp_path / "case.h5"), (8, 4, 8), tmp_path / "kept")
+    assert (small.image == 1).all() and not small.occupancy.any()
 
 
 @pytest.mark.parametrize("target", TARGETS)
