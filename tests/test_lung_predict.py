@@ -169,6 +169,29 @@ def test_folder_of_everything(tmp_path, monkeypatch, capsys):
     assert "4 of 5 file(s)" in capsys.readouterr().out, "its own masks are not taken for images"
 
 
+class GreyIsProbability(torch.nn.Module):
+    """A pixel of grey value g is tumour with probability g / 255."""
+
+    def forward(self, image):
+        probability = ((image + 1) / 2).clamp(1e-6, 1 - 1e-6)
+        return torch.cat([torch.zeros_like(image), probability.logit()], dim=1)
+
+
+@pytest.mark.parametrize("threshold, found", [(0.1, 4), (0.3, 3), (0.5, 2), (0.9, 1)])
+def test_threshold_for_image_files(threshold, found, tmp_path, monkeypatch):
+    """Four pixels of probability 0.2, 0.4, 0.8 and 1."""
+    image = np.zeros((16, 16), np.uint8)
+    image[8, 2:6] = 51, 102, 204, 255
+    write_png(tmp_path / "a.png", image)
+    model = bright_model(16)
+    model.network = GreyIsProbability()
+    monkeypatch.setattr(predict, "load_trained", lambda *_: model)
+    run_predict("r/w/best.pt", tmp_path / "a.png", tmp_path / "out", "--threshold", threshold)
+    mask, _ = read_mask(tmp_path / "out" / "a_mask.png")
+    assert mask.sum() == found and mask[8, 6 - found : 6].all()
+    assert float(results(tmp_path / "out")[0]["max_probability"]) == pytest.approx(1, abs=1e-4)
+
+
 def test_threshold_and_largest_component(tmp_path, monkeypatch):
     hu = np.full((4, 32, 32), -900, np.int16)
     hu[1, 4:8, 4:8], hu[2:4, 20:28, 20:28] = 0, 300
@@ -281,6 +304,7 @@ def test_scores_by_hand(tmp_path):
 
 
 def test_threshold_sweep_counts_probabilities_above(monkeypatch):
+    """And the scores are those at the threshold that was asked for."""
     probs = np.array([[0.05, 0.1, 0.15, 0.55, 0.95]], np.float32)
     monkeypatch.setattr(evaluate, "predict_slices", lambda *_: iter([probs]))
     target = np.array([[[0, 0, 1, 1, 1]]], np.uint8)
@@ -292,6 +316,11 @@ def test_threshold_sweep_counts_probabilities_above(monkeypatch):
         expected.append([int((pred & (target[0] > 0)).sum()), int((pred & (target[0] == 0)).sum()),
                          int((~pred & (target[0] > 0)).sum())])  # fmt: skip
     assert row["sweep"] == expected
+    assert (row["tp"], row["fp"], row["fn"]) == (2, 0, 1)
+    for threshold, counts in ((0.07, (3, 1, 0)), (0.6, (1, 0, 2))):
+        monkeypatch.setattr(evaluate, "predict_slices", lambda *_: iter([probs]))
+        row = evaluate.score_volume(bright_model(5), volume, threshold)
+        assert (row["tp"], row["fp"], row["fn"]) == counts
 
 
 def test_empty_volume_never_helps():

@@ -357,13 +357,33 @@ def test_a_resumed_run_keeps_its_precision(monkeypatch):
 
 
 def test_the_trial_of_a_precision_is_a_whole_step_on_a_copy(monkeypatch):
-    steps = []
+    """Forward and backward for a whole batch, in training mode, in the type that is tried."""
+    seen, backward, is_trial = [], [], []
+
+    class Watched(Recorder):
+        def forward(self, x):
+            logits = super().forward(x)
+            if is_trial:
+                seen.append((tuple(x.shape), logits.dtype, self.training))
+            return logits
+
+    def loss(logits, target):
+        if is_trial:
+            assert target.shape == (2, 8, 8) and target.dtype == torch.long
+            logits.register_hook(lambda gradient: backward.append(tuple(gradient.shape)))
+        return logits.float().mean()
 
     def choose(amp, device, trial):
+        is_trial.append(True)
+        trial(torch.bfloat16)
         trial(None)
-        steps.append(1)
+        is_trial.clear()
         return hardware.choose_precision("off", device)
 
     monkeypatch.setattr("common.memory.choose_precision", choose)
-    network, _ = set_up(Plan((8, 8), 2, 1, False), amp="auto")
-    assert steps == [1] and all(p.grad is None for p in network.parameters())
+    network = Watched().eval()
+    set_up_step(network, Watched, loss, Plan((8, 8), 2, 1, False), torch.device("cpu"), amp="auto")
+    shape = (2, 1, 8, 8)
+    assert seen == [(shape, torch.bfloat16, True), (shape, torch.float32, True)]
+    assert backward == [shape, shape], "in each type"
+    assert all(p.grad is None for p in network.parameters()) and not network.training, "it was a copy"

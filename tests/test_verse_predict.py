@@ -1,7 +1,6 @@
 """verse_spine/predict.py: place of the mask in space, region, files written, and what goes wrong."""
 
 import csv
-import itertools
 import json
 import os
 import subprocess
@@ -101,17 +100,12 @@ def results(out) -> list[dict]:
 
 # ---- geometry ----
 
-ORIENTATIONS = [
-    "".join(code) for axes in itertools.permutations(("RL", "AP", "SI")) for code in itertools.product(*axes)
-]
+# Each order of the axes once, each axis in both directions; all 48 orientations: tests/test_nifti.py.
+ORIENTATIONS = ["LPI", "RSP", "ALS", "PIR", "SLA", "IAL"]
 SPACINGS = [(1.0, 1.7, 2.4), (3.0, 1.3, 0.9), (1.6, 0.8, 3.1), (2.0, 2.0, 2.0)]
 
 
-def test_all_48_orientations_are_there():
-    assert len(set(ORIENTATIONS)) == 48
-
-
-@pytest.mark.parametrize("index", range(48), ids=ORIENTATIONS)
+@pytest.mark.parametrize("index", range(6), ids=ORIENTATIONS)
 def test_mask_lies_on_the_scans_own_grid(index, tmp_path, monkeypatch):
     """Every axis order x flips, anisotropic, oblique: the mask of a threshold network is the threshold."""
     stub(monkeypatch, threshold_model(spacing=(1.4, 1.4, 1.4)))
