@@ -309,6 +309,11 @@ def test_images_of_all_kinds(tmp_path):
         path = tmp_path / name
         path.write_bytes(cv2.imencode(path.suffix, pixels)[1].tobytes())
         assert np.array_equal(read_image(path), grey), name
+    # To the nearest of 256 grey values: half of 257 is 128.5.
+    between = np.array([[128, 129], [65_406, 65_407]], np.uint16)
+    for name, pixels in (("f.png", between), ("g.tif", np.float32([[0.4, 0.6], [254.4, 254.6]]) / 255)):
+        cv2.imwrite(str(tmp_path / name), pixels)
+        assert read_image(tmp_path / name).tolist() == [[0, 1], [254, 255]], name
     (tmp_path / "not.png").write_text("hello")
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("not.png", "empty.png"):

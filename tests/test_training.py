@@ -143,6 +143,7 @@ def test_time_budget(tmp_path, monkeypatch):
     assert progress == [0, 10 / 60, 20 / 60, 45 / 60]
     assert last == [False, True] and run.elapsed_s == 70
     assert [row["seconds"] for row in run.history] == [45, 25]
+    assert [row["train_loss"] for row in run.history] == [1, 1], "the mean over the batches that were done"
 
 
 def test_a_time_budget_trains_at_least_one_update(tmp_path, monkeypatch):

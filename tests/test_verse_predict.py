@@ -141,6 +141,27 @@ def test_mask_lies_on_the_scans_own_grid(index, tmp_path, monkeypatch):
     assert dice(np.asarray(mask.dataobj), np.asarray(scan.dataobj) > BONE_HU) > 0.99
 
 
+class Counting(Threshold):
+    """Notes how many voxels above the threshold each window holds."""
+
+    def forward(self, image):
+        self.seen = [*getattr(self, "seen", []), int((image > self.thresholds[0]).sum())]
+        return super().forward(image)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (4.0, 1.0, 0.5)])
+def test_the_network_sees_the_voxels_of_its_training(spacing, tmp_path, monkeypatch):
+    """A block of 24 x 12 x 16 mm has 12 x 6 x 8 voxels of 2 mm, whatever those of the scan."""
+    network = Counting()
+    stub(monkeypatch, threshold_model(patch=(32, 32, 32), network=network))
+    hu = np.zeros([round(64 / s) for s in spacing], np.int16)
+    low, high = (np.divide(mm, spacing).astype(int) for mm in ((16, 24, 16), (40, 36, 32)))
+    hu[tuple(map(slice, low, high))] = 400  # borders lie half-way to the threshold
+    write_nifti(tmp_path / "s.nii", hu, spacing)
+    assert run(tmp_path / "s.nii", tmp_path / "out", *QUICK, "--no_roi") == 0
+    assert network.seen == [12 * 6 * 8]
+
+
 @pytest.mark.parametrize("region", ["body", "whole"])
 def test_region_makes_no_difference_inside(region, tmp_path, monkeypatch):
     """An off-centre ball in an off-centre body, odd sizes: pasted back at its place."""
