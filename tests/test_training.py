@@ -156,6 +156,24 @@ def test_a_time_budget_trains_at_least_one_update(tmp_path, monkeypatch):
         assert run.next_update() == 0
 
 
+def test_a_time_budget_counts_through_a_stop_but_not_the_pause(tmp_path, monkeypatch):
+    clock, settings = Clock(monkeypatch), dict(num_batches=3, accumulate=1, time_budget_s=60)
+    with pytest.raises(SystemExit), new_run(tmp_path, **settings) as run:
+        run.next_epoch()
+        run.next_update()
+        run.count(torch.tensor(1.0))
+        clock.now += 25
+        signal.raise_signal(signal.SIGTERM)
+        run.next_update()
+    clock.now += 10_000
+    with new_run(tmp_path, **settings, resumed=load_checkpoint(tmp_path / "weights" / "last.pt")) as run:
+        assert run.elapsed_s == 25 and run.progress == 25 / 60
+        assert run.next_epoch() and run.next_update() == 1
+        run.count(torch.tensor(1.0))
+        clock.now += 15
+        assert run.next_update() == 1 and run.elapsed_s == 40
+
+
 def test_only_a_time_budget_asks_the_other_processes_for_the_time(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(distributed, "from_main", lambda value: asked.append(value) or value)
