@@ -1,6 +1,7 @@
 """Prediction on images and scans, evaluation of whole volumes, data set and augmentation of lung_tumor."""
 
 import csv
+import os
 import json
 import pickle
 import shutil
@@ -449,6 +450,26 @@ def test_cache_is_made_once_and_anew_when_a_file_changes(phantom_slices, tmp_pat
     write_png(slices[0].image, np.full(read_mask(slices[0].label)[0].shape, 77, np.uint8))
     again = pack_slices(data, slices, 32)
     assert (again.images[0] == 77).all() and folder not in list((data / "cache").iterdir())
+
+
+def test_a_change_of_time_or_of_size_alone_makes_the_cache_anew(tmp_path):
+    """A mask that was corrected often keeps its size; a copied file may keep its time."""
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        write_png(tmp_path / kind / "a.png", np.full((32, 32), 10, np.uint8) * (kind == "images"))
+    image, slices = tmp_path / "images" / "a.png", list_slices(tmp_path)
+    before = image.stat()
+    assert (pack_slices(tmp_path, slices, 32).images == 10).all()
+    write_png(image, np.full((32, 32), 11, np.uint8))
+    os.utime(image, ns=(1, before.st_mtime_ns + 1_000_000_000))
+    assert image.stat().st_size == before.st_size
+    assert (pack_slices(tmp_path, slices, 32).images == 11).all(), "another time"
+    time, noise = image.stat().st_mtime_ns, np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
+    write_png(image, noise)
+    os.utime(image, ns=(1, time))
+    assert np.array_equal(pack_slices(tmp_path, slices, 32).images[0], noise), "another size"
+    half = pack_slices(tmp_path, slices, 32, 0.5).images[0]
+    assert not np.array_equal(half, noise) and len(np.unique(half[:8])) < 32, "at another scale"
 
 
 def test_cache_that_does_not_fit_the_disk(phantom_slices, tmp_path, monkeypatch):

@@ -341,6 +341,28 @@ def test_with_a_limit_network_and_config_follow_the_plan_that_fits(monkeypatch):
     assert limits == [vram_gib] and setup.lines[-1].endswith("<- taken")
 
 
+@pytest.mark.parametrize("shrink_patch, wanted, taken", [
+    (False, Plan((256, 256), 4, 3, False), Plan((256, 256), 2, 6, True, "bf16")),
+    (True, Plan((256, 256), 1, 3, False), Plan((224, 224), 1, 3, True, "bf16")),
+])  # fmt: skip
+def test_the_peak_is_that_of_the_plan_that_is_taken(shrink_patch, wanted, taken, monkeypatch):
+    """Of its batch, patch, type and optimiser, with its checkpointing; not of what was asked for."""
+    monkeypatch.setattr("common.memory.limit_cuda_memory", lambda *_: None)
+
+    def needs_mib(plan):
+        shape = (plan.batch_size, 1, *plan.patch_size)
+        network = lambda: Recorder(plan.checkpointing)  # noqa: E731
+        return training_peak_mib(network, mean_loss, shape, make_optimizer=sgd, dtype=torch.bfloat16)
+
+    limit_mib = needs_mib(taken) * 1.001
+    _, setup = set_up(
+        wanted, amp="bf16", vram_gib=(RESERVED_MIB + limit_mib) / 1024, shrink_patch=shrink_patch,
+        make_optimizer=sgd,
+    )  # fmt: skip
+    assert setup.plan == taken and setup.peak_mib == needs_mib(taken)
+    assert setup.config["accumulate"] == taken.accumulate
+
+
 def test_a_resumed_run_keeps_its_precision(monkeypatch):
     asked = []
     original = hardware.choose_precision
