@@ -253,6 +253,19 @@ def test_scale_enlarges_in_mm_about_the_centre(scale):
     torch.testing.assert_close(new_covariance, scale**2 * covariance, atol=1.3, rtol=0)
 
 
+def test_a_batch_grows_by_the_scale_that_was_drawn():
+    shape, spacing_mm, settings = (24, 60, 60), (2.0, 1.0, 1.0), only(spatial_probability=1.0, scale=0.3)
+    settings = replace(settings, rotation_deg=(0.0, 0.0, 0.0))
+    volume = blob(shape, spacing_mm)
+    _, covariance = moments(volume, spacing_mm)
+    for seed in (1, 2):
+        scale = draw(settings, seed, shape, spacing_mm)["scale"]
+        assert abs(scale - 1) > 0.1
+        image, _ = augment_batch(volume[None, None], None, settings, [seed], spacing_mm)
+        _, new_covariance = moments(image[0, 0], spacing_mm)
+        torch.testing.assert_close(new_covariance, scale**2 * covariance, atol=1.3, rtol=0)
+
+
 def test_image_and_label_move_together():
     shape, spacing_mm = ANISOTROPIC
     volume = blob(shape, spacing_mm, (4.0, 5.0, -3.0), (7.0, 5.0, 4.0))

@@ -234,6 +234,22 @@ def test_each_process_has_a_table_of_its_own_until_the_end(tmp_path, as_rank, ca
     assert rows_of(table) == [{"case": "2"}] and not (tmp_path / "t.process1.csv").exists()
 
 
+def test_all_processes_report_in_the_order_of_the_items(monkeypatch, as_rank):
+    """This one has a and c; the other one scored d, and could not read b."""
+    as_rank(0, 2)
+    other = {"d": {"case": "d"}}, {"b": "truncated"}
+    monkeypatch.setattr(distributed, "gather", lambda own: [own, other])
+
+    def function(item):
+        if item == "c":
+            raise ValueError("no mask")
+        return {"case": item}
+
+    rows, failed = batch.each(function, list("abcd"), unit="scan")
+    assert rows == [{"case": "a"}, {"case": "d"}]
+    assert list(failed.items()) == [("b", "truncated"), ("c", "no mask")]
+
+
 def test_the_count_after_ctrl_c_is_that_of_all_processes(tmp_path, as_rank, capsys):
     def function(item):
         if item == 2:

@@ -1,8 +1,8 @@
 """Prediction on images and scans, evaluation of whole volumes, data set and augmentation of lung_tumor."""
 
 import csv
-import os
 import json
+import os
 import pickle
 import shutil
 import warnings

@@ -13,7 +13,7 @@ from conftest import REAL_DATA, run_script
 
 from common.nifti import load_label, load_nifti, save_label, write_nifti
 from lung_tumor import conversion, preprocess
-from lung_tumor.dataset import list_slices, parse_slice_name, read_json
+from lung_tumor.dataset import list_slices, load_splits, parse_slice_name, read_json
 from lung_tumor.slices import (
     fit_to_square,
     normalise,
@@ -120,6 +120,25 @@ def test_each_volume_has_empty_slices_of_its_own(tmp_path):
     volumes = read_json(tmp_path / "out", "volumes.json")
     chosen = {tuple(entry["kept"]) for entry in volumes.values()}
     assert len(chosen) == 4 and all(len(slices) == 1 + 12 for slices in chosen)
+    assert list(volumes) == list("abcd")
+    convert(tmp_path / "source", tmp_path / "other", "--empty_ratio", 0.2, "--seed", 7)
+    for name, entry in read_json(tmp_path / "other", "volumes.json").items():
+        assert entry["kept"] != volumes[name]["kept"], "by the seed, too"
+
+
+def test_volumes_are_noted_by_number_not_by_letter(tmp_path):
+    mask = np.zeros((4, 8, 8), np.uint8)
+    mask[1] = 1
+    for name in ("a10", "a9", "a100"):
+        make_case(tmp_path / "source", name, mask)
+    out = tmp_path / "out"
+    convert(tmp_path / "source", out, "--val_cases", "a9")
+    assert list(read_json(out, "volumes.json")) == ["a9", "a10", "a100"]
+    splits = read_json(out, "splits.json")
+    assert splits["train"] == ["a10", "a100"] and list(splits["patients"]) == ["a9", "a10", "a100"]
+    (out / "splits.json").unlink()
+    load_splits(out, list_slices(out), seed=0)
+    assert list(read_json(out, "splits.json")["patients"]) == ["a9", "a10", "a100"]
 
 
 def test_slices_are_listed_by_number_not_by_letter(tmp_path):

@@ -404,6 +404,26 @@ def test_distances_are_in_the_spacing_of_the_case(tmp_path, monkeypatch):
     assert found == {"L1": pytest.approx(4.9), "L2": pytest.approx(4.9)}
 
 
+def test_the_true_box_has_the_margin_of_the_heat_map(tmp_path):
+    """Voxels of 3 x 0.5 x 2 mm, by hand: 30, 20, 20 mm are 10, 40 and 10 voxels."""
+    attributes = {"spacing_mm": (3.0, 0.5, 2.0), "boxes": np.array([[20, 30, 90, 24, 40, 150, 36]])}
+    write_case(tmp_path / "a.h5", np.zeros((80, 240, 60), np.int16), attributes=attributes)
+    region = evaluate.case_region(CaseFile(tmp_path / "a.h5"), "oracle", None, tmp_path)
+    assert region.source == "oracle"
+    assert [list(corner) for corner in region.box] == [[20, 50, 14], [50, 190, 46]]
+
+
+def test_what_makes_scores_flattering_is_said():
+    """The second scan of a training patient is not the network's first sight of the patient."""
+    model = SimpleNamespace(split={"train": ["a_1"], "val": [], "test": []})
+    verse = SimpleNamespace(subjects={"a_1": "a", "a_2": "a", "b_1": "b"})
+    (note,) = evaluate.part_notes("test", {"a"}, model, verse)
+    assert "was trained on some of these scans" in note
+    assert "was trained on" in evaluate.part_notes("train", {"b"}, model, verse)[0]
+    assert "chose the epoch" in evaluate.part_notes("val", {"b"}, model, verse)[0]
+    assert evaluate.part_notes("test", {"b"}, model, verse) == ()
+
+
 def test_cases_are_cleaned_up(tmp_path):
     """A crumb of 0.25 mL that the network sees beside two vertebrae is in no score."""
     target = blocks(20, 21)

@@ -81,6 +81,15 @@ def test_chain(gap_mm, kept):
     assert report["removed_ml"] == pytest.approx(0 if kept else 2 * 640 * 8 / 1000)
 
 
+def test_a_chain_of_single_pieces_stays_whole():
+    """Five pieces in a row, each 50 mm from the next, in an order that joins pairs before the whole."""
+    labels = np.zeros((80, 9, 9), np.uint8)
+    for k in range(5):
+        block(labels, (3 + 13 * k, 3, 3), (3, 3, 3), 20 - k)
+    cleaned, report = clean_up(labels, (5, 5, 5))
+    assert np.array_equal(cleaned, labels) and report["removed_ml"] == 0
+
+
 def test_not_only_the_largest():
     """A long fused piece and single vertebrae above it; a hip 90 mm beside it goes."""
     labels = np.zeros((150, 40, 100), np.uint8)
