@@ -112,7 +112,7 @@ def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str
     """
     by_name: dict[str, argparse.Action] = {}
     for action in parser._actions:
-        if action.dest in ("help", "config"):
+        if action.dest in ("help", "config", "resume"):
             continue
         for option in action.option_strings:
             if option.startswith("--") and not option.startswith("--no-"):

@@ -112,15 +112,33 @@ def from_main(value: Any) -> Any:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 only; its (plain, picklable) result in every process."""
-    return from_main(function() if is_main() else None)
+    """Call `function` on rank 0 only; its (plain, picklable) result in every process.
+
+    Raises:
+        Exception: what `function` raises, on rank 0. The others end without a word: rank 0 tells why.
+    """
+    result, error = None, None
+    if is_main():
+        try:
+            result = function()
+        except Exception as reason:
+            error = reason
+    result, has_failed = from_main((result, error is not None))
+    if error is not None:
+        raise error
+    if has_failed:
+        raise SystemExit(1)
+    return result  # type: ignore[return-value]
 
 
 def main_first(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0, then on the others, which find on disk what rank 0 has made."""
-    result = function() if is_main() else None
-    barrier()
-    return result if is_main() else function()  # type: ignore[return-value]
+    """Call `function` on rank 0, then on the others, which find on disk what rank 0 has made.
+
+    Raises: as `on_main`.
+    """
+    results: list[T] = []
+    on_main(lambda: results.append(function()))
+    return results[0] if is_main() else function()
 
 
 def share_buffers(model: nn.Module) -> None:

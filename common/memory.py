@@ -283,6 +283,7 @@ def set_up_step(
     wanted: Plan,
     device: torch.device,
     *,
+    name: str,
     amp: str,
     resumed: dict | None = None,
     vram_gib: float | None = None,
@@ -295,6 +296,7 @@ def set_up_step(
         network: on `device`; a copy of it is timed where only that tells which precision is faster.
         make_network: checkpointing or not -> the same network once more, to predict its memory.
         wanted: what the flags ask for, without a precision.
+        name: of the network, for the log.
         amp: value of --amp.
         resumed: checkpoint of the run that goes on: "auto" then means its precision, so that both halves are
             computed in the same one.
@@ -335,10 +337,7 @@ def set_up_step(
     lines = [f"device: {describe_device(device)}; {distributed.world_size()} process(es)"]
     lines += [f"warning: {warning}" for warning in startup_warnings(device, needed_mib)]
     lines.append(f"precision: {precision.name} ({precision.reason})")
-    lines.append(
-        f"{type(network).__name__}: {num_parameters:,} parameters; a step will take {needed_mib:.0f} MiB of "
-        "tensors"
-    )
+    lines.append(f"{name}: {num_parameters:,} parameters; a step will take {needed_mib:.0f} MiB of tensors")
     if vram_gib:
         lines.append(plan_table(considered, vram_gib))
     return StepSetup(precision, plan, needed_mib, lines)

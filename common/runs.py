@@ -69,10 +69,19 @@ def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
             raise FileNotFoundError(f"--resume {resume}: no such checkpoint")
         return path
     pattern = re.compile(re.escape(name) + r"(_\d+)?")
-    found = [p for p in Path(root).glob("*/weights/last.pt") if pattern.fullmatch(p.parents[1].name)]
+    folders = [p.parent for p in Path(root).glob("*/log.txt") if pattern.fullmatch(p.parent.name)]
+    found = [p / "weights" / "last.pt" for p in folders if (p / "weights" / "last.pt").is_file()]
     if not found:
         raise FileNotFoundError(f"--resume: no run called {name} with a weights/last.pt under {root}")
-    return max(found, key=lambda p: p.stat().st_mtime)
+    newest = max(found, key=lambda p: p.stat().st_mtime)
+    for folder in folders:
+        is_newer = (folder / "log.txt").stat().st_mtime > newest.stat().st_mtime
+        if is_newer and not (folder / "weights" / "last.pt").is_file():
+            raise FileNotFoundError(
+                f"--resume: the newest run called {name}, {folder}, ended before its first checkpoint; "
+                f"start it again without --resume, or go on with an earlier one: --resume {newest.parents[1]}"
+            )
+    return newest
 
 
 def save_config(path: str | Path, config: dict) -> None:
@@ -217,15 +226,24 @@ def resume(
     if "optimizer" not in checkpoint:
         raise ValueError(f"--resume {path}: holds weights only; resume from the last.pt beside it")
     if checkpoint.get("stage") != stage:
-        raise ValueError(f"--resume: {folder} is not a run of {parser.prog}; choose another name")
+        raise ValueError(f"--resume: {folder} is a run of another script, not of {parser.prog}")
     config = checkpoint["config"]
     args = parse_args(parser, argv, base=config)
     for key in same:
-        if getattr(args, key) != config[key]:
-            raise ValueError(
-                f"--resume: its {key} is {config[key]}, not {getattr(args, key)}; a run goes on as it began"
-            )
+        asked = getattr(args, key)
+        if asked not in (config[key], checkpoint["flags"][key]):  # --vram may have made less of it
+            raise ValueError(f"--resume: its {key} is {config[key]}, not {asked}; a run goes on as it began")
+        setattr(args, key, config[key])
     return args, checkpoint, folder
+
+
+def with_resume(words: Sequence[str]) -> list[str]:
+    """The words of a command with a bare --resume at the end, whatever --resume it had."""
+    rest = []
+    for before, word in zip(["", *words], words, strict=False):
+        if word.split("=")[0] != "--resume" and (before, word) != ("--resume", "last"):
+            rest.append(word)
+    return [*rest, "--resume"]
 
 
 def require_same_data(

@@ -20,7 +20,17 @@ from common.ema import WeightAverage
 from common.hardware import peak_memory_mib
 
 # Attributes of a Run that its checkpoints hold.
-POSITION = "epoch batch num_batches loss_sum counts best best_epoch elapsed_s history".split()
+POSITION = (
+    "epoch",
+    "batch",
+    "num_batches",
+    "loss_sum",
+    "counts",
+    "best",
+    "best_epoch",
+    "elapsed_s",
+    "history",
+)
 
 
 class Run:
@@ -39,6 +49,7 @@ class Run:
     Args:
         folder: of the run, new or that of the run that goes on; the same in every process.
         config: flag values as they are used; written to config.yaml and held by every checkpoint.
+        flags: flag values as they were given, where --vram may have made less of them.
         parts: {name: object with state_dict(), or None} without which a run cannot go on: model, optimizer,
             scaler, weight average.
         notes: plain values that prediction needs, such as preprocessing and split; held by every checkpoint.
@@ -66,6 +77,7 @@ class Run:
         folder: Path,
         config: dict,
         *,
+        flags: dict,
         parts: dict[str, Any],
         notes: dict,
         num_batches: int,
@@ -80,7 +92,7 @@ class Run:
     ) -> None:
         self.folder = folder
         self.last, self.best_weights = folder / "weights" / "last.pt", folder / "weights" / "best.pt"
-        self.parts, self.notes, self.device = parts, notes | {"config": config}, device
+        self.parts, self.notes, self.device = parts, notes | {"config": config, "flags": flags}, device
         self.accumulate, self.epochs = accumulate, epochs
         self.time_budget_s, self.patience = time_budget_s, patience
         self.resume_command = _command(resume_words or [sys.argv[0], "--resume", str(self.last)])

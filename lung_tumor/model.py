@@ -95,7 +95,8 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
 
 def _network_of(checkpoint: dict) -> nn.Module:
     config = checkpoint["config"]
-    if config.get("model") not in MODELS or "preprocessing" not in checkpoint:
+    is_ours = config.get("model") in MODELS and all(key in config for key in ARCHITECTURE)
+    if not is_ours or "preprocessing" not in checkpoint:
         raise ValueError(f"not a checkpoint of lung_tumor/train.py (model {config.get('model')!r})")
     return get_model(config).to(memory_format=torch.channels_last)
 

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import distributed, hardware, runs
+from common import batch, distributed, hardware, runs
 from common.checkpoints import TrainedModel
 from common.config import make_parser, parse_args, resolved_config, run_script
 from common.ema import WeightAverage
@@ -78,7 +78,7 @@ def train(
     # ---- data ----
     packed, split, preprocessing = distributed.main_first(lambda: open_training_data(args))
     data_path = preprocessing["data_path"]
-    runs.require_same_data(resumed, split, preprocessing, ["window_hu", "pixel_mm"], data_path)
+    runs.require_same_data(resumed, split, preprocessing, ["window_hu", "pixel_mm", "scale"], data_path)
     augmentation = Augmentation(
         args.horizontal_flip, args.rotation_limit, args.elastic, args.brightness_contrast
     )
@@ -95,6 +95,7 @@ def train(
         loss_function,
         Plan((args.image_size,) * 2, args.batch_size, args.accumulate, args.checkpointing),
         device,
+        name=args.model,
         amp=args.amp,
         resumed=resumed,
         vram_gib=args.vram,
@@ -115,6 +116,7 @@ def train(
     run = Run(
         folder or distributed.on_main(lambda: runs.new_run_dir(args.out, run_name(args))),
         config,
+        flags=resolved_config(args),
         parts={"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average},
         notes={"preprocessing": preprocessing, "split": split},
         num_batches=len(loader),
@@ -169,14 +171,14 @@ def train(
                 if is_best:
                     save_val_predictions(run.folder / "val_predictions.png", trained, val_set)
             run.log_epoch(f"val loss {scores['val_loss']:.4f}  tumour Dice {scores['val_dice']:.4f}")
-            if len(run.history) >= 5 and all(row["val_pred_to_true"] < 0.01 for row in run.history[-5:]):
+            if run.epoch % 5 == 0 and all(row["val_pred_to_true"] < 0.01 for row in run.history[-5:]):
                 run.log(
                     "warning: almost no tumour predicted for 5 epochs; try --loss dice_bce or a lower --lr"
                 )
-    return score_best(run, trained, data_path)
+    return *score_best(run, trained, data_path), precision.amp
 
 
-def score_best(run: Run, trained: TrainedModel, data_path: str) -> list[dict]:
+def score_best(run: Run, trained: TrainedModel, data_path: str) -> tuple[list[dict], dict[str, str]]:
     """Score best.pt on whole test volumes (validation volumes where there are none): tables and pictures."""
     part = "test" if trained.split["test"] else "val"
     weights = run.best_or_last()
@@ -190,29 +192,38 @@ def score_best(run: Run, trained: TrainedModel, data_path: str) -> list[dict]:
     run.log(f"written: {run.folder}/ with log.txt, metrics.csv, training_curves.png, weights/ ...")
     predict = shlex.join(["python", "lung_tumor/predict.py", "--weights", str(weights)])
     run.log(f"next: {predict} --source <image, scan or folder of them>")
-    return rows
+    return rows, failed
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser, argv = build_parser(), sys.argv[1:] if argv is None else argv
     with distributed.session():
         args = parse_args(parser, argv)
         check_fold_flags(args)
-        if args.fold != "all":
-            train(*runs.resume(parser, argv, same=UNCHANGEABLE, name=run_name(args)))
-            return
-        rows = []
-        words = [*(word for word in sys.argv if word != "--resume"), "--resume"]
-        for fold in range(args.folds):
-            one_fold = [*argv, "--fold", str(fold)]
-            name = f"{args.model_name}_fold{fold}"
-            # A cross-validation may have been stopped before this fold began.
-            found = runs.resume(parser, one_fold, same=UNCHANGEABLE, name=name, may_be_missing=True)
-            rows += train(*found, resume_words=words)
-        if distributed.is_main():
-            out = Path(args.out) / f"{args.model_name}_all_folds"
-            title = f"all {args.folds} folds, each volume scored by a model that never saw it"
-            write_report(rows, out, title)
+        if args.fold == "all":
+            failed = cross_validate(parser, args, argv)
+        else:
+            _, failed, _ = train(*runs.resume(parser, argv, same=UNCHANGEABLE, name=run_name(args)))
+        return batch.exit_code(failed)
+
+
+def cross_validate(parser: ArgumentParser, args: Namespace, argv: list[str]) -> dict[str, str]:
+    """One run for each fold and a report of all held-out volumes; returns {volume that failed: reason}."""
+    rows, failed, amp = [], {}, args.amp
+    for fold in range(args.folds):
+        one_fold = [*argv, "--fold", str(fold), "--amp", amp]
+        name = f"{args.model_name}_fold{fold}"
+        # A cross-validation may have been stopped before this fold began.
+        found = runs.resume(parser, one_fold, same=UNCHANGEABLE, name=name, may_be_missing=True)
+        # The first fold's precision is that of all: timed anew, another fold might get another one.
+        fold_rows, fold_failed, amp = train(*found, resume_words=runs.with_resume(sys.argv))
+        rows += fold_rows
+        failed |= fold_failed
+    if distributed.is_main():
+        out = runs.new_run_dir(args.out, f"{args.model_name}_all_folds")
+        title = f"all {args.folds} folds, each volume scored by a model that never saw it"
+        write_report(rows, out, title, failed)
+    return failed
 
 
 def check_fold_flags(args: Namespace) -> None:

@@ -348,6 +348,23 @@ def test_two_processes_under_torchrun(tmp_path):
 # ---- session ----
 
 
+def test_what_fails_on_rank_0_ends_the_others_without_a_word(as_rank, monkeypatch):
+    """Else they would wait, and tell of a lost connection."""
+
+    def no_label():
+        raise ValueError("no label")
+
+    monkeypatch.setattr(distributed, "from_main", lambda value: (None, True))  # as broadcast by rank 0
+    for call in (distributed.on_main, distributed.main_first):
+        as_rank(1, 2)
+        with pytest.raises(SystemExit) as ended:
+            call(lambda: pytest.fail("called on rank 1"))
+        assert ended.value.code == 1
+        as_rank(0, 2)
+        with pytest.raises(ValueError, match="no label"):
+            call(no_label)
+
+
 @pytest.mark.parametrize(
     "error, line",
     [

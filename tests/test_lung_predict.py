@@ -244,6 +244,10 @@ def test_bad_sources_and_weights(trained_run, tmp_path):
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(weights.read_bytes()[:1000])
     foreign = tmp_path / "foreign.pt"
+    of_spine = {"model": {}, "config": {"model": "UNet"}, "preprocessing": {}, "stage": "heatmap"}
+    save_checkpoint(foreign, of_spine)
+    with pytest.raises(ValueError, match="not a checkpoint of lung_tumor/train.py"):
+        load_trained(foreign, CPU, FP32)
     save_checkpoint(foreign, {"model": {}, "config": {"model": "SwinUNETR"}})
     for w, source, message in (
         (weights, tmp_path / "none.png", "no such file or folder"),

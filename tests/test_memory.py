@@ -309,7 +309,7 @@ def mean_loss(logits, target):
 
 def set_up(wanted, **options):
     network = Recorder(wanted.checkpointing)
-    settings = {"amp": "off"} | options
+    settings = {"name": "Recorder", "amp": "off"} | options
     return network, set_up_step(network, Recorder, mean_loss, wanted, torch.device("cpu"), **settings)
 
 
@@ -404,7 +404,8 @@ def test_the_trial_of_a_precision_is_a_whole_step_on_a_copy(monkeypatch):
 
     monkeypatch.setattr("common.memory.choose_precision", choose)
     network = Watched().eval()
-    set_up_step(network, Watched, loss, Plan((8, 8), 2, 1, False), torch.device("cpu"), amp="auto")
+    wanted = Plan((8, 8), 2, 1, False)
+    set_up_step(network, Watched, loss, wanted, torch.device("cpu"), name="Watched", amp="auto")
     shape = (2, 1, 8, 8)
     assert seen == [(shape, torch.bfloat16, True), (shape, torch.float32, True)]
     assert backward == [shape, shape], "in each type"

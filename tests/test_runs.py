@@ -103,6 +103,32 @@ def test_find_checkpoint_last_is_the_newest_of_that_name(tmp_path):
     assert runs.find_checkpoint("last", tmp_path, "lung") == tenth
 
 
+def test_an_older_run_does_not_stand_in_for_one_that_ended_before_its_first_checkpoint(tmp_path):
+    make_run(tmp_path, "lung", 100)
+    (tmp_path / "lung_2").mkdir()
+    (tmp_path / "lung_2" / "log.txt").write_text("")
+    with pytest.raises(
+        FileNotFoundError, match=r"lung_2, ended before its first checkpoint; .*--resume .*/lung$"
+    ):
+        runs.find_checkpoint("last", tmp_path, "lung")
+    os.utime(tmp_path / "lung_2" / "log.txt", (50, 50))
+    assert runs.find_checkpoint("last", tmp_path, "lung").parents[1].name == "lung"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train.py --fold all",
+        "train.py --resume --fold all",
+        "train.py --fold all --resume last",
+        "train.py --resume=last --fold all",
+    ],
+)
+def test_the_command_that_resumes_has_one_resume(words):
+    assert runs.with_resume(words.split()) == ["train.py", "--fold", "all", "--resume"]
+    assert runs.with_resume(["train.py", "--model_name", "last"])[-2:] == ["last", "--resume"]
+
+
 @pytest.mark.parametrize("name", ["lung", "l.ng", "lung*", "/lung", ""])
 def test_find_checkpoint_without_a_run(tmp_path, name):
     make_run(tmp_path, "lung_fold2", 100)
@@ -117,6 +143,8 @@ def test_find_checkpoint_finds_what_new_run_dir_made(tmp_path):
         run_dir = runs.new_run_dir(tmp_path, "lung_fold1")
         (run_dir / "weights").mkdir()
         (run_dir / "weights" / "last.pt").write_text("")
+        (run_dir / "log.txt").write_text("")
+        os.utime(run_dir / "log.txt", (number, number))
         os.utime(run_dir / "weights" / "last.pt", (number, number))
         assert runs.find_checkpoint("last", tmp_path, "lung_fold1").parents[1] == run_dir
 

@@ -22,7 +22,7 @@ from conftest import ROOT, TINY, TINY_HEATMAP, TINY_SEGMENTATION
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import distributed, runs, training
+from common import distributed, hardware, runs, training
 from common.checkpoints import load_checkpoint
 from common.distributed import make_loader
 from common.ema import WeightAverage
@@ -37,7 +37,14 @@ TIMES = {"seconds", "data_wait", "peak_mib"}
 
 
 def new_run(folder: Path, **options) -> Run:
-    settings = {"num_batches": 12, "accumulate": 5, "epochs": 2, "parts": {}, "notes": {}} | options
+    settings = {
+        "num_batches": 12,
+        "accumulate": 5,
+        "epochs": 2,
+        "flags": {},
+        "parts": {},
+        "notes": {},
+    } | options
     parts = {"model": nn.Linear(1, 1)} | settings.pop("parts")
     return Run(folder, {"lr": 0.1}, device=CPU, parts=parts, **settings)
 
@@ -293,7 +300,7 @@ class Script:
         data: fixture of its data.
         tiny: flags of a run of seconds.
         other_network: flags that resuming must refuse.
-        loss: attribute of the module that gives NaN in a test: a loss function, or what makes one.
+        poison: makes the loss of the script NaN, with the monkeypatch that it is given.
     """
 
     module: ModuleType
@@ -353,7 +360,7 @@ def no_pictures(monkeypatch) -> None:
     for module in (train_lung, train_heatmap, train_segmentation):
         for name in ("save_curves", "save_val_predictions", "save_preview", "save_case_preview"):
             monkeypatch.setattr(module, name, lambda *_: None, raising=False)
-        monkeypatch.setattr(module, "score_best", lambda run, *_, **__: [run.folder])
+        monkeypatch.setattr(module, "score_best", lambda *_, **__: ([], {}))
 
 
 def start(script: Script, data: Path, out: Path, *flags: object) -> Path:
@@ -454,7 +461,7 @@ def test_stopped_and_resumed_equals_unbroken(update, script, data, unbroken, tmp
     command = f"--resume {run / 'weights' / 'last.pt'}"
     assert log_of(run).rstrip().endswith(command) and len(rows_of(run)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(script.module, "score_best", lambda *_, **__: [])
+        patch.setattr(script.module, "score_best", lambda *_, **__: ([], {}))
         script.module.main(command.split())  # what a run needs is in its checkpoint
     assert f"resumed at epoch 1, batch {position['batch']}" in log_of(run)
     assert_same_run(unbroken, run)
@@ -608,7 +615,7 @@ def test_what_cannot_be_resumed(script, unbroken, tmp_path):
 def test_resuming_the_run_of_another_script(unbroken, script):
     for other in SCRIPTS.values():
         if other is not script:
-            with pytest.raises(SystemExit, match="is not a run of|is not a run|unknown key"):
+            with pytest.raises(SystemExit, match="is a run of another script|unknown key"):
                 other.module.main(["--resume", str(unbroken)])
 
 
@@ -619,6 +626,44 @@ def test_resuming_on_another_split(script, unbroken, tmp_path, monkeypatch):
     torch.save(state, run / "weights" / "last.pt")
     with pytest.raises(SystemExit, match="the split of .* is not the one that this run began with"):
         script.module.main(["--resume", str(run), "--epochs", "9"])
+
+
+def test_the_command_of_a_run_goes_on_with_it_although_vram_made_the_patch_smaller(verse_h5, tmp_path):
+    """Typed again with --resume, it asks for the patch that did not fit."""
+    script = SCRIPTS["segmentation"]
+    flags = ["--input_shape", 64, 64, 64, "--batch_size", 1, "--vram", 0.65]
+    run = start(script, verse_h5, tmp_path, *flags, "--epochs", 1)
+    patch_size = yaml.safe_load((run / "config.yaml").read_text())["patch_size"]
+    assert max(patch_size) < 64
+    start(script, verse_h5, tmp_path, *flags, "--epochs", 2, "--resume")
+    assert yaml.safe_load((run / "config.yaml").read_text())["patch_size"] == patch_size
+    assert len(rows_of(run)) == 2
+    with pytest.raises(SystemExit, match="--resume: its patch_size is .*, not .32, 32, 32."):
+        start(script, verse_h5, tmp_path, *flags, "--input_shape", 32, 32, 32, "--resume")
+
+
+def test_a_yaml_file_cannot_ask_to_resume(script, data, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("resume: last\n")
+    with pytest.raises(SystemExit):
+        start(script, data, tmp_path, "--config", tmp_path / "run.yaml")
+    assert "unknown key 'resume'" in capsys.readouterr().err
+
+
+def test_the_folds_of_a_cross_validation_share_their_precision(phantom_slices, tmp_path, monkeypatch):
+    """The first decides by timing; a second cross-validation does not overwrite the report of the first."""
+    asked, reports = [], []
+
+    def choose(amp, device, trial):
+        asked.append(amp)
+        return hardware.choose_precision("bf16" if amp == "auto" else amp, device)
+
+    monkeypatch.setattr("common.memory.choose_precision", choose)
+    monkeypatch.setattr(train_lung, "write_report", lambda rows, out, *_: reports.append(out.name))
+    script = SCRIPTS["lung"]
+    for _ in range(2):
+        start(script, phantom_slices, tmp_path, "--epochs", 1, "--folds", 3, "--fold", "all", "--amp", "auto")
+    assert asked == ["auto", "bf16", "bf16"] * 2
+    assert reports == ["run_all_folds", "run_all_folds_2"]
 
 
 def test_a_batch_larger_than_the_training_set(script, data, tmp_path):

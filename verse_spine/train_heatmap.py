@@ -38,10 +38,9 @@ from verse_spine.networks import ARCHITECTURE, load_trained, scale_hu
 from verse_spine.training import (
     get_augmentation,
     get_optimizer,
-    no_validation_note,
     open_data,
-    optimizer_notes,
     set_up,
+    start_run,
     usual_lr,
     validation_names,
 )
@@ -109,8 +108,9 @@ def truncate(image: Tensor, target: Tensor, seeds: list[int], probability: float
             target[item, :, cut] = 0
 
 
-def train(args: Namespace, resumed: dict | None, folder: Path | None) -> list[dict]:
-    """One run, new or `resumed` from a checkpoint; returns the rows of its evaluation."""
+def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[list[dict], dict[str, str]]:
+    """One run, new or `resumed` from a checkpoint; returns the rows of its evaluation
+    and {case that failed: reason}."""
     device = hardware.start_device(args.device, distributed.local_rank())
     runs.seed_everything(args.seed, args.deterministic)
 
@@ -140,33 +140,20 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> list[di
     trained = TrainedModel(network, config, device, precision, verse.preprocessing, verse.split)
 
     # ---- run ----
-    run = Run(
-        folder or distributed.on_main(lambda: runs.new_run_dir(args.out, args.model_name)),
+    run = start_run(
+        args,
         config,
-        parts={"model": network, "optimizer": optimizer, "scaler": scaler},
-        notes={
-            "preprocessing": verse.preprocessing,
-            "split": verse.split,
-            "stage": "heatmap",
-            "num_outputs": 1,
-        },
-        num_batches=len(loader),
-        accumulate=plan.accumulate,
-        device=device,
-        epochs=args.epochs,
-        time_budget_s=args.time_budget,
-        patience=args.early_stopping,
+        trained,
+        stage="heatmap",
+        num_outputs=1,
+        optimizer=optimizer,
+        scaler=scaler,
+        loader=loader,
+        setup=setup,
         resumed=resumed,
-        wandb_project="verse_spine" if args.use_wandb else None,
+        folder=folder,
     )
     model = distributed.wrap(network, device)
-    effective_batch = plan.batch_size * plan.accumulate * distributed.world_size()
-    for line in [*setup.lines, *optimizer_notes(args, network), *no_validation_note(verse)]:
-        run.log(line)
-    run.log(
-        f"cases: {len(train_set)} training, {len(val_set)} validation, {len(verse.split['test'])} test; "
-        f"{len(loader)} batches in an epoch, effective batch {effective_batch}"
-    )
 
     # ---- train ----
     with run:  # Ctrl-C and SIGTERM: the update is finished, last.pt saved
@@ -211,10 +198,14 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> list[di
     return score_best(run, trained, verse, evaluate=args.evaluate)
 
 
-def score_best(run: Run, trained: TrainedModel, verse: VerSe, *, evaluate: bool) -> list[dict]:
+def score_best(
+    run: Run, trained: TrainedModel, verse: VerSe, *, evaluate: bool
+) -> tuple[list[dict], dict[str, str]]:
     """The boxes that best.pt gives for the test scans (validation scans where there are none), and the next
     command."""
-    part, rows = "test" if verse.split["test"] else "val", []
+    part = "test" if verse.split["test"] else "val"
+    rows: list[dict] = []
+    failed: dict[str, str] = {}
     weights = run.best_or_last()
     if run.best_epoch >= 0:
         val_loss = run.history[run.best_epoch]["val_loss"]
@@ -233,12 +224,13 @@ def score_best(run: Run, trained: TrainedModel, verse: VerSe, *, evaluate: bool)
     run.log(f"written: {run.folder}/ with log.txt, metrics.csv, training_curves.png, previews/, weights/")
     data = shlex.quote(str(run.notes["config"]["data_path"]))
     run.log(f"next: python verse_spine/train_segmentation.py --data_path {data} --model_name spine")
-    return rows
+    return rows, failed
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     with distributed.session():
-        train(*runs.resume(build_parser(), argv, same=UNCHANGEABLE, stage="heatmap"))
+        _, failed = train(*runs.resume(build_parser(), argv, same=UNCHANGEABLE, stage="heatmap"))
+        return batch.exit_code(failed)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import distributed, hardware, runs
+from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
 from common.config import Switch, make_parser, positive_int, resolved_config, run_script
@@ -40,10 +40,9 @@ from verse_spine.report import write_report
 from verse_spine.training import (
     get_augmentation,
     get_optimizer,
-    no_validation_note,
     open_data,
-    optimizer_notes,
     set_up,
+    start_run,
     usual_lr,
     validation_names,
 )
@@ -106,8 +105,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def train(args: Namespace, resumed: dict | None, folder: Path | None) -> list[dict]:
-    """One run, new or `resumed` from a checkpoint; returns the rows of its evaluation."""
+def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[list[dict], dict[str, str]]:
+    """One run, new or `resumed` from a checkpoint; returns the rows of its evaluation
+    and {case that failed: reason}."""
     device = hardware.start_device(args.device, distributed.local_rank())
     runs.seed_everything(args.seed, args.deterministic)
 
@@ -137,34 +137,22 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> list[di
     trained = TrainedModel(network, config, device, precision, verse.preprocessing, verse.split)
 
     # ---- run ----
-    run = Run(
-        folder or distributed.on_main(lambda: runs.new_run_dir(args.out, args.model_name)),
+    run = start_run(
+        args,
         config,
-        parts={"model": network, "optimizer": optimizer, "scaler": scaler},
-        notes={
-            "preprocessing": verse.preprocessing,
-            "split": verse.split,
-            "stage": "segmentation",
-            "num_outputs": outputs,
-        },
-        num_batches=len(loader),
-        accumulate=plan.accumulate,
-        device=device,
-        epochs=args.epochs,
-        time_budget_s=args.time_budget,
-        patience=args.early_stopping,
+        trained,
+        stage="segmentation",
+        num_outputs=outputs,
+        optimizer=optimizer,
+        scaler=scaler,
+        loader=loader,
+        setup=setup,
         resumed=resumed,
-        wandb_project="verse_spine" if args.use_wandb else None,
+        folder=folder,
     )
     model = distributed.wrap(network, device)
-    effective_batch = plan.batch_size * plan.accumulate * distributed.world_size()
-    for line in [*setup.lines, *optimizer_notes(args, network), *no_validation_note(verse)]:
-        run.log(line)
-    run.log(
-        f"cases: {len(verse.split['train'])} training, {len(val_names)} of {len(verse.split['val'])} "
-        f"validation, {len(verse.split['test'])} test; {len(train_set)} patches in {len(loader)} batches "
-        f"in an epoch, effective batch {effective_batch}"
-    )
+    mm = " x ".join(f"{side:g}" for side in spacing_mm)
+    run.log(f"patches: {len(train_set)} in an epoch, of voxels of {mm} mm; {len(val_names)} scans validate")
 
     # ---- train ----
     with run:  # Ctrl-C and SIGTERM: the update is finished, last.pt saved
@@ -212,9 +200,13 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> list[di
     return score_best(run, trained, verse, evaluate=args.evaluate)
 
 
-def score_best(run: Run, trained: TrainedModel, verse: VerSe, *, evaluate: bool) -> list[dict]:
+def score_best(
+    run: Run, trained: TrainedModel, verse: VerSe, *, evaluate: bool
+) -> tuple[list[dict], dict[str, str]]:
     """Score best.pt on whole test scans, or validation scans where there are none; name the next command."""
-    part, rows = "test" if verse.split["test"] else "val", []
+    part = "test" if verse.split["test"] else "val"
+    rows: list[dict] = []
+    failed: dict[str, str] = {}
     weights = run.best_or_last()
     if run.best_epoch >= 0:
         dice = run.history[run.best_epoch]["val_dice"]
@@ -231,12 +223,13 @@ def score_best(run: Run, trained: TrainedModel, verse: VerSe, *, evaluate: bool)
     predict = shlex.join(["python", "verse_spine/predict.py", "--weights", str(weights)])
     run.log(f"next: {predict} --source <scan or folder>")
     run.log("      and --heatmap_weights <best.pt of train_heatmap.py>, to search around the spine only")
-    return rows
+    return rows, failed
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     with distributed.session():
-        train(*runs.resume(build_parser(), argv, same=UNCHANGEABLE, stage="segmentation"))
+        _, failed = train(*runs.resume(build_parser(), argv, same=UNCHANGEABLE, stage="segmentation"))
+        return batch.exit_code(failed)
 
 
 if __name__ == "__main__":

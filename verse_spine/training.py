@@ -6,11 +6,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from common import distributed
+from common import distributed, runs
 from common.augment import Augmentation3d
-from common.config import parse_args
+from common.checkpoints import TrainedModel
+from common.config import parse_args, resolved_config
 from common.memory import Plan, StepSetup, set_up_step
+from common.training import Run
 from verse_spine import download, preprocess
 from verse_spine.dataset import VerSe
 from verse_spine.networks import get_model, uses_checkpointing
@@ -48,16 +51,6 @@ def demo_dataset(folder: Path = Path("data/demo/verse_spine")) -> Path:
 def validation_names(verse: VerSe) -> list[str]:
     """Validation scans; without any the first training scan, so that a run can still be watched."""
     return verse.split["val"] or verse.split["train"][:1]
-
-
-def no_validation_note(verse: VerSe) -> list[str]:
-    """What the log should say where there is no validation scan."""
-    if verse.split["val"]:
-        return []
-    return [
-        f"warning: {verse.path} has no validation scan: the training scan {verse.split['train'][0]} stands "
-        "in for one, and best.pt is that of the last validation"
-    ]
 
 
 def download_and_convert(data_path: Path, edition: int) -> None:
@@ -127,9 +120,62 @@ def set_up(
         loss_function,
         wanted,
         device,
+        name=args.model,
         amp=args.amp,
         resumed=resumed,
         vram_gib=args.vram,
         make_optimizer=lambda parameters: get_optimizer(args.optimizer, parameters, 1.0, 0.0),
     )
     return network, setup
+
+
+def start_run(
+    args: Namespace,
+    config: dict,
+    trained: TrainedModel,
+    *,
+    stage: str,
+    num_outputs: int,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loader: DataLoader,
+    setup: StepSetup,
+    resumed: dict | None,
+    folder: Path | None,
+) -> Run:
+    """The run of one stage, in a new folder or in that of the run that goes on; its log begins with what was
+    set up."""
+    run = Run(
+        folder or distributed.on_main(lambda: runs.new_run_dir(args.out, args.model_name)),
+        config,
+        flags=resolved_config(args),
+        parts={"model": trained.network, "optimizer": optimizer, "scaler": scaler},
+        notes={
+            "preprocessing": trained.preprocessing,
+            "split": trained.split,
+            "stage": stage,
+            "num_outputs": num_outputs,
+        },
+        num_batches=len(loader),
+        accumulate=setup.plan.accumulate,
+        device=trained.device,
+        epochs=args.epochs,
+        time_budget_s=args.time_budget,
+        patience=args.early_stopping,
+        resumed=resumed,
+        wandb_project="verse_spine" if args.use_wandb else None,
+    )
+    for line in [*setup.lines, *optimizer_notes(args, trained.network)]:
+        run.log(line)
+    plan, split = setup.plan, trained.split
+    effective_batch = plan.batch_size * plan.accumulate * distributed.world_size()
+    run.log(
+        f"cases: {len(split['train'])} training, {len(split['val'])} validation, {len(split['test'])} test; "
+        f"{len(loader)} batches in an epoch, effective batch {effective_batch}"
+    )
+    if not split["val"]:
+        run.log(
+            f"warning: there is no validation scan: the training scan {split['train'][0]} stands in for one, "
+            "and best.pt is that of the last validation"
+        )
+    return run
