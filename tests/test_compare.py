@@ -195,6 +195,17 @@ def test_folders_of_label_maps(folders, capsys):
     )
 
 
+def test_cases_of_folders_come_by_number_not_by_letter(tmp_path):
+    labels = np.zeros((4, 8, 8), np.uint8)
+    labels[1:3, 2:6, 2:6] = 1
+    for folder in "abt":
+        (tmp_path / folder).mkdir()
+        for name in ("p10", "p9"):
+            write_nifti(tmp_path / folder / f"{name}.nii", labels, SPACING)
+    (rows, _), failed = score_folders([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "t"), None)
+    assert [row["case"] for row in rows] == ["p9", "p10"] and not failed
+
+
 def test_a_wrong_grid_is_named_and_the_others_are_compared(folders, capsys):
     path, maps = folders
     write_nifti(path / "b" / "case_1_seg.nii.gz", maps["b", 1], SPACING, origin_mm=(0, 0, 5))

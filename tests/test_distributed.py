@@ -175,6 +175,14 @@ def test_sampler_in_a_loader_does_not_depend_on_the_number_of_workers():
     assert [list(pair) for pair in sampler] == sum(epochs[0], [])
 
 
+def test_a_loader_leaves_the_global_random_state_alone():
+    """Else a run resumed within an epoch, which makes one iterator more, would go on with other numbers."""
+    loader = distributed.make_loader([0] * 4, 2, seed=0, workers=0, device=CPU)
+    before = torch.get_rng_state()
+    iter(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class Signalled(Dataset):
     """A worker that gets the signals which reach all processes of a terminal or of a scheduler's job."""
 

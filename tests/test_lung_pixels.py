@@ -169,6 +169,13 @@ def test_weights_of_slices_of_unknown_pixel_size_see_pixel_counts_as_before(tmp_
     assert next(predict_slices(older, np.zeros((2, 32, 96), np.uint8), 4, (1.0, 1.0))).shape == (32, 96)
 
 
+def test_slices_are_made_smaller_but_never_larger():
+    """By the median slice, 96 pixels in the square: 48 stay, 100 are cut by 4 %, 128 shrink to 0.75."""
+    for sides, scale in (([48], 1.0), ([100], 1.0), ([60, 128, 400], 0.75)):
+        volumes = {str(side): {"slice_shape": [side, side - 8]} for side in sides}
+        assert common_scale(volumes, 96) == scale
+
+
 def test_a_wider_field_of_view_is_seen_whole_at_the_same_pixel_size(monkeypatch):
     """240 pixels in squares of 64: the disc near the border is found; and fewer slices go at a time."""
     model = spot_model(64, pixel_mm=1.0, scale=1.0)

@@ -9,8 +9,9 @@ import zipfile
 import cv2
 import numpy as np
 import pytest
-from conftest import REAL_DATA, run_script
+from conftest import REAL_DATA
 
+from common.decathlon import Case
 from common.nifti import load_label, load_nifti, save_label, write_nifti
 from lung_tumor import conversion, preprocess
 from lung_tumor.dataset import list_slices, load_splits, parse_slice_name, read_json
@@ -20,6 +21,7 @@ from lung_tumor.slices import (
     probs_from_square,
     read_image,
     read_mask,
+    resize,
     to_display,
     volume_to_slices,
     write_png,
@@ -314,6 +316,25 @@ def test_masks_of_all_kinds_mean_the_same(tmp_path):
         read_mask(tmp_path / "labels.png")
 
 
+def test_masks_with_grey_rims_are_cut_in_the_middle(tmp_path):
+    write_png(tmp_path / "rim.png", np.array([[0, 60, 127, 128, 200, 255]], np.uint8))
+    mask, is_clean = read_mask(tmp_path / "rim.png")
+    assert mask.tolist() == [[0, 0, 0, 1, 1, 1]] and not is_clean
+
+
+def test_masks_take_the_nearest_pixel():
+    """Of 0 1 0 0 the second and the fourth pixel lie nearest to the middles of two larger ones."""
+    assert resize(np.uint8([[0, 1, 0, 0]]), (1, 2), is_mask=True).tolist() == [[1, 0]]
+
+
+def test_an_unfinished_conversion_is_not_taken_for_a_finished_one(tmp_path):
+    """dataset.json is written last; it goes as soon as there is a volume to convert."""
+    (tmp_path / "dataset.json").write_text("{}")
+    gone = Case("a", tmp_path / "none.nii.gz", tmp_path / "none.nii.gz")
+    done, failed = conversion.convert_all([gone], tmp_path, conversion.Settings(1.0), 0)
+    assert not done and list(failed) == ["a"] and not (tmp_path / "dataset.json").exists()
+
+
 def test_images_of_all_kinds(tmp_path):
     grey = np.array([[0, 100], [200, 255]], np.uint8)
     alpha = np.dstack([grey] * 3 + [np.array([[0, 255], [255, 0]], np.uint8)])
@@ -389,15 +410,15 @@ def test_write_png_leaves_nothing_half_written(tmp_path, monkeypatch):
         ("complex64.nii.gz", "complex values"),
     ],
 )
-def test_real_odd_headers(name, message, tmp_path):
+def test_real_odd_headers(name, message, tmp_path, capsys):
     path = REAL_DATA / "odd_headers" / name
     if not path.is_file():
         pytest.skip("the real scans are not on this machine")
     for kind in ("imagesTr", "labelsTr"):
         (tmp_path / "source" / kind).mkdir(parents=True)
         shutil.copy(path, tmp_path / "source" / kind / path.name)
-    done = run_script("lung_tumor/preprocess.py", "--source", "source", "--out", "out", cwd=tmp_path)
-    assert done.returncode == 1 and message in done.stdout, done.stdout + done.stderr
+    assert convert(tmp_path / "source", tmp_path / "out") == 1
+    assert message in capsys.readouterr().out
 
 
 def test_real_scans(real_lung_ct, tmp_path):

@@ -286,3 +286,12 @@ def test_read_splits_of_a_bad_file_names_it(tmp_path, content, message):
 def test_read_splits_of_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="splits.json"):
         read_splits(tmp_path / "splits.json")
+
+
+def test_leading_zeros_change_no_split():
+    """Patients are shuffled and listed by number: p9 before p10, as p09 is."""
+    plain, padded = (patients_of([form.format(n) for n in range(1, 13)]) for form in ("p{}", "p{:02d}"))
+    split, same = (split_by_patient(p, test_ratio=0.2, seed=3) for p in (plain, padded))
+    for part in split:
+        numbers = [int(case[1:]) for case in split[part]]
+        assert numbers == sorted(numbers) == [int(case[1:]) for case in same[part]]

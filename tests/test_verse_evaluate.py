@@ -484,6 +484,20 @@ def test_one_damaged_case_costs_no_other(error, coded_h5, monkeypatch, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cases.csv"]
 
 
+def test_cases_come_by_number_not_by_letter(tmp_path):
+    target = blocks(20, 21)
+    for name in ("sub-10", "sub-9"):
+        for path in (
+            f"verse/rawdata/{name}/{name}_ct.nii.gz",
+            f"verse/derivatives/{name}/{name}_seg-vert_msk.nii.gz",
+            f"pred/{name}_mask.nii.gz",
+        ):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            write_nifti(tmp_path / path, target, (2, 2, 2))
+    rows, failed = evaluate.evaluate_files(tmp_path / "pred", tmp_path / "verse", "levels26", "native")
+    assert [row["case"] for row in rows] == ["sub-9", "sub-10"] and not failed
+
+
 def test_two_masks_of_one_case_are_refused(perfect, verse_source):
     first = sorted(perfect.iterdir())[0]
     shutil.copy(first, perfect / first.name.replace("_ct_mask", "_mask"))

@@ -189,6 +189,22 @@ def test_a_preprocessed_case_gives_the_same_labels(tmp_path):
 # ---- region ----
 
 
+def test_volume_of_a_tilted_gantry(tmp_path, monkeypatch):
+    """Slices 2 mm apart along an axis that leans by 30 degrees: 1.73 mm^3 a voxel, not 2."""
+    stub(monkeypatch)
+    hu = np.zeros((24, 24, 24), np.int16)
+    hu[8:16, 8:16, 8:16] = 1000
+    affine = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 3**0.5, 0], [0, 0, 0, 1]])
+    image = nibabel.Nifti1Image(hu, affine)
+    image.set_sform(affine, 1)
+    nibabel.save(image, tmp_path / "s.nii")
+    assert run(tmp_path / "s.nii", tmp_path, *QUICK, "--clean_up", "False") == 0
+    voxels = np.count_nonzero(load_label(tmp_path / "s_mask.nii.gz").array)
+    volume_ml = json.loads((tmp_path / "s.json").read_text())["volume_ml"]
+    assert voxels > 400 and volume_ml == {"1": pytest.approx(voxels * 3**0.5 / 1000)}
+    assert float(results(tmp_path)[0]["volume_ml"]) == pytest.approx(voxels * 3**0.5 / 1000, rel=1e-4)
+
+
 def written_box(out, name="s"):
     region = json.loads((out / f"{name}.json").read_text())["region"]
     return region["source"], tuple(region["start"]), tuple(region["stop"])
@@ -213,6 +229,20 @@ def test_body_box_holds_the_body(spacing, tmp_path, monkeypatch):
     assert box[0] == "body" and inside_of(box, hu > -500)
     slack_mm = np.multiply(np.subtract(start, box[1]), spacing)
     assert (slack_mm <= 20 + 4 * np.maximum(OVERVIEW_MM, spacing)).all(), "and not much more"
+
+
+@pytest.mark.parametrize("spacing, factors", [((2.0, 2.0, 1.0), (1, 1, 3)), ((0.8, 0.7, 5.0), (3, 4, 1))])
+def test_voxels_of_the_overview_are_not_above_3_mm(spacing, factors, tmp_path, monkeypatch):
+    asked, read = [], predict.NiftiFile.read_reduced
+
+    def watched(file, factors, value_range):
+        asked.append(factors)
+        return read(file, factors, value_range)
+
+    monkeypatch.setattr(predict.NiftiFile, "read_reduced", watched)
+    write_nifti(tmp_path / "s.nii", np.zeros((12, 12, 12), np.int16), spacing)
+    region_of(tmp_path / "s.nii")
+    assert asked == [factors]
 
 
 def test_heat_map_gives_the_region(tmp_path, monkeypatch):

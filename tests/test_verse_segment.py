@@ -11,7 +11,7 @@ from common.hardware import Precision
 from common.nifti import load_label, voxel_mm3
 from verse_spine import pictures
 from verse_spine.heatmap import small_grid
-from verse_spine.networks import TrainedModel
+from verse_spine.networks import TrainedModel, scale_patches
 from verse_spine.phantoms import spine_phantom
 from verse_spine.pictures import color_overlay, error_picture, middle, plane, save_planes, true_plane, window
 from verse_spine.segment import clean_up, count_bodies, predict_heatmap, segment, spine_region
@@ -249,6 +249,14 @@ def test_margins_around_the_heat_map_are_in_millimetres():
     assert grid.start == (0, 0, 0) and grid.inner == (80, 40, 40)
     region = spine_region(heat, grid)
     assert region.box == ((20, 90 - 40, 24 - 10), (50, 150 + 40, 36 + 10))
+
+
+def test_patches_are_scaled_each_by_its_own_range_or_all_alike():
+    patches = torch.tensor([[0.0, 50, 100], [-1000, -500, 0]]).view(2, 1, 1, 1, 3)
+    own = scale_patches(patches, "patch").view(2, 3)
+    torch.testing.assert_close(own, torch.tensor([[-1.0, 0, 1], [-1, 0, 1]]), atol=1e-5, rtol=0)
+    alike = scale_patches(torch.tensor([-1000.0, 500, 2000, 9000]).view(1, 1, 1, 1, 4), "hu")
+    assert alike.flatten().tolist() == [-1, 0, 1, 1]
 
 
 def test_intensity_by_range_uses_the_whole_scan():

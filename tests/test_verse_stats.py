@@ -222,6 +222,15 @@ def test_phantoms(phantoms, tmp_path, capsys, workers):
     assert f"3 scans, {sum(map(len, present.values()))} vertebrae" in capsys.readouterr().out
 
 
+def test_scans_are_listed_by_number_not_by_letter(tmp_path):
+    (tmp_path / "scans").mkdir()
+    for name in ("s10", "s9", "s100"):
+        write_nifti(tmp_path / "scans" / f"{name}.nii", np.zeros((4, 4, 4), np.int16), (1, 1, 1))
+    assert [case.name for case in find_scans(tmp_path / "scans")] == ["s9", "s10", "s100"]
+    assert main(["--source", str(tmp_path / "scans"), "--out", str(tmp_path / "out")]) == 0
+    assert [row["case"] for row in table(tmp_path / "out" / "scans.csv")] == ["s9", "s10", "s100"]
+
+
 def test_unreadable_files_are_listed_and_the_others_finished(phantoms, tmp_path, capsys):
     source, out = tmp_path / "scans", tmp_path / "out"
     (source / "deep").mkdir(parents=True)
