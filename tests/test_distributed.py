@@ -202,6 +202,18 @@ def test_data_workers_leave_signals_to_the_main_process():
     assert sorted(torch.cat(list(loader)).tolist()) == [0, 1, 2, 3]
 
 
+def test_buffers_become_those_of_rank_0(monkeypatch):
+    """BatchNorm's statistics and count, whatever this process has seen."""
+    first, own = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+    first(torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
+    values = {buffer: value for buffer, value in zip(own.buffers(), first.buffers(), strict=True)}
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda buffer, src: buffer.copy_(values[buffer]))
+    distributed.share_buffers(own)
+    for buffer, value in values.items():
+        torch.testing.assert_close(buffer, value, rtol=0, atol=0)
+
+
 # ---- gradients ----
 
 

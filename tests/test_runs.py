@@ -366,3 +366,15 @@ def test_workers_that_ignore_signals_end_when_the_main_process_dies(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("ZeroDivisionError: the loss became nan")
+
+
+def test_a_run_goes_on_with_the_same_voxels_however_they_are_written():
+    """A checkpoint gives tuples, a JSON file lists."""
+    checkpoint = {"preprocessing": {"spacing_mm": (1.0, 2.0, 3.0)}, "split": {"train": ["a"]}}
+    rest = (["spacing_mm"], "data/h5")
+    runs.require_same_data(checkpoint, {"train": ["a"]}, {"spacing_mm": [1.0, 2.0, 3.0]}, *rest)
+    runs.require_same_data(None, {}, {}, *rest)
+    with pytest.raises(ValueError, match=r"began with spacing_mm \(1.0, 2.0, 3.0\), data/h5 now has \[1.0"):
+        runs.require_same_data(checkpoint, {"train": ["a"]}, {"spacing_mm": [1.0, 2.0, 2.0]}, *rest)
+    with pytest.raises(ValueError, match="the split of data/h5 is not the one"):
+        runs.require_same_data(checkpoint, {"train": ["b"]}, {"spacing_mm": [1.0, 2.0, 3.0]}, *rest)
