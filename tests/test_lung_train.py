@@ -10,6 +10,7 @@ import torch
 import yaml
 from conftest import TINY, run_script
 
+from common import runs
 from common.checkpoints import load_checkpoint
 from common.memory import training_peak_mib
 from lung_tumor import train
@@ -195,6 +196,14 @@ def test_fold_flags_belong_together(phantom_slices, tmp_path):
     refused("belong together", phantom_slices, tmp_path, "--folds", 5)
     refused("--folds 2: choose 3 to 6", phantom_slices, tmp_path, "--folds", 2, "--fold", 0)
     refused("--fold 3: with 3 folds choose 0 to 2", phantom_slices, tmp_path, "--folds", 3, "--fold", 3)
+
+
+def test_a_fold_that_was_not_begun_is_begun(tmp_path):
+    flags = ["--resume", "--out", str(tmp_path), "--model_name", "run"]
+    args, checkpoint, folder = runs.resume(train.build_parser(), flags, same=[], may_be_missing=True)
+    assert checkpoint is folder is None and args.model_name == "run"
+    with pytest.raises(FileNotFoundError, match="no run called run"):
+        runs.resume(train.build_parser(), flags, same=[])
 
 
 def test_no_permission_to_write(phantom_slices, tmp_path):

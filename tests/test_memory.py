@@ -363,6 +363,15 @@ def test_the_peak_is_that_of_the_plan_that_is_taken(shrink_patch, wanted, taken,
     assert setup.config["accumulate"] == taken.accumulate
 
 
+def test_a_patch_that_must_not_shrink_is_refused(monkeypatch):
+    monkeypatch.setattr("common.memory.limit_cuda_memory", lambda *_: None)
+    limit_mib = training_peak_mib(lambda: Recorder(True), mean_loss, (1, 1, 240, 240))
+    options = dict(vram_gib=(RESERVED_MIB + 1.001 * limit_mib) / 1024)
+    assert set_up(Plan((256, 256), 1, 1, False), **options)[1].plan.patch_size < (256, 256)
+    with pytest.raises(ValueError, match="even patch 256x256, batch 1 x 1, checkpointing"):
+        set_up(Plan((256, 256), 1, 1, False), **options, shrink_patch=False)
+
+
 def test_a_resumed_run_keeps_its_precision(monkeypatch):
     asked = []
     original = hardware.choose_precision

@@ -249,6 +249,13 @@ def test_optimizer_step_sets_the_rate_clips_and_averages():
     torch.testing.assert_close(network.weight.data, torch.tensor([[2.4, 3.2]]), msg="not clipped")
 
 
+def test_every_group_of_parameters_gets_the_rate():
+    network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    optimizer = torch.optim.SGD([{"params": part.parameters()} for part in network], lr=99.0)
+    optimizer_step(network, optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
 def test_gradients_are_unscaled_before_they_are_clipped():
     """fp16 multiplies the loss by a large number; the limit is for the gradient itself."""
     network = nn.Linear(1, 1, bias=False)

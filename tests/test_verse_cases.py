@@ -145,3 +145,9 @@ def test_merge_never_splits_a_patient(tmp_path):
     parts = {c.subject: {other.part for other in merged if other.subject == c.subject} for c in merged}
     assert all(len(p) == 1 for p in parts.values())
     assert merge_editions(old, []) == old and merge_editions([], new) == new
+
+
+def test_merged_editions_come_by_number_not_by_letter(tmp_path):
+    cases = [Case(f"sub-{n}", f"sub-{n}", tmp_path / "x.nii") for n in (10, 100, 9)]
+    merged = merge_editions(cases[:1], cases[1:])
+    assert [case.name for case in merged] == ["sub-9", "sub-10", "sub-100"]

@@ -81,11 +81,11 @@ def test_chain(gap_mm, kept):
     assert report["removed_ml"] == pytest.approx(0 if kept else 2 * 640 * 8 / 1000)
 
 
-def test_a_chain_of_single_pieces_stays_whole():
-    """Five pieces in a row, each 50 mm from the next, in an order that joins pairs before the whole."""
-    labels = np.zeros((80, 9, 9), np.uint8)
-    for k in range(5):
-        block(labels, (3 + 13 * k, 3, 3), (3, 3, 3), 20 - k)
+def test_pieces_are_one_spine_in_whatever_order_they_are_found():
+    """By height they come as 0, 1, 2, 3, but 2 is near 3 only, 55 mm beside it; 3 lies 45 mm above 1."""
+    labels = np.zeros((30, 9, 25), np.uint8)
+    for label, (z, x) in enumerate([(3, 3), (10, 3), (21, 17), (22, 3)], 20):
+        block(labels, (z, 3, x), (3, 3, 3), label)
     cleaned, report = clean_up(labels, (5, 5, 5))
     assert np.array_equal(cleaned, labels) and report["removed_ml"] == 0
 
