@@ -14,7 +14,14 @@ from conftest import REAL_DATA
 from common.decathlon import Case
 from common.nifti import load_label, load_nifti, save_label, write_nifti
 from lung_tumor import conversion, preprocess
-from lung_tumor.dataset import list_slices, load_splits, parse_slice_name, read_json
+from lung_tumor.dataset import (
+    SliceFile,
+    list_slices,
+    load_splits,
+    parse_slice_name,
+    read_json,
+    training_slices,
+)
 from lung_tumor.slices import (
     fit_to_square,
     normalise,
@@ -333,6 +340,12 @@ def test_an_unfinished_conversion_is_not_taken_for_a_finished_one(tmp_path):
     gone = Case("a", tmp_path / "none.nii.gz", tmp_path / "none.nii.gz")
     done, failed = conversion.convert_all([gone], tmp_path, conversion.Settings(1.0), 0)
     assert not done and list(failed) == ["a"] and not (tmp_path / "dataset.json").exists()
+
+
+def test_training_takes_the_chosen_slices_of_volumes_that_have_a_choice(tmp_path):
+    slices = [SliceFile(v, n, tmp_path / "i", tmp_path / "l") for v in ("a", "b") for n in (1, 2, 3)]
+    chosen = training_slices(slices, {"a": {"kept": [2]}})
+    assert [(s.volume, s.number) for s in chosen] == [("a", 2), ("b", 1), ("b", 2), ("b", 3)]
 
 
 def test_images_of_all_kinds(tmp_path):

@@ -29,7 +29,7 @@ from verse_spine.dataset import STRATA, UNIFORM, HeatmapDataset, PatchDataset, S
 from verse_spine.heatmap import LOSSES, TARGETS, heatmap_loss
 from verse_spine.labels import map_labels, num_outputs
 from verse_spine.networks import MODELS, get_model, load_trained
-from verse_spine.training import get_optimizer, set_up
+from verse_spine.training import get_augmentation, get_optimizer, set_up
 
 TIMES = {"seconds", "data_wait", "peak_mib"}
 STAGES = {"heatmap": (train_heatmap, TINY_HEATMAP), "segmentation": (train_segmentation, TINY_SEGMENTATION)}
@@ -256,6 +256,12 @@ def test_truncate_cuts_one_end_in_image_and_target():
     train_heatmap.truncate(*again, seeds, 0.5)
     assert torch.equal(again[0], image), "by the seed alone"
     train_heatmap.truncate(*again, seeds, 0.0)
+
+
+def test_spines_are_flipped_left_and_right_only():
+    words = ["--data_path", "x", "--model_name", "y", "--flip", "0.4"]
+    args = train_heatmap.build_parser().parse_args(words)
+    assert get_augmentation(args).flip_probability == (0, 0, 0.4), "z, y, x"
 
 
 # ---- every network in both tasks ----
