@@ -638,7 +638,7 @@ def test_resuming_on_another_split(script, unbroken, tmp_path, monkeypatch):
 def test_the_command_of_a_run_goes_on_with_it_although_vram_made_the_patch_smaller(verse_h5, tmp_path):
     """Typed again with --resume, it asks for the patch that did not fit."""
     script = SCRIPTS["segmentation"]
-    flags = ["--input_shape", 64, 64, 64, "--batch_size", 1, "--vram", 0.65]
+    flags = ["--input_shape", 64, 64, 64, "--batch_size", 1, "--vram", 0.641]
     run = start(script, verse_h5, tmp_path, *flags, "--epochs", 1)
     patch_size = yaml.safe_load((run / "config.yaml").read_text())["patch_size"]
     assert max(patch_size) < 64
