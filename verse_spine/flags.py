@@ -155,4 +155,11 @@ def add_training_flags(parser: ArgumentParser, *, patch_size: tuple[int, int, in
         default=0.15,
         help="probability, 0 to 1, of each of noise, blur, brightness, contrast and gamma",
     )
+    parser.add_argument(
+        "--evaluate",
+        action=Switch,
+        default=True,
+        help="after training score best.pt on the test scans, or on the validation scans if there are no "
+        "test scans",
+    )
     add_run_flags(parser, epochs=200, early_stopping=30, out="runs/verse_spine")

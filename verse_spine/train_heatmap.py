@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
-from common.config import Switch, fraction, make_parser, resolved_config, run_script
+from common.config import fraction, make_parser, resolved_config, run_script
 from common.metrics import summary
 from common.plots import save_curves
 from common.schedules import learning_rate
@@ -81,13 +81,6 @@ def build_parser() -> ArgumentParser:
         default=0.3,
         help="probability, 0 to 1, that a training scan loses up to half of its length, as real scans end "
         "anywhere",
-    )
-    stage.add_argument(
-        "--evaluate",
-        action=Switch,
-        default=True,
-        help="after training score best.pt on the test scans, or on the validation scans if there are no "
-        "test scans",
     )
     return parser
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
-from common.config import Switch, make_parser, positive_int, resolved_config, run_script
+from common.config import make_parser, positive_int, resolved_config, run_script
 from common.losses import dice_ce_loss
 from common.patches import histogram
 from common.plots import save_curves
@@ -94,13 +94,6 @@ def build_parser() -> ArgumentParser:
         type=positive_int,
         default=20,
         help="largest number of whole scans that a validation predicts; fewer are faster and tell less",
-    )
-    stage.add_argument(
-        "--evaluate",
-        action=Switch,
-        default=True,
-        help="after training score best.pt on the test scans, or on the validation scans if there are no "
-        "test scans",
     )
     return parser
 
