@@ -1,6 +1,7 @@
 """Predicting or scoring many scans: find them, take each in turn, keep what is finished, tell what failed."""
 
 import csv
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -102,15 +103,15 @@ def each(
         (rows in the order of `items`, {failed item: reason}), the same in every process.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, after telling how many items are finished.
+        KeyboardInterrupt: Ctrl-C; on rank 0 its text tells how many items are finished and what failed.
     """
     rows: dict[Item, dict] = {}
     failed: dict[Item, str] = {}
     own_table = _begin_tables(table) if table else None
     share = distributed.my_share(list(items))
-    is_shown = distributed.is_main() and len(share) > 1
+    no_bar = True if len(share) < 2 or not distributed.is_main() else None  # None: only on a terminal
     try:
-        for item in tqdm(share, f"{unit}s", unit=unit, leave=False, disable=None if is_shown else True):
+        for item in tqdm(share, f"{unit}s", unit=unit, leave=False, disable=no_bar):
             try:
                 row = function(item)
                 if own_table:
@@ -120,15 +121,16 @@ def each(
                 failed[item] = failure_reason(error)
             if item in failed:  # what it held on the card must not starve the next one
                 torch.cuda.empty_cache()
+        shares = distributed.gather((rows, failed))
     except KeyboardInterrupt:
-        if distributed.is_main():
-            tables = _tables(table) if table else []
-            count = sum(map(_num_rows, tables)) if tables else len(rows)
-            where = f"; their results are in {', '.join(map(str, tables))}" if tables else ""
-            print(f"\nstopped by the user after {count} of {len(items)} {unit}(s){where}")
-            print("\n".join(failed_lines(failed)))
-        raise
-    for other_rows, other_failed in distributed.gather((rows, failed)):
+        if not distributed.is_main():
+            raise
+        tables = _tables(table) if table else []
+        count = sum(map(_num_rows, tables)) if tables else len(rows)
+        where = f"; their results are in {', '.join(map(str, tables))}" if tables else ""
+        lines = [f"\nstopped by the user after {count} of {len(items)} {unit}(s){where}"]
+        raise KeyboardInterrupt("\n".join([*lines, *failed_lines(failed)])) from None
+    for other_rows, other_failed in shares:
         rows |= other_rows
         failed |= other_failed
     ordered = [rows[item] for item in items if item in rows]
@@ -181,4 +183,11 @@ def _num_rows(table: Path) -> int:
 
 
 def _plain(row: dict) -> dict:
-    return {key: value for key, value in row.items() if not isinstance(value, (list, dict))}
+    """What of a row stands in a table; NaN as an empty cell, as `write_table` has it."""
+    cells = {}
+    for key, value in row.items():
+        if isinstance(value, float) and math.isnan(value):
+            cells[key] = ""
+        elif not isinstance(value, (list, dict)):
+            cells[key] = value
+    return cells

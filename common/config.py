@@ -190,8 +190,8 @@ def run_script(main: Callable[[], object]) -> NoReturn:
     """`main()` of a script: its number is the exit code, Ctrl-C ends it with one line."""
     try:
         code = main()
-    except KeyboardInterrupt:
-        print("\nstopped by the user; what was finished is kept", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "\nstopped by the user; what was finished is kept", file=sys.stderr)
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
 

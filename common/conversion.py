@@ -32,12 +32,20 @@ def convert_cases(
     unfinished = []
     with ProcessPoolExecutor(min(workers, len(cases)), initializer=_start_worker) as pool:
         futures = {pool.submit(_attempt, convert, case, *arguments): case for case in cases}
+        untold = set(futures)
         try:
             for future in as_completed(futures):
+                untold.remove(future)
                 try:
                     yield futures[future], *future.result()
                 except BrokenProcessPool:
                     unfinished.append(futures[future])
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # waits for the cases in work, whose results count
+            for future in untold:
+                if not future.cancelled():
+                    yield futures[future], *future.result()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait for all cases
     for case in unfinished:

@@ -119,7 +119,9 @@ def convert_all(cases: list, out: Path, settings: Settings, workers: int) -> tup
             done[case.case_id] = entry
     todo = [c for c in cases if c.case_id not in done]
     if todo:
-        (out / "dataset.json").unlink(missing_ok=True)  # its absence tells that the conversion is unfinished
+        # volumes.json without dataset.json tells that the conversion is unfinished.
+        write_json(out / "volumes.json", known)
+        (out / "dataset.json").unlink(missing_ok=True)
     if done:
         print(f"{len(done)} of {len(cases)} volumes are converted already")
     failed: dict[str, str] = {}

@@ -146,10 +146,11 @@ def open_data(
     """
     if size < 16:
         raise ValueError(f"--image_size {size}: the network halves it four times, so at least 16")
+    notes = [(Path(data_path) / name).is_file() for name in ("volumes.json", "dataset.json")]
+    if notes == [True, False]:  # the second is written last
+        raise ValueError(f"{data_path}: its conversion is unfinished; run lung_tumor/preprocess.py again")
     entries = read_json(data_path, "volumes.json")
     slices = training_slices(list_slices(data_path), entries)
-    if entries and not read_json(data_path, "dataset.json"):
-        raise ValueError(f"{data_path}: its conversion is unfinished; run lung_tumor/preprocess.py again")
     split, patients = load_splits(data_path, slices, seed)
     if fold is not None:
         split = fold_split(patients, folds=folds or 0, fold=fold, seed=seed)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import ERRORS, ROOT
 from test_distributed import torchrun
 
 from common import batch, distributed
+from common.config import run_script
 
 SUFFIXES = (".nii.gz", ".nii", ".png")
 
@@ -175,17 +177,42 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_much(tmp_path, capsys):
             raise KeyboardInterrupt
         return {"case": item}
 
-    with pytest.raises(KeyboardInterrupt):
-        batch.each(function, list("abcde"), unit="scan", table=tmp_path / "t.csv")
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: batch.each(function, list("abcde"), unit="scan", table=tmp_path / "t.csv"))
+    assert ended.value.code == 130
     assert [row["case"] for row in rows_of(tmp_path / "t.csv")] == ["a", "c"]
-    out = capsys.readouterr().out.strip().splitlines()
-    assert out == [
+    assert capsys.readouterr().err.strip().splitlines() == [
         f"stopped by the user after 2 of 5 scan(s); their results are in {tmp_path / 't.csv'}",
         "failed: b: no mask",
     ]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"^\nstopped by the user after 2 of 3 scan\(s\)$"):
         batch.each(function, list("acd"), unit="scan")
-    assert capsys.readouterr().out.strip() == "stopped by the user after 2 of 3 scan(s)"
+
+
+def test_ctrl_c_while_waiting_for_the_other_processes_tells_what_is_there(tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    def function(item):
+        if item == "b":
+            raise ValueError("no mask")
+        return {"case": item}
+
+    monkeypatch.setattr(distributed, "gather", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"after 2 of 3 scan\(s\); .*\nfailed: b: no mask$"):
+        batch.each(function, list("abc"), unit="scan", table=tmp_path / "t.csv")
+
+
+def test_nan_is_an_empty_cell_before_and_after_the_end(tmp_path):
+    seen = []
+
+    def function(item):
+        seen.append((tmp_path / "t.csv").read_text() if item else "")
+        return {"case": item, "dice": math.nan}
+
+    batch.each(function, [0, 1], unit="scan", table=tmp_path / "t.csv")
+    assert seen[1].splitlines() == ["case,dice", "0,"]
+    assert (tmp_path / "t.csv").read_text().splitlines() == ["case,dice", "0,", "1,"]
 
 
 KILL = """
@@ -250,7 +277,7 @@ def test_all_processes_report_in_the_order_of_the_items(monkeypatch, as_rank):
     assert list(failed.items()) == [("b", "truncated"), ("c", "no mask")]
 
 
-def test_the_count_after_ctrl_c_is_that_of_all_processes(tmp_path, as_rank, capsys):
+def test_the_count_after_ctrl_c_is_that_of_all_processes(tmp_path, as_rank):
     def function(item):
         if item == 2:
             raise KeyboardInterrupt
@@ -258,9 +285,8 @@ def test_the_count_after_ctrl_c_is_that_of_all_processes(tmp_path, as_rank, caps
         return {"case": item}
 
     as_rank(0, 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped by the user after 3 of 6 scan\(s\)"):
         batch.each(function, list(range(6)), unit="scan", table=tmp_path / "t.csv")
-    assert "stopped by the user after 3 of 6 scan(s)" in capsys.readouterr().out
 
 
 SCRIPT = """

@@ -18,7 +18,7 @@ from common.checkpoints import save_checkpoint
 from common.hardware import Precision
 from common.hdf5 import CaseFile, write_case
 from common.metrics import binary_counts, dice_from_counts
-from common.nifti import load_label, load_nifti, open_nifti, write_nifti
+from common.nifti import NiftiFile, load_label, load_nifti, open_nifti, write_nifti
 from verse_spine import predict
 from verse_spine import segment as segment_module
 from verse_spine.labels import VERTEBRAE, body_centres, centroids_to_mm, num_outputs, read_centroids
@@ -233,13 +233,13 @@ def test_body_box_holds_the_body(spacing, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spacing, factors", [((2.0, 2.0, 1.0), (1, 1, 3)), ((0.8, 0.7, 5.0), (3, 4, 1))])
 def test_voxels_of_the_overview_are_not_above_3_mm(spacing, factors, tmp_path, monkeypatch):
-    asked, read = [], predict.NiftiFile.read_reduced
+    asked, read = [], NiftiFile.read_reduced
 
     def watched(file, factors, value_range):
         asked.append(factors)
         return read(file, factors, value_range)
 
-    monkeypatch.setattr(predict.NiftiFile, "read_reduced", watched)
+    monkeypatch.setattr(NiftiFile, "read_reduced", watched)
     write_nifti(tmp_path / "s.nii", np.zeros((12, 12, 12), np.int16), spacing)
     region_of(tmp_path / "s.nii")
     assert asked == [factors]
@@ -624,10 +624,10 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(predict, "segment", interrupted)
-    with pytest.raises(KeyboardInterrupt):  # which `run_script` turns into exit code 130
+    told = r"stopped by the user after 1 of 3 scan\(s\); their results are in"
+    with pytest.raises(KeyboardInterrupt, match=told):  # which `run_script` turns into exit code 130
         run(source, tmp_path / "out", *QUICK)
     assert [row["scan"][-5:] for row in results(tmp_path / "out")] == ["a.nii"]
-    assert "stopped by the user after 1 of 3 scan(s); their results are in" in capsys.readouterr().out
     assert (tmp_path / "out" / "a_mask.nii.gz").is_file() and not (
         tmp_path / "out" / "b_mask.nii.gz"
     ).exists()

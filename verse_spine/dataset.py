@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common import distributed
 from common.files import read_json, replacing
 from common.hdf5 import CaseFile
 from common.patches import draw_patch
@@ -70,7 +71,8 @@ class VerSe:
             named = [name for part in PARTS for name in split[part]]
             if unknown := [name for name in named if name not in entries]:
                 raise ValueError(f"{file}: names {', '.join(unknown[:5])}, which {self.path} does not hold")
-            if unlisted := sorted(set(self.cases) - set(named)):
+            unlisted = sorted(set(self.cases) - set(named))
+            if unlisted and distributed.is_main():
                 print(f"{file}: leaves out {len(unlisted)} case(s): {', '.join(unlisted[:5])} ...")
             split = {part: [n for n in split[part] if n in self.cases] for part in PARTS}
         elif any(entries[name]["part"] for name in self.cases):
@@ -115,15 +117,16 @@ class SmallScan:
         folder.mkdir(exist_ok=True)
         self.grid: SmallGrid = small_grid(case.shape, case.spacing_mm, shape)
         self.boxes = np.asarray(case.attributes["boxes"], int).reshape(-1, 7)[:, 1:]
-        file = folder / f"{case.path.stem}_{'x'.join(map(str, shape))}_edges.npz"
-        if not file.is_file() or file.stat().st_mtime < case.path.stat().st_mtime:
+        file = folder / f"{case.path.stem}_{'x'.join(map(str, shape))}_2.npz"
+        stamp = [case.path.stat().st_size, case.path.stat().st_mtime_ns]
+        if not file.is_file() or np.load(file)["stamp"].tolist() != stamp:
             image = to_small_grid(case.image, self.grid)
             occupancy = np.zeros(shape, np.float32)
             if case.has_label:
                 occupancy = to_small_grid(_Foreground(case.label), self.grid, fill=0)
             image, occupancy = np.rint(image).astype(np.int16), occupancy.astype(np.float16)
             with replacing(file) as partial:
-                np.savez(partial, image=image, occupancy=occupancy)
+                np.savez(partial, image=image, occupancy=occupancy, stamp=stamp)
         with np.load(file) as stored:
             self.image = stored["image"].astype(np.float32)
             self.occupancy = stored["occupancy"].astype(np.float32)

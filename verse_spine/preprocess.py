@@ -209,7 +209,8 @@ def convert(args: Namespace) -> dict[str, str]:
         print(f"{len(done)} of {len(cases)} cases are converted already")
     todo = [case for case in cases if case.name not in done]
     if changed := sum((out / "cases" / f"{case.name}.h5").is_file() for case in todo):
-        print(f"{changed} case(s) were made with other settings or from other files, and are made again")
+        why = "were not finished, or made with other settings or from other files"
+        print(f"{changed} case(s) {why}, and are converted again")
     failed: dict[str, str] = {}
     quarantined: dict[str, str] = {}
     results = convert_cases(_convert_or_quarantine, todo, out, spacing_mm, workers=args.workers)

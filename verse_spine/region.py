@@ -34,14 +34,14 @@ def find_region(
     Raises:
         FileNotFoundError, ValueError: as `read_roi`, or a scan that cannot be read.
     """
-    if roi:
-        return Region(read_roi(roi, file), "given")
-    if whole_scan:
-        return Region(((0, 0, 0), file.shape), "whole scan")
     factors = tuple(max(1, int(OVERVIEW_MM / s)) for s in file.spacing_mm)
     coarse = file.read_reduced(factors, HU_RANGE)
     if suspicion := why_not_hu(coarse):
         tqdm.write(f"warning: {file.path.name}: {suspicion}")
+    if roi:
+        return Region(read_roi(roi, file), "given")
+    if whole_scan:
+        return Region(((0, 0, 0), file.shape), "whole scan")
     margin = tuple(map(int, np.ceil(BODY_MARGIN_MM / np.multiply(file.spacing_mm, factors))))
     low, high = body_box(coarse, AIR_BELOW_HU, margin)  # the field of view that preprocessing leaves
     start = np.multiply(low, factors)
