@@ -105,6 +105,36 @@ def test_cases_that_wait_are_not_begun_after_an_interruption(tmp_path):
     assert 1 <= len(list(tmp_path.iterdir())) < 20
 
 
+STOP = """
+import multiprocessing, os, signal, time
+from common.conversion import convert_cases
+
+def slow(case):
+    if case == 0:
+        os.kill(multiprocessing.parent_process().pid, signal.SIGINT)
+    time.sleep(1)
+    return case
+
+if __name__ == "__main__":
+    try:
+        for case, result, reason in convert_cases(slow, list(range(30)), workers=2):
+            print(case, result, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+def test_what_workers_finish_after_ctrl_c_is_kept(tmp_path):
+    """Else a case lies converted on the disk and no note tells of it."""
+    (tmp_path / "stop.py").write_text(STOP)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "stop.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "interrupted" and len(lines) < 20, done.stdout + done.stderr
+    assert "0 0" in lines, "it was in work when Ctrl-C came"
+
+
 WAIT = """
 import os, time
 from common.conversion import convert_cases

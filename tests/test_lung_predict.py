@@ -548,7 +548,12 @@ def test_unfinished_conversion_is_refused(phantom_slices, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(phantom_slices, data, ignore=shutil.ignore_patterns("cache"))
     (data / "dataset.json").unlink()
-    with pytest.raises(ValueError, match="its conversion is unfinished; run lung_tumor/preprocess.py again"):
+    message = "its conversion is unfinished; run lung_tumor/preprocess.py again"
+    with pytest.raises(ValueError, match=message):
+        open_data(data, 48, 42)
+    (data / "volumes.json").write_text("{}")  # stopped before the first volume was finished
+    next((data / "labels").iterdir()).unlink()
+    with pytest.raises(ValueError, match=message):
         open_data(data, 48, 42)
 
 

@@ -359,14 +359,18 @@ def test_faint_heat_map_falls_back_to_the_body(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "s.json").read_text())["region"]["max_heat"] == pytest.approx(0.2, abs=0.01)
 
 
-def test_a_scan_that_is_not_in_hu_is_named(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("where", [[], ["--no_roi"], ["--roi", "roi.json"]])
+def test_a_scan_that_is_not_in_hu_is_named(where, tmp_path, monkeypatch, capsys):
+    """Wherever it is segmented."""
     stub(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "roi.json").write_text(json.dumps({"start": [8, 8, 8], "stop": [34, 34, 34]}))
     hu = np.random.default_rng(0).normal(-1000, 20, (40, 40, 40))
     hu[8:34, 8:34, 8:34] += 1050
     hu[8:34, 8:14, 8:34] -= 150  # fat
     for name, image in (("ct", hu), ("raw", np.clip(hu + 1024, 0, 4095))):
         write_nifti(tmp_path / f"{name}.nii", image.astype(np.int16), (3, 3, 3))
-        run(tmp_path / f"{name}.nii", tmp_path, *QUICK)
+        run(tmp_path / f"{name}.nii", tmp_path, *QUICK, *where)
     printed = capsys.readouterr().out
     assert "warning: raw.nii: values from" in printed and "1024 must be subtracted" in printed
     assert "warning: ct.nii: values" not in printed

@@ -215,6 +215,9 @@ def test_small_grids_are_kept_and_renewed(verse_h5, tmp_path, monkeypatch):
     os.utime(path, ns=(kept.stat().st_mtime_ns + 10**9,) * 2)
     renewed = SmallScan(CaseFile(path), (32, 16, 16), tmp_path / "kept")
     assert not np.array_equal(first.image, renewed.image)
+    shutil.copy(case.path, path)
+    os.utime(path, ns=(1, 1))  # a copy that keeps an old time
+    assert np.array_equal(SmallScan(CaseFile(path), (32, 16, 16), tmp_path / "kept").image, first.image)
 
 
 def test_small_grids_are_rounded(tmp_path):
