@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from common.metrics import dice_from_counts, iou_from_counts, summary, volume_similarity
+from common.metrics import dice_from_counts, iou_from_counts, presence, summary, volume_similarity
 from common.surfaces import check_grid, diagonal_mm, distances_between, summarise, surfels
 
 NOT_METRICS = ("case", "patient", "class", "name", "status")  # columns without a metric
@@ -53,7 +53,6 @@ def case_metrics(
             int(n) for n in (counts[index, index], counts[index].sum(), counts[:, index].sum())
         )
         fp, fn = num_pred - tp, num_target - tp
-        found = {(True, True): "ok", (True, False): "missed", (False, True): "hallucinated"}
         distances = {}
         if surfaces:
             between = distances_between(*(e[label] for e in elements), pred.shape, spacing_mm)
@@ -62,7 +61,7 @@ def case_metrics(
             {
                 "class": label,
                 "name": name,
-                "status": found.get((num_target > 0, num_pred > 0), "absent"),
+                "status": presence(num_target, num_pred),
                 "dice": dice_from_counts(tp, fp, fn),
                 "iou": iou_from_counts(tp, fp, fn),
                 "volume_similarity": volume_similarity(tp, fp, fn),

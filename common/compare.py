@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.class_metrics import case_means, case_metrics, metric_columns
 from common.config import make_parser, parse_args, run_script
+from common.files import make_folder
 from common.metrics import holm, paired_wilcoxon, write_table
 from common.nifti import case_name, is_nifti, load_label, same_grid
 from common.splits import natural_key, patients_of
@@ -34,8 +35,8 @@ def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
         "run_a",
-        help="the first run: its results.csv or the folder of this file; with --target a folder of label "
-        "maps",
+        help="the first run: its folder, the folder of an evaluation or its results.csv; with --target a "
+        "folder of label maps",
     )
     parser.add_argument("run_b", help="the second run, given in the same way")
     parser.add_argument(
@@ -67,7 +68,9 @@ def read_results(path: str | Path) -> list[dict]:
             an empty metric of a structure that is not absent.
     """
     path = Path(path)
-    path = path / RESULTS if path.is_dir() else path
+    if path.is_dir():  # of the table, or of a run, whose evaluation lies below it
+        folder = path / "evaluation" if (path / "evaluation" / RESULTS).is_file() else path
+        path = folder / RESULTS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; run evaluate.py, or name --target for label maps")
     with path.open(newline="", encoding="utf8") as file:
@@ -237,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
             if only:
                 print(f"only in {run}, left out: {', '.join(sorted(only, key=natural_key))}")
         table = compare(a, b, args.metric)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         for name, rows in (("a", a), ("b", b)) if args.target else ():
             write_table(out / f"results_{name}.csv", rows)
         write_table(out / "comparison.csv", table)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,23 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def make_folder(path: str | Path, flag: str = "--out") -> Path:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        OSError: it cannot be made or written to; names the flag.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        why = f"nothing can be written there ({error.strerror})"
+        raise OSError(f"{flag} {path}: {why}; choose a folder you may write to") from error
+    return path
 
 
 def write_json(path: str | Path, content: Any) -> None:

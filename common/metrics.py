@@ -39,6 +39,13 @@ def iou_from_counts(tp: float, fp: float, fn: float) -> float:
     return tp / total if total else float("nan")
 
 
+def presence(num_target: int, num_pred: int) -> str:
+    """ok; missed: in the target only; hallucinated: in the prediction only; absent: in neither."""
+    if num_target:
+        return "ok" if num_pred else "missed"
+    return "hallucinated" if num_pred else "absent"
+
+
 def volume_similarity(tp: float, fp: float, fn: float) -> float:
     """1 - |FN - FP| / (2 TP + FP + FN), 1 for equal volumes wherever they lie; NaN when both are empty.
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.conversion import convert_cases
 from common.decathlon import Case
-from common.files import write_json
+from common.files import make_folder, write_json
 from common.hu import why_not_hu
 from common.splits import natural_key
 from lung_tumor.cases import load_case, pixel_size_mm, source_files, source_stamp
@@ -110,7 +110,7 @@ def convert_all(cases: list, out: Path, settings: Settings, workers: int) -> tup
         (entries of volumes.json, {failed volume: reason}).
     """
     for folder in ("images", "labels"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+        make_folder(out / folder)
     wanted, known = json.loads(json.dumps(asdict(settings))), read_json(out, "volumes.json")
     done = {}
     for case in cases:

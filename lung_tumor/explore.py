@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import make_folder
 from common.hu import why_not_hu
 from common.metrics import write_table
 from common.plots import new_figure, save_figure
@@ -56,7 +57,7 @@ def explore(cases: list, load_case: Callable, out: Path) -> int:
     if not rows:
         print("no case could be read")
         return 1
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_table(out / "explore.csv", rows)
     figure, axes = new_figure(1, 3, (12, 3.4))
     axes[0, 0].hist([r["tumour_mm3"] / 1000 for r in rows], bins=20)

@@ -24,6 +24,7 @@ from common.config import (
     positive_int,
     run_script,
 )
+from common.files import make_folder
 from common.hardware import autocast, choose_precision, start_device
 from common.metrics import dice_from_counts
 from common.plots import PRED_COLOR, TRUTH_COLOR, overlay, save_curves, save_panels
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         data_path = demo_dataset() if args.data_path == "demo" else Path(args.data_path)
         images, masks = slices_with_most_tumour(data_path, args.samples, args.min_pixels, args.image_size)
         out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     seed_everything(args.seed)

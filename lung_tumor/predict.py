@@ -31,6 +31,7 @@ from common.config import (
     positive_int,
     run_script,
 )
+from common.files import make_folder
 from common.hardware import choose_precision, describe_device, start_device
 from common.hu import why_not_hu
 from common.metrics import largest_component
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
             recursive=args.recursive,
             what="NIfTI scan and no image",
         )
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         if distributed.is_main():
             print(f"{len(sources)} file(s) on {describe_device(device)}, {model.precision.name}")
         root = Path(args.source) if Path(args.source).is_dir() else Path(args.source).parent

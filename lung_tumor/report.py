@@ -6,12 +6,20 @@ import numpy as np
 
 from common import distributed
 from common.batch import failed_lines
-from common.metrics import binary_counts, dice_from_counts, iou_from_counts, summary, write_table
+from common.files import make_folder
+from common.metrics import (
+    binary_counts,
+    dice_from_counts,
+    iou_from_counts,
+    presence,
+    summary,
+    write_table,
+)
 from common.plots import PRED_COLOR, TRUTH_COLOR, new_figure, outline, overlay, save_figure, save_panels
 from lung_tumor.dataset import SliceDataset
 from lung_tumor.model import TrainedModel, predict_squares
 
-FILES = ("per_volume.csv", "summary.csv", "sweep.csv", "evaluation.png")
+FILES = ("per_volume.csv", "results.csv", "summary.csv", "sweep.csv", "evaluation.png")
 THRESHOLDS = np.arange(1, 10) / 10  # of the sweep
 
 
@@ -113,25 +121,39 @@ def sweep_table(rows: list[dict]) -> list[dict]:
     return table
 
 
+def comparable(row: dict) -> dict:
+    """The scores of a volume in the form of all tasks, for common/compare.py."""
+    return {
+        "case": row["volume"],
+        "patient": row["patient"],
+        "class": 1,
+        "name": "tumour",
+        "status": presence(row["tp"] + row["fn"], row["tp"] + row["fp"]),
+        "dice": row["dice"],
+        "iou": row["iou"],
+    }
+
+
 def clear_report(out: Path) -> None:
     """Make the folder, and remove what an earlier evaluation left there."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if distributed.is_main():
         for name in FILES:
             (out / name).unlink(missing_ok=True)
 
 
 def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str] | None = None) -> None:
-    """Print the summary and what failed; write per_volume.csv, summary.csv, sweep.csv, evaluation.png.
+    """Print the summary and what failed; write FILES.
 
     Raises:
         ValueError: all volumes failed; with the reasons.
     """
     if not rows:
         raise ValueError("; ".join((failed or {}).values()) or "no volume to score")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     table, sweep = summarise(rows), sweep_table(rows)
     write_table(out / "per_volume.csv", [{k: v for k, v in r.items() if k != "sweep"} for r in rows])
+    write_table(out / "results.csv", [comparable(row) for row in rows])
     write_table(out / "summary.csv", table)
     write_table(out / "sweep.csv", sweep)
 
@@ -151,6 +173,7 @@ def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str]
     axes[0, 2].plot(
         [r["target_mm3"] / 1000 for r in rows], [r["pred_mm3"] / 1000 for r in rows], "o", alpha=0.7
     )
+    axes[0, 2].locator_params(axis="x", nbins=5)  # else the numbers run into each other
     axes[0, 2].set(title="tumour volume, mL", xlabel="truth", ylabel="prediction")
     save_figure(figure, out / "evaluation.png")
 

@@ -239,3 +239,14 @@ def test_as_a_script_and_a_missing_table(tmp_path):
     assert done.returncode == 0 and (tmp_path / "comparison/comparison.csv").is_file(), done.stderr
     with pytest.raises(SystemExit, match="error: .*missing.csv: no such table"):
         main([tmp_path / "a.csv", tmp_path / "missing.csv"])
+
+
+def test_a_run_is_named_by_its_folder(tmp_path):
+    """The table lies in the folder itself, or in that of the evaluation after training."""
+    for folder in (tmp_path / "table", tmp_path / "run" / "evaluation"):
+        folder.mkdir(parents=True)
+        write_table(folder / "results.csv", results([(0.5, 0.7)]))
+    rows = read_results(tmp_path / "table")
+    assert read_results(tmp_path / "run") == read_results(tmp_path / "run" / "evaluation") == rows
+    with pytest.raises(FileNotFoundError, match="no such table"):
+        read_results(tmp_path)

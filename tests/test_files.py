@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -17,6 +18,15 @@ from common.files import check_keys, read_json, replacing, write_json
 
 def names(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_names_the_flag(tmp_path):
+    assert files.make_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b" and (tmp_path / "a" / "b").is_dir()
+    assert not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/x")):
+        with pytest.raises(OSError, match=f"--out {path}: nothing can be written there .*; choose a folder"):
+            files.make_folder(path)
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):

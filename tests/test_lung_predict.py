@@ -16,6 +16,7 @@ from conftest import ERRORS, ROOT, TINY, run_script
 
 from common import distributed
 from common.checkpoints import load_checkpoint, save_checkpoint
+from common.compare import read_results
 from common.hardware import Precision
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import load_label, load_nifti, write_nifti
@@ -382,7 +383,13 @@ def test_evaluate_script(trained_run, phantom_slices, phantom_source, tmp_path, 
     out = capsys.readouterr().out
     assert "4 train volumes of" in out and "threshold 0.5, fp32" in out and "missed_volumes" in out
     with (tmp_path / "out" / "per_volume.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 4
+        volumes = list(csv.DictReader(file))
+    # What common/compare.py reads of each task.
+    compared = read_results(tmp_path / "out")
+    assert [row["case"] for row in compared] == [row["volume"] for row in volumes] and len(volumes) == 4
+    for row, volume in zip(compared, volumes, strict=True):
+        assert row["dice"] == float(volume["dice"]) and (row["class"], row["name"]) == ("1", "tumour")
+        assert row["status"] == ("missed" if volume["tp"] == volume["fp"] == "0" else "ok")
     with pytest.raises(SystemExit, match="no slices of volume lung_999"):
         evaluate.main([*flags, "--volumes", "lung_999"])
     moved = tmp_path / "data"

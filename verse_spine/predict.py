@@ -32,7 +32,7 @@ from common.config import (
     positive_int,
     run_script,
 )
-from common.files import write_json
+from common.files import make_folder, write_json
 from common.hardware import choose_precision, describe_device, peak_memory_mib, start_device
 from common.nifti import NIFTI_SUFFIXES, case_name, open_nifti, save_label
 from common.runs import run_dir_of
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
             recursive=args.recursive,
             what="NIfTI scan",
         )
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         if distributed.is_main():
             print(f"{len(scans)} scan(s) on {describe_device(device)}, {precision.name}")
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of code

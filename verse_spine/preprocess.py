@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import make_parser, non_negative_int, parse_args, run_script
 from common.conversion import convert_cases, file_stamp
-from common.files import read_json, write_json
+from common.files import make_folder, read_json, write_json
 from common.hdf5 import CaseFile, write_case
 from common.hu import why_not_hu
 from common.metrics import write_table
@@ -202,7 +202,7 @@ def convert(args: Namespace) -> dict[str, str]:
         raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: millimetres above zero")
     out, spacing_mm = Path(args.out), tuple(args.spacing)
     cases = find_cases(args.source)
-    (out / "cases").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "cases")
     notes_file = out / "preprocessing.json"
     done = _finished(notes_file, cases, out, spacing_mm)
     if done:

@@ -8,7 +8,7 @@ import numpy as np
 from common import distributed
 from common.batch import failed_lines
 from common.class_metrics import class_table
-from common.files import replacing
+from common.files import make_folder, replacing
 from common.metrics import write_table
 
 HEAT_MAP_FAINT = "whole scan, heat map faint"  # in the column "region"
@@ -17,7 +17,7 @@ FILES = ("results.csv", "cases.csv", "summary.csv", "summary.md")
 
 def clear_report(out: Path) -> None:
     """Make the folder, and remove what an earlier evaluation left there."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if distributed.is_main():
         for name in FILES:
             (out / name).unlink(missing_ok=True)
@@ -27,7 +27,7 @@ def write_report(
     rows: list[dict], out: Path, title: str, failed: dict[str, str], notes: tuple[str, ...] = ()
 ) -> None:
     """Write the four FILES; print the summary, `notes` and what failed."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     lines = [title, *(f"NOTE: {note}" for note in notes), ""]
     if rows:
         by_class = [r for row in rows for r in row["classes"]]

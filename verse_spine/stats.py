@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import Switch, make_parser, non_negative_int, parse_args, run_script
 from common.conversion import convert_cases
+from common.files import make_folder
 from common.metrics import write_table
 from common.nifti import NiftiFile, Scan, case_name, is_nifti, load_label, open_nifti, same_grid
 from common.splits import natural_key
@@ -247,7 +248,7 @@ def statistics(args: Namespace) -> dict[str, str]:
             results.append(result)
     if results:
         results.sort(key=lambda r: natural_key(r["row"]["case"]))
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         write_table(out / "scans.csv", [r["row"] for r in results])
         write_table(out / "labels.csv", label_rows(results))
         save_picture(out / "statistics.png", results)

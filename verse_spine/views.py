@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import make_parser, parse_args, run_script
+from common.files import make_folder
 from common.mesh import save_html, split_mesh, surface_mesh
 from common.nifti import case_name, load_label, load_nifti, same_grid
 from common.render import label_colors, make_scene, render_scene
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"{other.path} {other.shape} is not on the grid of {mask.path} {mask.shape}; resample one"
                 )
         out = Path(args.out) if args.out else mask.path.parent
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         written = save_views(
             out / case_name(mask.path),
             mask.array,
