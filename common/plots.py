@@ -23,6 +23,7 @@ def save_curves(path: str | Path, rows: list[dict], panels: dict[str, list[str]]
             axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], marker=".", label=column)
         axis.set_title(title)
         axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)  # no fifths of an epoch
         axis.grid(alpha=0.3)
         if len(columns) > 1:
             axis.legend()

@@ -160,7 +160,8 @@ def evaluate_cases(
             summary["region"] = where.source
         else:
             summary["region"] = HEAT_MAP_FAINT if region == "heatmap" else "whole scan"
-        summary["region_recall"] = 1.0 if box is None else box_recall(target > 0, box)
+        if region != "none":
+            summary["region_recall"] = 1.0 if box is None else box_recall(target > 0, box)
         return case_row(name, verse.subjects[name], summary, classes)
 
     if table:

@@ -74,7 +74,8 @@ def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
         ("region_recall", "share of vertebra voxels inside the region"),
     ):
         values = [r[key] for r in rows if key in r and not np.isnan(r[key])]
-        if values:
+        has_names = len(rows[0]["classes"]) > 1
+        if values and (has_names or key not in ("dice_classes", "dice_inner")):
             lines.append(f"{text}: mean {np.mean(values):.4f}, lowest {np.min(values):.4f}")
     return lines
 
