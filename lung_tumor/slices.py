@@ -175,6 +175,7 @@ def _read_pixels(path: str | Path) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     # Not cv2.imread: it fails on non-ASCII paths on Windows, and prints instead of raising.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the errors below say it better
     data = np.fromfile(path, np.uint8)
     try:
         pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
