@@ -15,7 +15,7 @@ from common.files import make_folder, write_json
 from common.hu import why_not_hu
 from common.splits import natural_key
 from lung_tumor.cases import load_case, pixel_size_mm, source_files, source_stamp
-from lung_tumor.dataset import read_json
+from lung_tumor.dataset import read_notes
 from lung_tumor.kaggle import KaggleCase
 from lung_tumor.slices import to_display, to_pixel_size, volume_to_slices, write_png
 
@@ -111,7 +111,7 @@ def convert_all(cases: list, out: Path, settings: Settings, workers: int) -> tup
     """
     for folder in ("images", "labels"):
         make_folder(out / folder)
-    wanted, known = json.loads(json.dumps(asdict(settings))), read_json(out, "volumes.json")
+    wanted, known = json.loads(json.dumps(asdict(settings))), read_notes(out, "volumes.json")
     done = {}
     for case in cases:
         entry = known.get(case.case_id)

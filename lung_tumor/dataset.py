@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import distributed
-from common.files import read_json as read_json_file
+from common.files import read_json
 from common.splits import (
     check_split,
     fold_split,
@@ -92,10 +92,10 @@ def list_slices(data_path: str | Path) -> list[SliceFile]:
     return [SliceFile(*parse_slice_name(s), images[s], labels[s]) for s in sorted(images, key=natural_key)]
 
 
-def read_json(data_path: str | Path, name: str) -> dict:
+def read_notes(data_path: str | Path, name: str) -> dict:
     """dataset.json or volumes.json of a data set; {} when absent."""
     path = Path(data_path) / name
-    return read_json_file(path, advice="convert the data again") if path.is_file() else {}
+    return read_json(path, advice="convert the data again") if path.is_file() else {}
 
 
 def training_slices(slices: list[SliceFile], volumes: dict) -> list[SliceFile]:
@@ -149,7 +149,7 @@ def open_data(
     notes = [(Path(data_path) / name).is_file() for name in ("volumes.json", "dataset.json")]
     if notes == [True, False]:  # the second is written last
         raise ValueError(f"{data_path}: its conversion is unfinished; run lung_tumor/preprocess.py again")
-    entries = read_json(data_path, "volumes.json")
+    entries = read_notes(data_path, "volumes.json")
     slices = training_slices(list_slices(data_path), entries)
     split, patients = load_splits(data_path, slices, seed)
     if fold is not None:
@@ -167,7 +167,7 @@ def open_data(
                 f"{data_path}: no tumour pixel in the {len(indices)} slices of the part '{part}', which "
                 "needs both classes. Check the labels, or draw another split (preprocess.py --val_cases)"
             )
-    dataset = read_json(data_path, "dataset.json")
+    dataset = read_notes(data_path, "dataset.json")
     preprocessing = {
         "window_hu": dataset.get("window_hu"),
         "pixel_mm": dataset.get("pixel_mm"),

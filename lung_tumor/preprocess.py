@@ -23,7 +23,7 @@ from common.files import write_json
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
 from lung_tumor.cases import find_cases, load_case
 from lung_tumor.conversion import WINDOW_HU, Settings, convert_all, median_pixel_mm
-from lung_tumor.dataset import read_json
+from lung_tumor.dataset import read_notes
 from lung_tumor.explore import explore
 from lung_tumor.phantoms import write_chest_phantoms
 
@@ -157,7 +157,7 @@ def demo_dataset(folder: str | Path = "data/demo/lung_tumor") -> Path:
     folder = Path(folder)
     source = write_chest_phantoms(folder / "Task06_Lung")
     out = folder / "slices"
-    if "pixel_mm" not in read_json(out, "dataset.json"):  # written last; earlier versions had no pixel size
+    if "pixel_mm" not in read_notes(out, "dataset.json"):  # written last; earlier versions had no pixel size
         flags = ["--source", str(source), "--out", str(out), "--test_ratio", "0.2", "--empty_ratio", "0.2"]
         flags += ["--pixel_mm", "2.4"]  # the finest of the phantoms: no small tumour loses pixels
         if convert(parse_args(build_parser(), flags)):
@@ -209,7 +209,9 @@ def convert(args: Namespace) -> dict[str, str]:
         "tumour_pixel_share": share,
     }
     write_json(out / "dataset.json", content)
-    print(f"{len(done)} volumes, {num_slices} slices for training, validation and test, {tumour} of them with tumour")
+    print(
+        f"{len(done)} volumes, {num_slices} slices for training, validation and test, {tumour} of them with tumour"
+    )
     print(
         f"{100 * share:.2f} % of the pixels are tumour; window {low:g}..{high:g} HU; pixels {pixel_mm:g} mm"
     )

@@ -14,7 +14,7 @@ from lung_tumor import evaluate, predict, preprocess
 from lung_tumor.augmentations import Augmentation
 from lung_tumor.cases import pixel_size_mm
 from lung_tumor.conversion import median_pixel_mm
-from lung_tumor.dataset import common_scale, list_slices, open_data, pack_slices, read_json
+from lung_tumor.dataset import common_scale, list_slices, open_data, pack_slices, read_notes
 from lung_tumor.kaggle import KaggleCase
 from lung_tumor.model import TrainedModel, predict_slices, predict_squares
 from lung_tumor.overfit_test import slices_with_most_tumour
@@ -237,8 +237,8 @@ def test_all_patients_are_converted_to_one_pixel_size(two_patients, tmp_path, ca
     out = tmp_path / "out"
     assert convert(two_patients, out, "--val_ratio", 0.5) == 0
     assert "pixels 1 mm" in capsys.readouterr().out, "median of 1, 2, 1 (the finer side of 1 x 3) and 1"
-    assert read_json(out, "dataset.json")["pixel_mm"] == 1
-    assert [e["slice_shape"] for e in read_json(out, "volumes.json").values()] == [[96, 96]] * 4
+    assert read_notes(out, "dataset.json")["pixel_mm"] == 1
+    assert [e["slice_shape"] for e in read_notes(out, "volumes.json").values()] == [[96, 96]] * 4
     packed, _, notes = open_data(out, 96, 42)
     assert (notes["pixel_mm"], notes["scale"]) == (1, 1)
     first = {v: packed.volumes.index(v) for v in "abcd"}
@@ -248,7 +248,7 @@ def test_all_patients_are_converted_to_one_pixel_size(two_patients, tmp_path, ca
         difference = packed.images[first[name]].astype(int) - packed.images[first["a"]].astype(int)
         assert np.abs(difference).mean() < 3, f"{name} looks as a does"
     assert convert(two_patients, tmp_path / "two", "--pixel_mm", 2) == 0
-    assert read_json(tmp_path / "two", "volumes.json")["c"]["slice_shape"] == [48, 48]
+    assert read_notes(tmp_path / "two", "volumes.json")["c"]["slice_shape"] == [48, 48]
 
 
 def test_tumour_outside_of_the_squares_is_told(two_patients, tmp_path, capsys):
@@ -298,11 +298,11 @@ def test_overfit_test_shows_the_slices_of_training(two_patients, tmp_path):
 def test_plain_folders_and_older_conversions_keep_their_pixel_counts(two_patients, tmp_path):
     out = tmp_path / "out"
     convert(two_patients, out)
-    volumes = read_json(out, "volumes.json")
+    volumes = read_notes(out, "volumes.json")
     for entry in volumes.values():
         del entry["slice_shape"], entry["settings"]["pixel_mm"]
     (out / "volumes.json").write_text(json.dumps(volumes))
-    dataset = read_json(out, "dataset.json")
+    dataset = read_notes(out, "dataset.json")
     del dataset["pixel_mm"]
     (out / "dataset.json").write_text(json.dumps(dataset))
     packed, _, notes = open_data(out, 64, 42)
@@ -341,7 +341,7 @@ def test_a_tumour_lost_between_larger_pixels_makes_no_empty_slice(tmp_path):
             (source / kind).mkdir(parents=True, exist_ok=True)
             write_nifti(source / kind / f"{name}.nii.gz", array, (5, 1, 1))
     convert(source, tmp_path / "out", "--pixel_mm", 4, "--empty_ratio", 1)
-    entry = read_json(tmp_path / "out", "volumes.json")["a"]
+    entry = read_notes(tmp_path / "out", "volumes.json")["a"]
     assert entry["kept"] == [0, 1, 2, 3, 4, 6, 7] and entry["tumour_slices"] == [2, 5]
 
 
@@ -369,8 +369,8 @@ def test_real_patients_of_different_pixel_size(real_lung_ct, tmp_path):
     assert REAL_DATA in real_lung_ct.parents
     convert(real_lung_ct, tmp_path / "out", "--val_cases", "lung_002")
     dataset, volumes = (
-        read_json(tmp_path / "out", "dataset.json"),
-        read_json(tmp_path / "out", "volumes.json"),
+        read_notes(tmp_path / "out", "dataset.json"),
+        read_notes(tmp_path / "out", "volumes.json"),
     )
     assert dataset["pixel_mm"] == pytest.approx((1.953 + 0.977) / 2, abs=0.002)
     shapes = {name: entry["slice_shape"] for name, entry in volumes.items()}

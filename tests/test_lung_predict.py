@@ -22,7 +22,7 @@ from common.metrics import binary_counts, dice_from_counts
 from common.nifti import load_label, load_nifti, write_nifti
 from lung_tumor import evaluate, overfit_test, predict, preprocess, train
 from lung_tumor.augmentations import Augmentation
-from lung_tumor.dataset import PackedSlices, SliceDataset, list_slices, open_data, pack_slices, read_json
+from lung_tumor.dataset import PackedSlices, SliceDataset, list_slices, open_data, pack_slices, read_notes
 from lung_tumor.model import TrainedModel, get_loss, load_trained, predict_slices
 from lung_tumor.report import summarise, sweep_table
 from lung_tumor.slices import (
@@ -145,7 +145,7 @@ def test_scan_and_its_slices_give_the_same(trained_run, phantom_source, phantom_
     assert run_predict(weights, phantom_source / "imagesTr" / "lung_001.nii.gz", tmp_path / "scan") == 0
     model = load_trained(weights, CPU, FP32)
     volume = to_display(load_label(tmp_path / "scan" / "lung_001_mask.nii.gz").array)
-    for z in read_json(phantom_slices, "volumes.json")["lung_001"]["kept"]:
+    for z in read_notes(phantom_slices, "volumes.json")["lung_001"]["kept"]:
         image = read_image(phantom_slices / "images" / f"lung_001_slice_{z:04d}.png")
         probs = next(predict_slices(model, image[None]))
         assert np.array_equal(resize(probs, volume[z].shape) > 0.5, volume[z])
@@ -244,7 +244,7 @@ def test_suspicious_values_and_empty_masks_are_told(tmp_path, monkeypatch, capsy
     assert preprocess.main(flags) == 0
     printed = capsys.readouterr().out
     assert "warning: raw: values from" in printed and printed.count(sentence) == 1
-    assert sentence in read_json(converted, "volumes.json")["raw"]["why_not_hu"]
+    assert sentence in read_notes(converted, "volumes.json")["raw"]["why_not_hu"]
     assert preprocess.main(flags) == 0 and sentence in capsys.readouterr().out, (
         "told again when nothing is to do"
     )
@@ -369,7 +369,7 @@ def test_all_slices_come_from_the_scan_when_only_some_were_converted(
     probs = np.stack(list(predict_slices(model, slices, pixel_size_mm=scan.spacing_mm[1:])))
     pred = probs > 0.5
     assert row["all_slices"] and row["slices"] == len(truth) > len(
-        read_json(phantom_slices, "volumes.json")[name]["kept"]
+        read_notes(phantom_slices, "volumes.json")[name]["kept"]
     )
     counts = ((pred & truth).sum(), (pred & ~truth).sum(), (~pred & truth).sum())
     assert (row["tp"], row["fp"], row["fn"]) == tuple(int(c) for c in counts)

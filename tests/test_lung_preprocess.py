@@ -19,7 +19,7 @@ from lung_tumor.dataset import (
     list_slices,
     load_splits,
     parse_slice_name,
-    read_json,
+    read_notes,
     training_slices,
 )
 from lung_tumor.slices import (
@@ -70,7 +70,7 @@ def test_counts_values_split_and_way_back(three_cases, tmp_path):
     assert convert(three_cases, out, "--all_slices", "--empty_ratio", 0.5, "--test_ratio", 0.34) == 0
     files = list_slices(out)
     assert len(files) == 30 and all(set(np.unique(cv2.imread(str(f.label), -1))) <= {0, 255} for f in files)
-    volumes = read_json(out, "volumes.json")
+    volumes = read_notes(out, "volumes.json")
     assert {v: e["tumour_slices"] for v, e in volumes.items()} == {
         "lung_001": [3],
         "lung_002": [3, 4],
@@ -116,7 +116,7 @@ def test_choice_of_empty_slices_does_not_depend_on_the_other_volumes(three_cases
     for kind in ("imagesTr", "labelsTr"):
         (three_cases / kind / "lung_001.nii.gz").unlink()
     convert(three_cases, tmp_path / "two", "--empty_ratio", 0.5)
-    kept = [read_json(tmp_path / n, "volumes.json")["lung_003"]["kept"] for n in ("all", "two")]
+    kept = [read_notes(tmp_path / n, "volumes.json")["lung_003"]["kept"] for n in ("all", "two")]
     assert kept[0] == kept[1] and len(kept[0]) == 7
 
 
@@ -126,12 +126,12 @@ def test_each_volume_has_empty_slices_of_its_own(tmp_path):
     for name in "abcd":
         make_case(tmp_path / "source", name, mask)
     convert(tmp_path / "source", tmp_path / "out", "--empty_ratio", 0.2)
-    volumes = read_json(tmp_path / "out", "volumes.json")
+    volumes = read_notes(tmp_path / "out", "volumes.json")
     chosen = {tuple(entry["kept"]) for entry in volumes.values()}
     assert len(chosen) == 4 and all(len(slices) == 1 + 12 for slices in chosen)
     assert list(volumes) == list("abcd")
     convert(tmp_path / "source", tmp_path / "other", "--empty_ratio", 0.2, "--seed", 7)
-    for name, entry in read_json(tmp_path / "other", "volumes.json").items():
+    for name, entry in read_notes(tmp_path / "other", "volumes.json").items():
         assert entry["kept"] != volumes[name]["kept"], "by the seed, too"
 
 
@@ -142,12 +142,12 @@ def test_volumes_are_noted_by_number_not_by_letter(tmp_path):
         make_case(tmp_path / "source", name, mask)
     out = tmp_path / "out"
     convert(tmp_path / "source", out, "--val_cases", "a9")
-    assert list(read_json(out, "volumes.json")) == ["a9", "a10", "a100"]
-    splits = read_json(out, "splits.json")
+    assert list(read_notes(out, "volumes.json")) == ["a9", "a10", "a100"]
+    splits = read_notes(out, "splits.json")
     assert splits["train"] == ["a10", "a100"] and list(splits["patients"]) == ["a9", "a10", "a100"]
     (out / "splits.json").unlink()
     load_splits(out, list_slices(out), seed=0)
-    assert list(read_json(out, "splits.json")["patients"]) == ["a9", "a10", "a100"]
+    assert list(read_notes(out, "splits.json")["patients"]) == ["a9", "a10", "a100"]
 
 
 def test_slices_are_listed_by_number_not_by_letter(tmp_path):
@@ -166,7 +166,7 @@ def test_min_pixels_drops_small_tumour_slices_instead_of_calling_them_empty(tmp_
     make_case(tmp_path / "source", "a", mask)
     make_case(tmp_path / "source", "b", mask)
     convert(tmp_path / "source", tmp_path / "out", "--min_pixels", 5, "--empty_ratio", 1)
-    assert read_json(tmp_path / "out", "volumes.json")["a"]["kept"] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+    assert read_notes(tmp_path / "out", "volumes.json")["a"]["kept"] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_goes_on_where_it_stopped_and_starts_anew_with_other_settings(
@@ -183,7 +183,7 @@ def test_goes_on_where_it_stopped_and_starts_anew_with_other_settings(
     monkeypatch.setattr(conversion, "convert_case", count)
     with pytest.raises(KeyboardInterrupt):
         convert(three_cases, out)
-    assert len(read_json(out, "volumes.json")) == 2
+    assert len(read_notes(out, "volumes.json")) == 2
     converted.clear()
     assert convert(three_cases, out) == 0 and len(converted) == 1
     assert "2 of 3 volumes are converted already" in capsys.readouterr().out
@@ -192,14 +192,14 @@ def test_goes_on_where_it_stopped_and_starts_anew_with_other_settings(
     before = len(list((out / "images").iterdir()))
     assert convert(three_cases, out, "--window", -160, 240, "--empty_ratio", 0) == 0
     assert len(list((out / "images").iterdir())) == 6 < before, "slices of the earlier settings are gone"
-    assert read_json(out, "dataset.json")["window_hu"] == [-160, 240]
+    assert read_notes(out, "dataset.json")["window_hu"] == [-160, 240]
 
 
 def test_other_scans_of_the_same_names_are_converted_anew(three_cases, tmp_path):
     convert(three_cases, tmp_path / "out")
     make_case(three_cases, "lung_002", np.ones((10, 12, 14), np.uint8))
     assert convert(three_cases, tmp_path / "out") == 0
-    assert len(read_json(tmp_path / "out", "volumes.json")["lung_002"]["tumour_slices"]) == 10
+    assert len(read_notes(tmp_path / "out", "volumes.json")["lung_002"]["tumour_slices"]) == 10
 
 
 def test_processes_give_the_same_as_one(three_cases, tmp_path):
@@ -207,7 +207,7 @@ def test_processes_give_the_same_as_one(three_cases, tmp_path):
     preprocess.main(["--source", str(three_cases), "--out", str(tmp_path / "two"), "--workers", "2"])
     for path in sorted((tmp_path / "one" / "images").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / "images" / path.name).read_bytes()
-    assert read_json(tmp_path / "one", "volumes.json") == read_json(tmp_path / "two", "volumes.json")
+    assert read_notes(tmp_path / "one", "volumes.json") == read_notes(tmp_path / "two", "volumes.json")
 
 
 def test_bad_cases_are_listed_and_the_others_converted(three_cases, tmp_path, capsys):
@@ -222,7 +222,7 @@ def test_bad_cases_are_listed_and_the_others_converted(three_cases, tmp_path, ca
     assert "2 volume(s) could not be converted" in printed
     assert "lung_002" in printed and "truncated or damaged" in printed
     assert "lung_003" in printed and "(10, 12, 14)" in printed and "(10, 12, 13)" in printed
-    assert sorted(read_json(tmp_path / "out", "volumes.json")) == ["lung_001", "lung_004"]
+    assert sorted(read_notes(tmp_path / "out", "volumes.json")) == ["lung_001", "lung_004"]
 
 
 def test_wrong_folders_and_flags(three_cases, tmp_path):
@@ -286,7 +286,7 @@ def test_kaggle_layout(three_cases, tmp_path):
             (task / "GroundTruth" / f"{k}.pkl").write_bytes(pickle.dumps(content))
     assert convert(tmp_path / "kaggle", tmp_path / "k") == 0
     convert(three_cases, tmp_path / "d")
-    kaggle, decathlon = read_json(tmp_path / "k", "volumes.json"), read_json(tmp_path / "d", "volumes.json")
+    kaggle, decathlon = read_notes(tmp_path / "k", "volumes.json"), read_notes(tmp_path / "d", "volumes.json")
     for k in (1, 2, 3):
         assert kaggle[str(k)]["tumour_slices"] == decathlon[f"lung_{k:03d}"]["tumour_slices"]
         assert (tmp_path / "k" / "labels" / f"{k}_slice_0003.png").read_bytes() == (
@@ -436,7 +436,7 @@ def test_real_odd_headers(name, message, tmp_path, capsys):
 
 def test_real_scans(real_lung_ct, tmp_path):
     assert convert(real_lung_ct, tmp_path / "out", "--val_cases", "lung_002") == 0
-    volumes = read_json(tmp_path / "out", "volumes.json")
+    volumes = read_notes(tmp_path / "out", "volumes.json")
     assert {v: len(e["tumour_slices"]) for v, e in volumes.items()} == {"lung_001": 21, "lung_002": 26}
     assert volumes["lung_001"]["tumour_mm3"] == pytest.approx(158833, rel=1e-3)
     assert volumes["lung_001"]["file_orientation"] == "LPS"
