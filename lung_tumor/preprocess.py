@@ -209,9 +209,8 @@ def convert(args: Namespace) -> dict[str, str]:
         "tumour_pixel_share": share,
     }
     write_json(out / "dataset.json", content)
-    print(
-        f"{len(done)} volumes, {num_slices} slices for training, validation and test, {tumour} of them with tumour"
-    )
+    chosen = f"{num_slices} slices for training, validation and test"
+    print(f"{len(done)} volumes, {chosen}, {tumour} of them with tumour")
     print(
         f"{100 * share:.2f} % of the pixels are tumour; window {low:g}..{high:g} HU; pixels {pixel_mm:g} mm"
     )
