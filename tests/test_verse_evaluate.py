@@ -376,7 +376,8 @@ def test_perfect_network_on_cases(region, coded_h5):
     for row in rows:
         # The clean-up takes stubs below 1 mL that touch no border.
         assert row["dice_any"] > 0.99 and row["dice_classes"] > 0.85 and row["dice_instance"] > 0.85
-        assert row["region_recall"] == 1.0 and row["patient"] == verse.subjects[row["case"]]
+        assert row.get("region_recall") == (None if region == "none" else 1.0)
+        assert row["patient"] == verse.subjects[row["case"]]
         assert row["rate"] > 0.8 and len(row["classes"]) == 26
 
 
