@@ -43,7 +43,7 @@ def convert_cases(
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)  # waits for the cases in work, whose results count
             for future in untold:
-                if not future.cancelled():
+                if not future.cancelled() and future.exception() is None:
                     yield futures[future], *future.result()
             raise
         finally:
