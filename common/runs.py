@@ -227,6 +227,10 @@ def resume(
         raise ValueError(f"--resume {path}: holds weights only; resume from the last.pt beside it")
     if checkpoint.get("stage") != stage:
         raise ValueError(f"--resume: {folder} is a run of another script, not of {parser.prog}")
+    if "position" not in checkpoint or "flags" not in checkpoint:
+        raise ValueError(
+            f"--resume {path}: written by an earlier version of this project; start the run again"
+        )
     config = checkpoint["config"]
     args = parse_args(parser, argv, base=config)
     for key in same:

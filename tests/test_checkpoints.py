@@ -310,7 +310,8 @@ def test_load_trained_takes_averaged_weights_where_there_are_any(averaged, tmp_p
         },
     )
     trained = checkpoints.load_trained(tmp_path / "best.pt", torch.device("cpu"), None, linear_of)
-    assert trained.network.weight.tolist() == [[5.0, 5.0]] if averaged else [[3.0, 3.0]]
+    expected = 5.0 if averaged else 3.0
+    assert trained.network.weight.tolist() == [[expected, expected]]
     assert not trained.network.training
     assert trained.preprocessing == {"spacing_mm": [1.0, 2.0, 3.0]} and trained.split == {"train": ["a"]}
 

@@ -626,6 +626,16 @@ def test_resuming_the_run_of_another_script(unbroken, script):
                 other.module.main(["--resume", str(unbroken)])
 
 
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(script, unbroken, tmp_path):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    state = last_of(run)
+    torch.save({key: value for key, value in state.items() if key != "flags"}, run / "weights" / "last.pt")
+    with pytest.raises(
+        SystemExit, match="last.pt: written by an earlier version of this project; start the run"
+    ):
+        script.module.main(["--resume", str(run)])
+
+
 def test_resuming_on_another_split(script, unbroken, tmp_path, monkeypatch):
     run = shutil.copytree(unbroken, tmp_path / "run")
     state = last_of(run)
