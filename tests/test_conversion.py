@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import as_completed
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def die(case: int) -> int:
 
 def note_start(case: int, folder: str) -> int:
     Path(folder, str(case)).touch()
+    time.sleep(0.05)  # the main process has time to react before the next one begins
+    return case
+
+
+def note_start_and_wait(case: int, folder: str) -> int:
+    """As `note_start`, but all but the first case go on only when Ctrl-C has come."""
+    Path(folder, str(case)).touch()
+    while case and not Path(folder, "interrupted").exists():
+        time.sleep(0.01)
     return case
 
 
@@ -111,15 +121,18 @@ def test_what_workers_finish_after_ctrl_c_is_kept(tmp_path, monkeypatch):
 
     def interrupted(futures):
         yield next(iter(as_completed(futures)))
+        while len(list(tmp_path.iterdir())) < 2:  # until another case is in work
+            time.sleep(0.01)
+        (tmp_path / "interrupted").touch()
         raise KeyboardInterrupt  # as while it waits for the next one
 
     monkeypatch.setattr("common.conversion.as_completed", interrupted)
     told = []
     with pytest.raises(KeyboardInterrupt):
-        for case, _, reason in convert_cases(note_start, list(range(40)), str(tmp_path), workers=2):
+        for case, _, reason in convert_cases(note_start_and_wait, range(40), str(tmp_path), workers=2):
             told.append(case)
             assert not reason
-    begun = [int(path.name) for path in tmp_path.iterdir()]
+    begun = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
     assert sorted(told) == sorted(begun) and 1 < len(told) < 40
 
 
