@@ -1,0 +1,78 @@
+"""From stored grey values to the network's input, in training, validation and prediction alike.
+
+CT hold HU, which mean the same in every scan: all are scaled by one fingerprint of the training cases. MR
+have no unit: each scan is scaled by its own values.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CT_RANGE = (-1024.0, 1500.0)  # HU: what preprocessing keeps, so that metal does not smear
+MR_SAMPLE = 2_000_000  # most voxels that the scaling of an MR scan looks at
+
+
+class Scaling(NamedTuple):
+    """Grey values are cut to [low, high], then `mean` becomes 0 and `sd` 1."""
+
+    low: float
+    high: float
+    mean: float
+    sd: float
+
+
+def fingerprint(samples: Sequence[np.ndarray]) -> Scaling:
+    """Scaling of CT from values inside the organs, one array for each training case.
+
+    Percentiles 0.5 and 99.5, then mean and standard deviation of what is cut to them.
+
+    Raises:
+        ValueError: no value at all.
+    """
+    values = np.concatenate([np.ravel(s) for s in samples]).astype(np.float64) if samples else np.empty(0)
+    if values.size == 0:
+        raise ValueError("no training case has a labelled organ, so there are no grey values to scale by")
+    return _scaling(values, values)
+
+
+def mr_scaling(volume: np.ndarray) -> Scaling:
+    """Scaling of one MR scan (z, y, x) by its own values.
+
+    Percentiles 0.5 and 99.5 of the whole scan; mean and standard deviation of what is brighter than the
+    scan's mean, which leaves out the air.
+    Of a large scan every second, third, ... voxel along each axis is looked at.
+    """
+    step = max(1, round((volume.size / MR_SAMPLE) ** (1 / 3)))
+    values = np.asarray(volume[::step, ::step, ::step], np.float64)
+    values = values[np.isfinite(values)]
+    if values.size == 0:
+        raise ValueError("the scan holds no finite value")
+    body = values[values > values.mean()]
+    return _scaling(values, body if body.size else values)
+
+
+def _scaling(values: np.ndarray, body: np.ndarray) -> Scaling:
+    low, high = np.percentile(values, [0.5, 99.5])
+    inside = np.clip(body, low, high)
+    return Scaling(float(low), float(high), float(inside.mean()), float(max(inside.std(), 1e-6)))
+
+
+def stored_range(modality: str, scaling: Scaling | None) -> tuple[float, float]:
+    """To what grey values are cut before resampling: `CT_RANGE`, or the percentiles of the MR scan."""
+    if modality == "ct":
+        return CT_RANGE
+    return scaling.low, scaling.high
+
+
+def scale(image: Tensor, scaling: Scaling | Tensor) -> Tensor:
+    """Grey values (N, 1, d, h, w) -> network input, float32.
+
+    Args:
+        scaling: one for all items, or (N, 4) with a `Scaling` in each row.
+    """
+    values = torch.as_tensor(scaling, dtype=torch.float32, device=image.device)
+    low, high, mean, sd = values.reshape(-1, 4).T.reshape(4, -1, 1, 1, 1, 1)
+    return (torch.minimum(torch.maximum(image.float(), low), high) - mean) / sd
