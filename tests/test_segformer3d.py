@@ -1,4 +1,4 @@
-"""verse_spine/segformer3d.py against a plain version for cubes, and its symmetry under swapped axes."""
+"""common/segformer3d.py against a plain version for cubes, and its symmetry under swapped axes."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.layers import padded_to_multiple
-from verse_spine.segformer3d import SegFormer3D
+from common.segformer3d import SegFormer3D
 
 
 def noise(*shape, seed=0):

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from common import checkpoints
 from common.checkpoints import TrainedModel
 from common.hardware import Precision
+from common.segformer3d import SegFormer3D
+from common.segresnet import SegResNet
 from common.swin_unetr import SwinUNETR
 from verse_spine.attention_unet3d import AttentionUNet3D
 from verse_spine.context_res_unet import ContextResUNet
-from verse_spine.segformer3d import SegFormer3D
-from verse_spine.segresnet import SegResNet
 from verse_spine.unet import StridedAttentionUNet, StridedUNet, StridedUNetFull
 
 MODELS = (

@@ -1,4 +1,4 @@
-"""The convolutional networks of verse_spine, and common/layers.py's padded_to_multiple and check_image."""
+"""The convolutional networks of verse_spine and common, padded_to_multiple and check_image of common/layers.py."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.layers import check_image, padded_to_multiple, stage_runner
+from common.segresnet import SegResNet
 from verse_spine.attention_unet3d import SCA, AttentionUNet3D
 from verse_spine.context_res_unet import ContextResUNet, DilatedContext
-from verse_spine.segresnet import SegResNet
 from verse_spine.unet import StridedAttentionUNet, StridedUNet, StridedUNetFull
 
 NETWORKS = {
