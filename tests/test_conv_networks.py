@@ -1,4 +1,4 @@
-"""The convolutional networks of verse_spine and common, padded_to_multiple and check_image of common/layers.py."""
+"""Convolutional networks of verse_spine and common; padding and checks of common/layers.py."""
 
 import pytest
 import torch

@@ -1,0 +1,323 @@
+"""LHA-Net: a light U-Net with attention over a pyramid of scales and a head for each size of organ.
+
+    image ─ stem ───────────────────────────── + ─ Decoder 0 ─ SizeAwareHeads ─ logits
+             └ Encoder 1 ───────────────── + ─ Decoder 1 ┘ (medium)  │
+                └ Encoder 2 ─ PMSA ──── + ─ Decoder 2 ┘ (large) ─────┘
+                   └ Encoder 3 ─ PMSA ─ + ─ Decoder 3
+                      └ Encoder 4 ─ PMSA ┘
+
+C0..C4 are the channels at strides 1, 2, 4, 8, 16; d h w stand for the size of a level.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amos_lha.organs import GROUPS, NUM_CLASSES
+from common.layers import (
+    ConvNormAct,
+    InstanceNorm,
+    check_image,
+    check_not_padded,
+    checkpointed,
+    fast_layout,
+    kernels_of_levels,
+    padded_to_multiple,
+    resize_linear,
+)
+
+STRIDES = ((2, 2, 2),) * 4  # z y x, of the four steps down
+CHECKPOINTING = ("none", "high", "all")
+
+
+class Preset(NamedTuple):
+    """Channels C0..C4, and residual blocks of the encoder levels 1 to 4."""
+
+    channels: tuple[int, int, int, int, int]
+    blocks: tuple[int, int, int, int]
+
+
+PRESETS = {
+    "tiny": Preset((8, 16, 32, 64, 96), (1, 1, 2, 2)),
+    "small": Preset((16, 32, 64, 128, 192), (1, 2, 2, 2)),
+    "base": Preset((24, 48, 96, 192, 256), (1, 2, 3, 3)),
+}
+
+
+class TrainingOutput(NamedTuple):
+    """What a network with a router returns in training.
+
+    Attributes:
+        levels: logits (N, 16, ...) at stride 1 and, with deep supervision, at strides 2, 4 and 8.
+        router: (N, 3, ...) scores of the groups small, medium and large at stride 2; None without a router.
+    """
+
+    levels: list[Tensor]
+    router: Tensor | None
+
+
+class ResidualBlock(nn.Module):
+    """x + ConvNormAct(x): one dense convolution, for the levels with few channels and many voxels."""
+
+    def __init__(self, channels: int, kernel: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.main = ConvNormAct(channels, channels, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.main(x)
+
+
+class BottleneckBlock(nn.Module):
+    """x + (1x1x1 to C/4, dense 3x3x3, 1x1x1 back to C), for the levels with many channels."""
+
+    def __init__(self, channels: int, kernel: tuple[int, int, int]) -> None:
+        super().__init__()
+        inner = channels // 4
+        self.main = nn.Sequential(
+            ConvNormAct(channels, inner, (1, 1, 1)),
+            ConvNormAct(inner, inner, kernel),
+            nn.Conv3d(inner, channels, 1, bias=False),
+            InstanceNorm(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x + self.main(x), 0.01)
+
+
+def make_block(level: int, channels: int, kernel: tuple[int, int, int]) -> nn.Module:
+    """The residual block of a level: dense at strides 1, 2 and 4, with a bottleneck at 8 and 16."""
+    return ResidualBlock(channels, kernel) if level <= 2 else BottleneckBlock(channels, kernel)
+
+
+class Gates(nn.Module):
+    """x times a gate for each channel times a gate for each voxel, both in (0, 1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(4, channels // 4)
+        self.channel = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        self.voxel = nn.Conv3d(2, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, b, d, h, w) -> the same shape."""
+        gate = self.channel(x.mean((2, 3, 4))) + self.channel(x.amax((2, 3, 4)))  # (N, b)
+        x = x * torch.sigmoid(gate)[:, :, None, None, None]
+        summary = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)  # (N, 2, d, h, w)
+        return x * torch.sigmoid(self.voxel(summary))
+
+
+class PMSA(nn.Module):
+    """Progressive multi-scale attention over a pyramid: the grid of the level, half of it, a quarter of it.
+
+    Each scale is a gated feature of b = C/4 channels; from coarse to fine it takes up what the coarser ones
+    say. Each voxel then weighs the three scales. The last convolution starts at zero, so the module starts
+    as the identity.
+    """
+
+    SCALES = 3
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        b = max(8, channels // 4)
+        self.reduce = nn.Conv3d(channels, b, 1)
+        self.convs = nn.ModuleList(ConvNormAct(b, b) for _ in range(self.SCALES))
+        self.gates = nn.ModuleList(Gates(b) for _ in range(self.SCALES))
+        self.merge = nn.ModuleList(nn.Conv3d(2 * b, b, 1) for _ in range(self.SCALES - 1))
+        self.scale_weights = nn.Conv3d(self.SCALES * b, self.SCALES, 1)
+        self.expand = nn.Conv3d(b, channels, 1)
+        nn.init.zeros_(self.expand.weight)
+        nn.init.zeros_(self.expand.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, d, h, w) -> the same shape."""
+        size = x.shape[2:]
+        features, y = [], self.reduce(x)
+        for scale, (conv, gates) in enumerate(zip(self.convs, self.gates, strict=True)):
+            if scale:  # half the grid, but never a single voxel
+                y = resize_linear(y, tuple(max((side + 1) // 2, min(side, 2)) for side in y.shape[2:]))
+            y = conv(y)
+            features.append(resize_linear(gates(y), size))  # (N, b, d, h, w)
+        fused = [features[-1]]  # from the coarsest scale to the finest
+        for merge, feature in zip(self.merge, features[-2::-1], strict=True):
+            fused.append(merge(torch.cat([fused[-1], feature], dim=1)))
+        weights = self.scale_weights(torch.cat(fused, dim=1)).softmax(dim=1)  # (N, 3, d, h, w)
+        return x + self.expand(sum(w * f for w, f in zip(weights.split(1, dim=1), fused, strict=True)))
+
+
+class EncoderLevel(nn.Module):
+    """Strided convolution, residual blocks, attention: (N, C(i-1), D, H, W) -> (N, Ci, D/s, H/s, W/s)."""
+
+    def __init__(self, level: int, widths: tuple[int, int], blocks: int, kernels: list, stride, pmsa: bool):
+        super().__init__()
+        self.down = ConvNormAct(*widths, kernels[0], stride)
+        self.blocks = nn.Sequential(*(make_block(level, widths[1], kernels[1]) for _ in range(blocks)))
+        self.attention = PMSA(widths[1]) if pmsa else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(self.blocks(self.down(x)))
+
+
+class DecoderLevel(nn.Module):
+    """Transposed convolution up to the skip, which is added; a residual block; -> the shape of the skip."""
+
+    def __init__(self, level: int, widths: tuple[int, int], kernel, stride) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose3d(*widths, stride, stride=stride)
+        self.block = (
+            ConvNormAct(widths[1], widths[1], kernel) if level == 0 else make_block(level, widths[1], kernel)
+        )
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.block(self.up(x) + skip)
+
+
+class SharedHead(nn.Module):
+    """One 1x1x1 convolution at stride 1 for all classes."""
+
+    def __init__(self, widths: tuple[int, ...], kernels: list) -> None:
+        super().__init__()
+        self.all = nn.Conv3d(widths[0], NUM_CLASSES, 1)
+
+    def forward(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> Tensor:
+        return self.all(fine)
+
+
+class SizeAwareHeads(nn.Module):
+    """Background and small organs from stride 1, medium ones from stride 2, large ones from stride 4.
+
+    What a coarser level says is brought to stride 1, where a 1x1x1 convolution for all classes adds detail;
+    all logits meet in one softmax.
+    """
+
+    def __init__(self, widths: tuple[int, ...], kernels: list) -> None:
+        super().__init__()
+        self.all = nn.Conv3d(widths[0], NUM_CLASSES, 1)
+        self.groups = nn.ModuleDict()
+        for group, width, kernel in zip(GROUPS, widths, kernels, strict=True):  # small, medium, large
+            self.groups[group] = nn.Sequential(
+                ConvNormAct(width, width, kernel), nn.Conv3d(width, len(GROUPS[group]), 1)
+            )
+
+    def forward(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> Tensor:
+        """Features (N, C0..C2, ...) of strides 1, 2, 4 -> logits (N, 16, D, H, W) in the order of labels."""
+        channels = list(self.all(fine).unbind(dim=1))
+        for (group, organs), x in zip(GROUPS.items(), (fine, middle, coarse), strict=True):
+            own = resize_linear(self.groups[group](x), fine.shape[2:]).unbind(dim=1)
+            for organ, logits in zip(organs, own, strict=True):
+                channels[organ] = channels[organ] + logits
+        return torch.stack(channels, dim=1)
+
+
+class LHANet(nn.Module):
+    """Light hierarchical attention network.
+
+    Args:
+        preset: "tiny", "small" or "base": channels and blocks, see PRESETS.
+        heads: "size_aware", or "shared": one 1x1x1 convolution for all classes.
+        attention: PMSA at strides 4, 8 and 16.
+        router: in training also predict the size group of each voxel, and add its log probability to the
+            logits of the group's organs.
+        deep_supervision: in training also predict at strides 2, 4 and 8.
+        checkpointing: what backward computes again instead of keeping it: "none"; "high", the levels of
+            strides 1 and 2, which hold most of the memory; "all". True is "all", False is "none".
+        strides: z y x of the four steps down. A level whose z has not been halved and is not about to be has
+            kernels that look within a slice only.
+    """
+
+    def __init__(
+        self,
+        preset: str = "small",
+        *,
+        heads: str = "size_aware",
+        attention: bool = True,
+        router: bool = False,
+        deep_supervision: bool = False,
+        checkpointing: str | bool = "none",
+        strides: list | tuple = STRIDES,
+    ) -> None:
+        super().__init__()
+        strides = [tuple(stride) for stride in strides]
+        c, blocks = PRESETS[preset]
+        kernels = kernels_of_levels(strides)
+        self.checkpointing = checkpointing
+        self.multiple = tuple(prod(stride[axis] for stride in strides) for axis in range(3))
+        self.stem = ConvNormAct(1, c[0], kernels[0])
+        self.encoder = nn.ModuleList(
+            EncoderLevel(
+                level,
+                (c[level - 1], c[level]),
+                blocks[level - 1],
+                kernels[level - 1 : level + 1],
+                strides[level - 1],
+                pmsa=attention and level >= 2,
+            )
+            for level in range(1, 5)
+        )
+        self.decoder = nn.ModuleList(
+            DecoderLevel(level, (c[level + 1], c[level]), kernels[level], strides[level])
+            for level in range(4)
+        )
+        self.heads = {"size_aware": SizeAwareHeads, "shared": SharedHead}[heads](c[:3], kernels[:3])
+        self.router = nn.Conv3d(c[1], len(GROUPS), 1) if router else None
+        self.supervision = None
+        if deep_supervision:
+            self.supervision = nn.ModuleList(nn.Conv3d(width, NUM_CLASSES, 1) for width in c[1:4])
+
+    @property
+    def checkpointing(self) -> str:
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, policy: str | bool) -> None:
+        self._checkpointing = {True: "all", False: "none"}.get(policy, policy)
+        if self._checkpointing not in CHECKPOINTING:
+            raise ValueError(f"checkpointing is {policy!r}; take one of {', '.join(CHECKPOINTING)}")
+
+    def run(self, level: int, module: nn.Module, *inputs: Tensor) -> Tensor:
+        """`module(*inputs)`, computed again in backward where the policy says so for this level."""
+        again = self.checkpointing == "all" or (self.checkpointing == "high" and level <= 1)
+        return checkpointed(module, *inputs) if again and self.training else module(*inputs)
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor] | TrainingOutput:
+        """image (N, 1, D, H, W), any size -> logits (N, 16, D, H, W).
+
+        In training with deep supervision the list of logits at strides 1, 2, 4, 8, each on its own grid;
+        with a router a `TrainingOutput`.
+        """
+        check_image(image, 1, ndim=3)
+        padded, crop = padded_to_multiple(image, self.multiple, two_blocks=True)
+        if self.training and self.supervision is not None:
+            check_not_padded(image, padded, self.multiple)
+        x = fast_layout(self.run(0, self.stem, padded))
+        skips = [x]
+        for level, encoder in enumerate(self.encoder, start=1):
+            x = self.run(level, encoder, x)
+            skips.append(x)
+        features = [skips.pop()]  # of the decoder, in the end from stride 1 to stride 16
+        for level in (3, 2, 1, 0):
+            features.insert(0, self.run(level, self.decoder[level], features[0], skips.pop()))
+        logits = self.run(0, self.heads, *features[:3])
+        router = None
+        if self.router is not None:
+            router = self.router(features[1])
+            logits = routed(logits, router)
+        logits = logits[crop]
+        if not self.training or (self.supervision is None and router is None):
+            return logits
+        levels = [logits]
+        if self.supervision is not None:
+            levels += [head(x) for head, x in zip(self.supervision, features[1:4], strict=True)]
+        return levels if router is None else TrainingOutput(levels, router)
+
+
+def routed(logits: Tensor, router: Tensor) -> Tensor:
+    """Logits (N, 16, D, H, W) of organs plus the log probability of their group; `router` (N, 3, d, h, w)."""
+    scores = resize_linear(router.float().log_softmax(dim=1), logits.shape[2:]).to(logits.dtype)
+    channels = list(logits.unbind(dim=1))
+    for organs, score in zip(GROUPS.values(), scores.unbind(dim=1), strict=True):
+        for organ in organs:
+            channels[organ] = channels[organ] + score
+    return torch.stack(channels, dim=1)
