@@ -42,7 +42,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "tiny": Preset((8, 16, 32, 64, 96), (1, 1, 2, 2)),
-    "small": Preset((16, 32, 64, 128, 192), (1, 2, 2, 2)),
+    "small": Preset((16, 32, 64, 128, 160), (1, 2, 2, 2)),
     "base": Preset((24, 48, 96, 192, 256), (1, 2, 3, 3)),
 }
 
@@ -150,11 +150,13 @@ class PMSA(nn.Module):
 class EncoderLevel(nn.Module):
     """Strided convolution, residual blocks, attention: (N, C(i-1), D, H, W) -> (N, Ci, D/s, H/s, W/s)."""
 
-    def __init__(self, level: int, widths: tuple[int, int], blocks: int, kernels: list, stride, pmsa: bool):
+    def __init__(
+        self, level: int, widths: tuple[int, int], blocks: int, kernel: tuple, stride: tuple, attention: bool
+    ) -> None:
         super().__init__()
-        self.down = ConvNormAct(*widths, kernels[0], stride)
-        self.blocks = nn.Sequential(*(make_block(level, widths[1], kernels[1]) for _ in range(blocks)))
-        self.attention = PMSA(widths[1]) if pmsa else nn.Identity()
+        self.down = ConvNormAct(*widths, kernel, stride)
+        self.blocks = nn.Sequential(*(make_block(level, widths[1], kernel) for _ in range(blocks)))
+        self.attention = PMSA(widths[1]) if attention else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(self.blocks(self.down(x)))
@@ -163,9 +165,11 @@ class EncoderLevel(nn.Module):
 class DecoderLevel(nn.Module):
     """Transposed convolution up to the skip, which is added; a residual block; -> the shape of the skip."""
 
-    def __init__(self, level: int, widths: tuple[int, int], kernel, stride) -> None:
+    def __init__(self, level: int, widths: tuple[int, int], kernel: tuple, stride: tuple) -> None:
         super().__init__()
         self.up = nn.ConvTranspose3d(*widths, stride, stride=stride)
+        # As strong as the skip that it is added to; PyTorch's own start makes it three times weaker.
+        nn.init.normal_(self.up.weight, std=widths[0] ** -0.5)
         self.block = (
             ConvNormAct(widths[1], widths[1], kernel) if level == 0 else make_block(level, widths[1], kernel)
         )
@@ -177,9 +181,9 @@ class DecoderLevel(nn.Module):
 class SharedHead(nn.Module):
     """One 1x1x1 convolution at stride 1 for all classes."""
 
-    def __init__(self, widths: tuple[int, ...], kernels: list) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.all = nn.Conv3d(widths[0], NUM_CLASSES, 1)
+        self.all = nn.Conv3d(channels, NUM_CLASSES, 1)
 
     def forward(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> Tensor:
         return self.all(fine)
@@ -198,7 +202,7 @@ class SizeAwareHeads(nn.Module):
         self.groups = nn.ModuleDict()
         for group, width, kernel in zip(GROUPS, widths, kernels, strict=True):  # small, medium, large
             self.groups[group] = nn.Sequential(
-                ConvNormAct(width, width, kernel), nn.Conv3d(width, len(GROUPS[group]), 1)
+                ConvNormAct(width, width // 2, kernel), nn.Conv3d(width // 2, len(GROUPS[group]), 1)
             )
 
     def forward(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> Tensor:
@@ -239,28 +243,25 @@ class LHANet(nn.Module):
         strides: list | tuple = STRIDES,
     ) -> None:
         super().__init__()
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}; take tiny, small or base")
+        if heads not in ("size_aware", "shared"):
+            raise ValueError(f"heads is {heads!r}; take size_aware or shared")
         strides = [tuple(stride) for stride in strides]
         c, blocks = PRESETS[preset]
         kernels = kernels_of_levels(strides)
         self.checkpointing = checkpointing
         self.multiple = tuple(prod(stride[axis] for stride in strides) for axis in range(3))
         self.stem = ConvNormAct(1, c[0], kernels[0])
-        self.encoder = nn.ModuleList(
-            EncoderLevel(
-                level,
-                (c[level - 1], c[level]),
-                blocks[level - 1],
-                kernels[level - 1 : level + 1],
-                strides[level - 1],
-                pmsa=attention and level >= 2,
-            )
-            for level in range(1, 5)
-        )
-        self.decoder = nn.ModuleList(
-            DecoderLevel(level, (c[level + 1], c[level]), kernels[level], strides[level])
-            for level in range(4)
-        )
-        self.heads = {"size_aware": SizeAwareHeads, "shared": SharedHead}[heads](c[:3], kernels[:3])
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()  # both from fine to coarse
+        for i in range(1, 5):
+            widths, attended = (c[i - 1], c[i]), attention and i >= 2
+            self.encoder.append(EncoderLevel(i, widths, blocks[i - 1], kernels[i], strides[i - 1], attended))
+            self.decoder.append(DecoderLevel(i - 1, widths[::-1], kernels[i - 1], strides[i - 1]))
+        if heads == "size_aware":
+            self.heads = SizeAwareHeads(c[:3], kernels[:3])
+        else:
+            self.heads = SharedHead(c[0])
         self.router = nn.Conv3d(c[1], len(GROUPS), 1) if router else None
         self.supervision = None
         if deep_supervision:

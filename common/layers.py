@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -45,18 +46,27 @@ def upsample_to(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def resize_linear(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Linear interpolation of (N, C, *spatial) to `size`, corners not aligned, as F.interpolate's.
+    """Linear interpolation of (N, C, D, H, W) to `size`, corners not aligned, as F.interpolate's.
 
     Written as one matrix product for each axis: deterministic on every device, also backwards, which
     F.interpolate is not on CUDA, and 4 to 15 times as fast on a CPU. Halving a side takes the mean of two.
+    The result has the layout of `x`, channels first or last.
     """
-    for axis, (have, want) in enumerate(zip(x.shape[2:], size, strict=True), start=2):
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    y = x.movedim(1, -1) if channels_last else x
+    for axis, want in enumerate(size, start=1 if channels_last else 2):
+        have = y.shape[axis]
         if have != want:
             place = (torch.arange(want, device=x.device) + 0.5) * (have / want) - 0.5  # of a new voxel
-            distance = place.clamp(0, have - 1)[None, :] - torch.arange(have, device=x.device)[:, None]
-            weights = (1 - distance.abs()).clamp(min=0).to(x.dtype)  # (have, want)
-            x = torch.tensordot(x, weights, dims=([axis], [0])).movedim(-1, axis)
-    return x
+            distance = place.clamp(0, have - 1)[:, None] - torch.arange(have, device=x.device)
+            weights = (1 - distance.abs()).clamp(min=0).to(x.dtype)  # (want, have)
+            before, after = y.shape[:axis], y.shape[axis + 1 :]
+            if after:
+                y = torch.matmul(weights, y.reshape(prod(before), have, prod(after)))
+            else:
+                y = torch.matmul(y, weights.T)
+            y = y.reshape(*before, want, *after)
+    return y.movedim(-1, 1) if channels_last else y
 
 
 def pad_to(x: Tensor, size: torch.Size) -> Tensor:

@@ -7,7 +7,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.layers import check_image, padded_to_multiple, stage_runner
+from common.layers import (
+    InstanceNorm,
+    check_image,
+    kernels_of_levels,
+    padded_to_multiple,
+    resize_linear,
+    stage_runner,
+)
 from common.segresnet import SegResNet
 from verse_spine.attention_unet3d import SCA, AttentionUNet3D
 from verse_spine.context_res_unet import ContextResUNet, DilatedContext
@@ -375,6 +382,8 @@ def test_thesis_variant_norms_after_the_relu():
         ((5, 6), 4, False, (8, 8)),
         ((7, 5), 1, True, (7, 5)),
         ((1, 1), 1, True, (1, 2)),
+        ((3, 9, 16), (4, 16, 16), True, (4, 16, 16 * 2)),
+        ((5, 9, 17), (4, 16, 16), True, (8, 16, 32)),
     ],
 )
 def test_padded_to_multiple(shape, multiple, two_blocks, expected):
@@ -432,3 +441,55 @@ def test_residual_block_of_context_res_unet():
     block = ContextResUNet().down[1]
     x = noise(1, 16, 4, 4, 4)
     assert torch.equal(block(x), (block.main(x) + block.shortcut(x)).clamp(min=0))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("size", [(8, 5, 6), (3, 2, 1), (5, 5, 7)])
+@pytest.mark.parametrize("new_size", [(16, 10, 12), (4, 3, 3), (5, 9, 2)])
+def test_resize_linear_equals_interpolate(layout, size, new_size):
+    x = noise(2, 3, *size).contiguous(memory_format=layout)
+    resized = resize_linear(x, new_size)
+    expected = F.interpolate(x, size=new_size, mode="trilinear", align_corners=False)
+    assert torch.allclose(resized, expected, atol=1e-5)
+    assert resized.is_contiguous(memory_format=layout)
+
+
+def test_resize_linear_by_hand():
+    x = torch.tensor([0.0, 4.0, 8.0, 12.0]).view(1, 1, 1, 1, 4)
+    assert resize_linear(x, (1, 1, 2)).flatten().tolist() == [2, 10]
+    assert resize_linear(x[..., :2], (1, 1, 4)).flatten().tolist() == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_instance_norm_equals_pytorchs(layout):
+    ours, theirs = InstanceNorm(5), nn.InstanceNorm3d(5, affine=True)
+    x = (3 * noise(3, 5, 4, 6, 7) + 2).contiguous(memory_format=layout)
+    gradients = []
+    for norm in (ours, theirs):
+        with torch.no_grad():
+            norm.weight.copy_(noise(5, seed=1))
+            norm.bias.copy_(noise(5, seed=2))
+        image = x.clone().requires_grad_()
+        out = norm(image)
+        (out * noise(*out.shape, seed=3)).sum().backward()
+        gradients.append((out.detach(), image.grad, norm.weight.grad, norm.bias.grad))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    assert ours(x).is_contiguous(memory_format=layout)
+    assert torch.equal(ours.eval()(x), ours.train()(x)), "no running statistics"
+
+
+def test_instance_norm_sums_in_float32():
+    """In bf16 a sum of 32,768 ones stops at 256."""
+    x = (100 + noise(1, 2, 32, 32, 32)).bfloat16()
+    out = InstanceNorm(2)(x)
+    assert out.dtype == torch.bfloat16
+    assert out.float().mean().abs() < 0.01 and out.float().std() == pytest.approx(1, abs=0.01)
+
+
+def test_kernels_of_levels():
+    thin, thick = (2, 2, 2), (1, 2, 2)
+    assert kernels_of_levels([thin, thin]) == [(3, 3, 3)] * 3
+    assert kernels_of_levels([thick, thick, thin]) == [(1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3)]
+    assert kernels_of_levels([thin, thick]) == [(3, 3, 3)] * 3, "z once halved stays in"
+    assert kernels_of_levels([thick]) == [(1, 3, 3), (3, 3, 3)]
