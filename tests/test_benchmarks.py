@@ -180,6 +180,9 @@ def test_pieces_of_a_scan_and_their_surroundings():
         ("patch_reading", ["--shape", "40", "40", "40", "--patch_sizes", "16", "--reads", "2"]),
         ("surface_metrics", ["--ways", "ours", "--shape", "20", "64", "64", "--repeats", "1"]),
         ("training_memory", ["--models", "UNet", "--patch_size", "16", "16", "16", "--device", "cpu"]),
+        ("lha_networks", ["--networks", "LHANet tiny", "SegResNet", "--cube", "32", "32", "32",
+                          "--slab", "16", "32", "32", "--repeats", "1"]),
+        ("lha_blocks", ["--side", "16", "--repeats", "1"]),
         pytest.param("resampling", ["--ct_shape", "8", "32", "32", "--cube", "12", "--repeats", "1"],
                      marks=pytest.mark.slow),  # fmt: skip
         pytest.param("augmentation", ["--patch_size", "16", "--batches", "1", "--default_batches", "1",
