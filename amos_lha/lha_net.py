@@ -1,12 +1,15 @@
 """LHA-Net: a light U-Net with attention over a pyramid of scales and a head for each size of organ.
 
-    image ─ stem ───────────────────────────── + ─ Decoder 0 ─ SizeAwareHeads ─ logits
-             └ Encoder 1 ───────────────── + ─ Decoder 1 ┘ (medium)  │
-                └ Encoder 2 ─ PMSA ──── + ─ Decoder 2 ┘ (large) ─────┘
-                   └ Encoder 3 ─ PMSA ─ + ─ Decoder 3
-                      └ Encoder 4 ─ PMSA ┘
+    stride  1   image ── stem ──────────────────── + ── DecoderLevel 0 ──┐ small
+    stride  2            EncoderLevel 1 ────────── + ── DecoderLevel 1 ──┤ medium   SizeAwareHeads ── logits
+    stride  4            EncoderLevel 2 ── PMSA ── + ── DecoderLevel 2 ──┘ large
+    stride  8            EncoderLevel 3 ── PMSA ── + ── DecoderLevel 3
+    stride 16            EncoderLevel 4 ── PMSA ───┘
 
 C0..C4 are the channels at strides 1, 2, 4, 8, 16; d h w stand for the size of a level.
+
+All convolutions are dense. Depthwise ones have fewer parameters, but a CPU needs several times as long for
+their gradients where there are many voxels (benchmarks/lha_blocks.py).
 """
 
 from math import prod
@@ -219,7 +222,8 @@ class LHANet(nn.Module):
     """Light hierarchical attention network.
 
     Args:
-        preset: "tiny", "small" or "base": channels and blocks, see PRESETS.
+        preset: "tiny", "small" or "base": channels and blocks, see PRESETS; 554,309, 2,058,937 and 5,041,345
+            parameters without router and deep supervision.
         heads: "size_aware", or "shared": one 1x1x1 convolution for all classes.
         attention: PMSA at strides 4, 8 and 16.
         router: in training also predict the size group of each voxel, and add its log probability to the
@@ -229,6 +233,9 @@ class LHANet(nn.Module):
             strides 1 and 2, which hold most of the memory; "all". True is "all", False is "none".
         strides: z y x of the four steps down. A level whose z has not been halved and is not about to be has
             kernels that look within a slice only.
+
+    Raises:
+        ValueError: an unknown preset, kind of heads or checkpointing policy.
     """
 
     def __init__(
@@ -287,17 +294,20 @@ class LHANet(nn.Module):
 
         In training with deep supervision the list of logits at strides 1, 2, 4, 8, each on its own grid;
         with a router a `TrainingOutput`.
+
+        Raises:
+            ValueError: wrong shape; in training with deep supervision, sides that had to be padded.
         """
         check_image(image, 1, ndim=3)
         padded, crop = padded_to_multiple(image, self.multiple, two_blocks=True)
         if self.training and self.supervision is not None:
             check_not_padded(image, padded, self.multiple)
-        x = fast_layout(self.run(0, self.stem, padded))
+        x = fast_layout(self.run(0, self.stem, padded))  # (N, C0, D, H, W)
         skips = [x]
         for level, encoder in enumerate(self.encoder, start=1):
-            x = self.run(level, encoder, x)
+            x = self.run(level, encoder, x)  # (N, C1..C4, d, h, w)
             skips.append(x)
-        features = [skips.pop()]  # of the decoder, in the end from stride 1 to stride 16
+        features = [skips.pop()]  # of the decoder, in the end (N, C0..C4, ...) from stride 1 to stride 16
         for level in (3, 2, 1, 0):
             features.insert(0, self.run(level, self.decoder[level], features[0], skips.pop()))
         logits = self.run(0, self.heads, *features[:3])
