@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from common.metrics import dice_from_counts, iou_from_counts, presence, summary, volume_similarity
-from common.surfaces import check_grid, diagonal_mm, distances_between, summarise, surfels
+from common.surfaces import check_grid, diagonal_mm, distances_between, share_within, summarise, surfels
 
-NOT_METRICS = ("case", "patient", "class", "name", "status")  # columns without a metric
+NOT_METRICS = ("case", "patient", "group", "class", "name", "status")  # columns without a metric
 
 
 def case_metrics(
@@ -20,6 +20,7 @@ def case_metrics(
     classes: Mapping[int, str],
     tolerances_mm: Sequence[float] = (1.0, 2.0),
     *,
+    organ_tolerances_mm: Mapping[int, float] | None = None,
     surfaces: bool = True,
     voxel_mm3: float | None = None,
 ) -> list[dict]:
@@ -30,6 +31,7 @@ def case_metrics(
         pred, target: (z, y, x) label maps of integers or booleans, 0 = background.
         spacing_mm: z y x.
         classes: {label: name}, without the background.
+        organ_tolerances_mm: {label: mm} of all classes; adds nsd_organ, the NSD with each class's own.
         surfaces: False leaves the distances out, which take most of the time.
         voxel_mm3: volume of a voxel, see `voxel_mm3` in common/nifti.py. None = the product of the spacings,
             which is right only where the axes are at right angles: not after gantry tilt.
@@ -57,6 +59,8 @@ def case_metrics(
         if surfaces:
             between = distances_between(*(e[label] for e in elements), pred.shape, spacing_mm)
             distances = summarise(between, worst_mm, tolerances_mm)
+            if organ_tolerances_mm is not None:
+                distances["nsd_organ"] = share_within(between, organ_tolerances_mm[label])
         rows.append(
             {
                 "class": label,
@@ -127,6 +131,46 @@ def class_table(rows: Sequence[dict]) -> list[dict]:
                 | number
             )
     return table
+
+
+def mean_of_classes(rows: Sequence[dict], metric: str) -> dict[str, float]:
+    """Mean over the classes of their means over the cases, in which NaN are left out.
+
+    Unlike "all" of `class_table`, a class that few cases have weighs as much as any other, which is how
+    challenges rank.
+
+    Args:
+        rows: as of `class_table`.
+
+    Returns:
+        mean, low, high: with the 95 % bootstrap interval by patient, which is NaN with fewer than two
+        patients. All NaN without a value.
+    """
+    cases, classes = (list(dict.fromkeys(r[key] for r in rows)) for key in ("case", "class"))
+    values = np.full((len(cases), len(classes)), np.nan)
+    patients = dict.fromkeys(cases, "")
+    for row in rows:
+        values[cases.index(row["case"]), classes.index(row["class"])] = row[metric]
+        patients[row["case"]] = row.get("patient", row["case"])
+    filled = np.nan_to_num(values)
+    is_value = ~np.isnan(values)
+    names, patient_of = np.unique(list(patients.values()), return_inverse=True)
+
+    def mean(weights: np.ndarray) -> float:  # of each case
+        counts = weights @ is_value
+        has_value = counts > 0
+        return float(np.mean((weights @ filled)[has_value] / counts[has_value]))
+
+    result = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
+    if is_value.any():
+        result["mean"] = mean(np.ones(len(cases)))
+    if len(names) > 1 and is_value.any():
+        drawn = np.random.default_rng(0).integers(len(names), size=(2000, len(names)))
+        times = [np.bincount(draw, minlength=len(names))[patient_of] for draw in drawn]
+        means = [mean(t) for t in times if (t @ is_value).any()]
+        edges = np.quantile(means, [0.025, 0.975])
+        result["low"], result["high"] = edges.tolist()
+    return result
 
 
 def case_means(rows: Sequence[dict], metric: str) -> dict[str, float]:

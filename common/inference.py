@@ -12,7 +12,7 @@ common/grids.py leads from the scan's grid to the network's and back.
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from common.windows import (
     stream_axis,
     sums_shape,
     window_starts,
+    windows_of_a_step,
 )
 
 AIR_LOGIT = 10.0  # of the background in a window that is skipped
@@ -49,6 +50,7 @@ def stream_scores(
     overlap: float = 0.5,
     batch_size: int = 1,
     flips: Sequence[Sequence[int]] = (),
+    mirrored_classes: Sequence[int] | None = None,
     skip: Callable[[Tensor], bool] | None = None,
     precision: Precision | None = None,
     axis: int = 0,
@@ -72,7 +74,9 @@ def stream_scores(
         overlap: least share of the patch that neighbours have in common.
         batch_size: windows in one call; halved, with a message, whenever the device runs out of memory.
         flips: axes of z y x = 0 1 2 to mirror in each pass; passes are averaged. ((), (2,)): as it is, and
-            left-right. Not where classes tell left from right.
+            left-right. Where classes tell left from right, that needs `mirrored_classes`.
+        mirrored_classes: for each class the one that it is in a mirror, such as the left kidney for the right
+            one; scores of passes that are mirrored along x change places accordingly. None: none does.
         skip: (C, d, h, w) of a window as read -> whether it is air. Such a window does not reach the network
             and counts as background, with a logit of 10 for class 0 (-10 for a single class).
         precision: of the network, None = float32. Sums are float32.
@@ -101,7 +105,7 @@ def stream_scores(
     weight_sum = torch.zeros(1, *buffer_shape, device=sums_device)
     image = torch.empty(math.prod(volume.shape[:-3]), *buffer_shape)
     starts = [window_starts(*pair, overlap) for pair in zip(size, patch, strict=True)]
-    windows = _windows_of_a_step(starts, patch, axis)
+    windows = windows_of_a_step(starts, patch, axis)
     done, skipped, rows_read = 0, 0, 0
     total = len(windows) * len(starts[axis])
 
@@ -130,7 +134,7 @@ def stream_scores(
                 waiting.append(window)
         while waiting:
             batch = torch.stack([image[window] for window in waiting[:batch_size]])
-            logits = _forward(network, batch.to(device), prepare, flips, precision)
+            logits = _forward(network, batch.to(device), prepare, flips, mirrored_classes, precision)
             if logits is None:
                 batch_size = _smaller_batch(len(batch), device, patch)
                 on_message(f"{device} is out of memory: going on with {batch_size} windows at a time")
@@ -174,6 +178,7 @@ def predict_labels(
     overlap: float = 0.5,
     batch_size: int = 1,
     flips: Sequence[Sequence[int]] = (),
+    mirrored_classes: Sequence[int] | None = None,
     value_range: Sequence[float] | None = None,
     air_below: float | None = None,
     precision: Precision | None = None,
@@ -182,6 +187,7 @@ def predict_labels(
     on_message: Callable[[str], None] = print,
     box: Box | None = None,
     threshold: float | None = None,
+    probabilities: Mapping[int, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Labels of a scan on its own grid, (Z, Y, X) uint8, by `stream_scores` on the working grid.
 
@@ -199,6 +205,8 @@ def predict_labels(
         box: (start, stop), each z y x: only these voxels are predicted, the others are 0. What is read around
             a box that is smaller than a patch: see `reading_box`.
         threshold: in (0, 1), with a single class only. None = 0.5.
+        probabilities: {class: (Z, Y, X) uint8 of zeros, in memory or mapped to a file}, of several classes;
+            what is predicted of each is filled with its probability, 0 to 1 as 0 to 255.
 
     Raises: as `stream_scores`, and ValueError for over 256 classes, or a box or threshold out of range.
     """
@@ -207,7 +215,7 @@ def predict_labels(
         raise ValueError(f"{num_classes} classes, threshold {threshold}: {rule}")
     labels = np.zeros(volume.shape[-3:], np.uint8)
     box = box or ((0, 0, 0), labels.shape)
-    inside = crop(labels, *box)  # refuses a box that does not lie in the scan
+    crop(labels, *box)  # refuses a box that does not lie in the scan
     read = reading_box(box, labels.shape, spacing_mm, working_spacing_mm, patch_shape)
     target = crop(labels, *read)
     working_shape = resampled_shape(target.shape, spacing_mm, working_spacing_mm)
@@ -238,6 +246,7 @@ def predict_labels(
         overlap=overlap,
         batch_size=batch_size,
         flips=flips,
+        mirrored_classes=mirrored_classes,
         skip=None if air_below is None else lambda window: bool(window.max() < air_below),
         precision=precision,
         axis=axis,
@@ -247,28 +256,24 @@ def predict_labels(
     )
     threshold_logit = 0.0 if threshold is None else math.log(threshold / (1 - threshold))
     rows_first = np.moveaxis(target, axis, 0)
+    maps = {k: np.moveaxis(crop(m, *read), axis, 0) for k, m in (probabilities or {}).items()}
     for row, scores in native_rows(slabs, rows_first.shape, working_shape[axis], axis):
         if num_classes == 1:
             pred = scores[0] > threshold_logit
         else:
-            pred = scores.max(dim=0).indices  # 2.5 times as fast as argmax
+            highest, pred = scores.max(dim=0)  # 2.5 times as fast as argmax
+            if maps:  # class by class: a softmax of all would take the memory of the scores once more
+                total = sum((score - highest).exp_() for score in scores)
+            for label, map_rows in maps.items():
+                share = (scores[label] - highest).exp_() / total
+                map_rows[row : row + len(pred)] = (share * 255).round_().to(torch.uint8).cpu().numpy()
         rows_first[row : row + len(pred)] = pred.to(torch.uint8).cpu().numpy()
-    if target.shape != inside.shape:  # labels of what was only read around the box are not wanted
-        labels_of_box = inside.copy()
-        target[...] = 0
-        inside[...] = labels_of_box
+    if read != box:  # what was only read around the box is not wanted
+        for array in (labels, *(probabilities or {}).values()):
+            of_box = crop(array, *box).copy()
+            crop(array, *read)[...] = 0
+            crop(array, *box)[...] = of_box
     return labels
-
-
-def _windows_of_a_step(
-    starts: Sequence[Sequence[int]], patch: Sequence[int], axis: int
-) -> list[tuple[slice, ...]]:
-    """Places of all windows at one position along the streaming axis, in the buffer of one patch's depth."""
-    in_buffer = [[0] if a == axis else starts[a] for a in range(3)]
-    return [
-        (slice(None), *(slice(s, s + p) for s, p in zip(corner, patch, strict=True)))
-        for corner in itertools.product(*in_buffer)
-    ]
 
 
 def _repeat_edges(image: Tensor, before: Sequence[int], size: Sequence[int]) -> None:
@@ -284,7 +289,12 @@ def _repeat_edges(image: Tensor, before: Sequence[int], size: Sequence[int]) -> 
 
 @torch.inference_mode()
 def _forward(
-    network: Callable, windows: Tensor, prepare: Callable, flips: Sequence, precision: Precision | None
+    network: Callable,
+    windows: Tensor,
+    prepare: Callable,
+    flips: Sequence,
+    mirrored_classes: Sequence[int] | None,
+    precision: Precision | None,
 ) -> Tensor | None:
     """Float32 logits averaged over `flips`; None where memory is too small."""
     try:
@@ -294,6 +304,8 @@ def _forward(
             with autocast(windows.device, precision) if precision else contextlib.nullcontext():
                 logits = network(image.flip(dims) if dims else image)
             logits = (logits.flip(dims) if dims else logits).float()
+            if mirrored_classes is not None and 2 in axes:
+                logits = logits[:, list(mirrored_classes)]
             total = logits if total is None else total + logits  # not +=: it may be the input itself
         return total / len(flips) if len(flips) > 1 else total
     except RuntimeError as error:

@@ -193,21 +193,27 @@ def summarise(
     `worst_mm` (the image's diagonal, so that a missed structure never scores better than a found one), NSD 0.
     """
     d = distances
-    names = [f"nsd_{tolerance:g}mm" for tolerance in tolerances_mm]
+    shares = {f"nsd_{tolerance:g}mm": share_within(d, tolerance) for tolerance in tolerances_mm}
     if not (d.pred_mm2.size and d.target_mm2.size):
         both = not (d.pred_mm2.size or d.target_mm2.size)
-        far, share = (float("nan"),) * 2 if both else (worst_mm, 0.0)
-        return dict.fromkeys(("hd_mm", "hd95_mm", "assd_mm"), far) | dict.fromkeys(names, share)
+        return dict.fromkeys(("hd_mm", "hd95_mm", "assd_mm"), float("nan") if both else worst_mm) | shares
     mm = np.concatenate([d.pred_to_target_mm, d.target_to_pred_mm])
     mm2 = np.concatenate([d.pred_mm2, d.target_mm2])
     hd95 = max(
         _percentile(d.pred_to_target_mm, d.pred_mm2, 0.95),
         _percentile(d.target_to_pred_mm, d.target_mm2, 0.95),
     )
-    metrics = {"hd_mm": float(mm.max()), "hd95_mm": hd95, "assd_mm": float(mm @ mm2 / mm2.sum())}
-    for name, tolerance_mm in zip(names, tolerances_mm, strict=True):
-        metrics[name] = float(mm2[mm <= tolerance_mm + ROUNDING_MM].sum() / mm2.sum())
-    return metrics
+    return {"hd_mm": float(mm.max()), "hd95_mm": hd95, "assd_mm": float(mm @ mm2 / mm2.sum())} | shares
+
+
+def share_within(distances: SurfaceDistances, tolerance_mm: float) -> float:
+    """NSD: share of the area of both surfaces that lies within `tolerance_mm` of the other one.
+
+    0 if one of the masks is empty, NaN if both are.
+    """
+    mm = np.concatenate([distances.pred_to_target_mm, distances.target_to_pred_mm])
+    mm2 = np.concatenate([distances.pred_mm2, distances.target_mm2])
+    return float(mm2[mm <= tolerance_mm + ROUNDING_MM].sum() / mm2.sum()) if mm2.size else float("nan")
 
 
 def _percentile(mm: np.ndarray, mm2: np.ndarray, share: float) -> float:

@@ -3,6 +3,7 @@
 common/inference.py carries it out.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -82,6 +83,17 @@ def reading_box(
 def stream_axis(shape: Sequence[int], patch_shape: Sequence[int]) -> int:
     """The axis (of z y x) that is longest in patches; along it one patch's depth has the fewest voxels."""
     return max(range(3), key=lambda axis: shape[axis] / patch_shape[axis])
+
+
+def windows_of_a_step(
+    starts: Sequence[Sequence[int]], patch: Sequence[int], axis: int
+) -> list[tuple[slice, ...]]:
+    """Places of all windows at one position along the streaming axis, in the buffer of one patch's depth."""
+    in_buffer = [[0] if a == axis else starts[a] for a in range(3)]
+    return [
+        (slice(None), *(slice(s, s + p) for s, p in zip(corner, patch, strict=True)))
+        for corner in itertools.product(*in_buffer)
+    ]
 
 
 def padded_shape(shape: Sequence[int], patch_shape: Sequence[int]) -> tuple[int, ...]:
