@@ -1,5 +1,6 @@
 """Pictures: training curves, overlays, panels. matplotlib and OpenCV are imported on use."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,22 +39,37 @@ def overlay(image: np.ndarray, mask: np.ndarray, color: tuple = PRED_COLOR, alph
     return rgb.round().astype(np.uint8)
 
 
-def outline(rgb: np.ndarray, mask: np.ndarray, color: tuple) -> np.ndarray:
-    """`rgb` (h, w, 3) with the one-pixel border of `mask` drawn in colour; a copy."""
+def outline(rgb: np.ndarray, mask: np.ndarray, color: tuple, dashed: bool = False) -> np.ndarray:
+    """`rgb` (h, w, 3) with the one-pixel border of `mask` drawn in colour, whole or dashed; a copy."""
     from scipy import ndimage
 
     rgb = rgb.copy()
     mask = mask.astype(bool)
-    rgb[mask & ~ndimage.binary_erosion(mask)] = color
+    border = mask & ~ndimage.binary_erosion(mask)
+    if dashed:  # three pixels with and three without
+        border &= np.indices(mask.shape).sum(axis=0) % 6 < 3
+    rgb[border] = color
     return rgb
 
 
 def save_panels(
-    path: str | Path, rows: list[list[np.ndarray]], titles: list[list[str]], height: float = 2.6
+    path: str | Path,
+    rows: list[list[np.ndarray]],
+    titles: list[list[str]],
+    height: float = 2.6,
+    legend: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
-    """A grid of images, (h, w) grey uint8 or (h, w, 3) RGB, each with its title."""
-    columns = max(len(row) for row in rows)
+    """A grid of images, (h, w) grey uint8 or (h, w, 3) RGB, each with its title.
+
+    `height` of an image is in inches; `legend` is {name: RGB}, drawn in a column on the right.
+    """
+    from matplotlib.patches import Patch
+
+    columns = max(len(row) for row in rows) + bool(legend)
     figure, axes = new_figure(len(rows), columns, (height * columns, (height + 0.25) * len(rows)))
+    if legend:
+        handles = [Patch(color=np.divide(rgb, 255), label=name) for name, rgb in legend.items()]
+        axes[0, -1].legend(handles=handles, loc="upper left", fontsize=8, frameon=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis_row, images, names in zip(axes, rows, titles, strict=True):

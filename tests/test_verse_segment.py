@@ -1,4 +1,4 @@
-"""verse_spine/segment.py and pictures.py: clean-up, counted bodies, planes; boxes of a stubbed heat map."""
+"""verse_spine/segment.py: clean-up, counted bodies; boxes of a stubbed heat map."""
 
 import time
 
@@ -9,11 +9,9 @@ from conftest import REAL_DATA
 
 from common.hardware import Precision
 from common.nifti import load_label, voxel_mm3
-from verse_spine import pictures
 from verse_spine.heatmap import small_grid
 from verse_spine.networks import TrainedModel, scale_patches
 from verse_spine.phantoms import spine_phantom
-from verse_spine.pictures import color_overlay, error_picture, middle, plane, save_planes, true_plane, window
 from verse_spine.segment import clean_up, count_bodies, predict_heatmap, segment, spine_region
 
 CPU = torch.device("cpu")
@@ -278,68 +276,6 @@ def test_intensity_by_range_uses_the_whole_scan():
     assert pred.sum() == 64 + 1, "above the middle, 1000 HU"
     segment(model, hu, (1, 1, 1), box=((2, 2, 2), (10, 10, 10)))
     assert seen[-1][1] == pytest.approx(0.1, abs=1e-3), "1200 HU is 0.1 of -1000..3000"
-
-
-# ---- planes ----
-
-
-def test_orientation_of_planes():
-    """RAS+: z up, y to the front, x to the patient's right."""
-    volume = np.zeros((10, 20, 30))
-    volume[9], volume[:, 19], volume[:, :, 29] = 1, 2, 4  # head, front, right; later ones win
-    coronal = plane(volume, 1, 5)
-    assert coronal.shape == (10, 30) and (coronal[0, 1:] == 1).all(), "head up"
-    assert (coronal[:, 0] == 4).all() and (coronal[:, -1] != 4).all(), "patient's right on the left"
-    axial = plane(volume, 0, 5)
-    assert (axial[0, 1:] == 2).all() and (axial[:, 0] == 4).all(), "front up, right on the left"
-    sagittal = plane(volume, 2, 5)
-    assert (sagittal[0, 1:] == 1).all() and (sagittal[:, 0] == 2).all(), "head up, front on the left"
-
-
-@pytest.mark.parametrize("labels", [False, True])
-def test_true_proportions(labels):
-    volume = np.zeros((10, 40, 30), np.int16)
-    volume[5:, 20:, 15:] = 7
-    spacing = (4.0, 0.5, 1.0)
-    shapes = [true_plane(volume, axis, 7, spacing, 1.0, labels).shape for axis in range(3)]
-    assert shapes == [(20, 30), (40, 30), (40, 20)]
-    picture = true_plane(volume, 2, 20, spacing, 1.0, labels)
-    assert (picture[:18, :8] == 7).all() and not picture[22:].any() and not picture[:, 12:].any()
-    if labels:
-        assert picture.dtype == volume.dtype and set(np.unique(picture)) == {0, 7}
-
-
-def test_middle_and_colours():
-    mask = np.zeros((20, 30, 40), bool)
-    assert middle(mask) == (10, 15, 20)
-    mask[4:7, 10:13, 30:33] = True
-    mask[19, 29, 0] = True
-    assert middle(mask) == (5, 11, 31), "the median, which a speck does not move"
-    assert window(np.array([-5000, -500, 400, 1300, 9999])).tolist() == [0, 0, 128, 255, 255]
-    grey = np.full((1, 5), 100, np.uint8)
-    error = error_picture(grey, np.array([[0, 1, 1, 0, 2]]), np.array([[0, 1, 0, 1, 1]]))
-    assert (error[0, 0] == 100).all() and (error[0, 1] == 100).all()
-    assert error[0, 2, 0] > 180 > error[0, 2, 2] and error[0, 3, 2] > 180 > error[0, 3, 0]
-    assert error[0, 4, 0] > 180, "the wrong class counts as too much"
-    colours = {tuple(color_overlay(grey, np.full((1, 5), k))[0, 0]) for k in range(1, 7)}
-    assert len(colours) == 6
-
-
-@pytest.mark.parametrize("with_target", [False, True])
-def test_panels(with_target, tmp_path, monkeypatch):
-    """Three rows; scan and prediction, or scan, truth, prediction and error; resampled once a plane."""
-    seen = []
-    monkeypatch.setattr(pictures, "save_panels", lambda path, rows, titles: seen.append((rows, titles)))
-    hu, pred = np.zeros((5, 20, 24), np.int16), np.zeros((5, 20, 24), np.uint8)
-    pred[2:4, 5:9, 6:12] = 2
-    save_planes(tmp_path / "p.png", hu, (4, 1, 1), pred, pred if with_target else None, title="case")
-    rows, titles = seen[0]
-    assert [len(row) for row in rows] == [4 if with_target else 2] * 3
-    assert [row[0].shape for row in rows] == [(20, 24), (20, 24), (20, 20)]
-    assert titles[0][0] == "axial case" and titles[1][0] == "coronal" and "prediction" in titles[2]
-    assert all(len(row) == len(names) for row, names in zip(rows, titles, strict=True))
-    coloured = (rows[0][-2 if with_target else -1].std(axis=-1) > 0).sum()
-    assert coloured == 24, "the prediction is drawn: 4 x 6 pixels"
 
 
 def test_out_of_memory_is_told_and_gone_on_with(capsys):

@@ -35,12 +35,13 @@ from common.config import (
 from common.files import make_folder, write_json
 from common.hardware import choose_precision, describe_device, peak_memory_mib, start_device
 from common.nifti import NIFTI_SUFFIXES, case_name, open_nifti, save_label
+from common.planes import save_planes
 from common.runs import run_dir_of
 from common.volumes import crop
 from common.windows import prediction_peak_mib, reading_box
 from verse_spine.labels import class_names, num_outputs, unmap_labels, write_centroids
 from verse_spine.networks import TrainedModel, load_trained
-from verse_spine.pictures import save_planes
+from verse_spine.pictures import LABEL_COLORS, WINDOW_HU
 from verse_spine.region import find_region
 from verse_spine.segment import clean_up, mask_centroids, segment
 
@@ -188,7 +189,15 @@ def predict_scan(
     write_centroids(out / f"{name}_{ending}.json", mask_centroids(mask, file, labels))
     inside = crop(mask, start, stop)
     if args.save_preview:
-        save_planes(out / f"{name}_preview.png", image, file.spacing_mm, inside, title=name)
+        save_planes(
+            out / f"{name}_preview.png",
+            image,
+            file.spacing_mm,
+            inside,
+            palette=LABEL_COLORS,
+            value_range=WINDOW_HU,
+            title=name,
+        )
     if args.save_3d:
         from verse_spine.views import save_views
 

@@ -1,33 +1,27 @@
 """Tables and the readable summary of an evaluation."""
 
-import math
 from pathlib import Path
 
 import numpy as np
 
-from common import distributed
-from common.batch import failed_lines
+from common import report
 from common.class_metrics import class_table
-from common.files import make_folder, replacing
 from common.metrics import write_table
 
 HEAT_MAP_FAINT = "whole scan, heat map faint"  # in the column "region"
-FILES = ("results.csv", "cases.csv", "summary.csv", "summary.md")
+FILES = ("results.csv", "cases.csv", "summary.csv", report.SUMMARY)
 
 
 def clear_report(out: Path) -> None:
     """Make the folder, and remove what an earlier evaluation left there."""
-    make_folder(out)
-    if distributed.is_main():
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
+    report.clear_report(out, FILES)
 
 
 def write_report(
     rows: list[dict], out: Path, title: str, failed: dict[str, str], notes: tuple[str, ...] = ()
 ) -> None:
     """Write the four FILES; print the summary, `notes` and what failed."""
-    make_folder(out)
+    clear_report(out)
     lines = [title, *(f"NOTE: {note}" for note in notes), ""]
     if rows:
         by_class = [r for row in rows for r in row["classes"]]
@@ -36,31 +30,13 @@ def write_report(
         write_table(out / "cases.csv", [{k: v for k, v in row.items() if k != "classes"} for row in rows])
         write_table(out / "summary.csv", table)
         lines += summary_lines(rows, table)
-    else:
-        clear_report(out)  # tables of an earlier evaluation
-    failures = failed_lines(failed)
-    with replacing(out / "summary.md") as partial:
-        partial.write_text("\n".join([*lines, *failures]) + "\n", encoding="utf8")
-    print("\n".join([*lines, f"written to {out}", *failures]))
+    report.write_summary(out, lines, failed)
 
 
 def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
     """Markdown: one line for each class, then what only whole cases tell."""
-    shown = ("dice", "nsd_1mm", "nsd_2mm", "hd95_mm", "assd_mm")
-    lines = [f"| class | {' | '.join(shown)} | cases | missed | hallucinated |"]
-    lines.append("|---" * (len(shown) + 4) + "|")
-    for name in dict.fromkeys(r["name"] for r in table):
-        entries = {r["metric"]: r for r in table if r["name"] == name}
-        values = [mean_and_interval(entries[metric]) for metric in shown]
-        dice = entries["dice"]
-        if dice["n"]:  # a level that no scan shows would be a row of nothing
-            counts = f"{dice['n']} | {dice['missed']} | {dice['hallucinated']}"
-            lines.append(f"| {name} | {' | '.join(values)} | {counts} |")
-    lines += [
-        "",
-        "Means, with a 95 % bootstrap interval by patient where there are several; a missed class counts "
-        "Dice 0, and so does one in a scan that does not have it (hallucinated).",
-    ]
+    lines = report.class_lines(table, ("dice", "nsd_1mm", "nsd_2mm", "hd95_mm", "assd_mm"))
+    lines += ["", report.EXPLANATION]
     if without := sum(row.get("region") == HEAT_MAP_FAINT for row in rows):
         lines.append(f"In {without} scan(s) the heat map found no spine and the whole scan was searched.")
     if "hits" in rows[0]:
@@ -78,9 +54,3 @@ def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
         if values and (has_names or key not in ("dice_classes", "dice_inner")):
             lines.append(f"{text}: mean {np.mean(values):.4f}, lowest {np.min(values):.4f}")
     return lines
-
-
-def mean_and_interval(entry: dict) -> str:
-    """0.853 (0.820-0.880) of an entry of `class_table`; without an interval the mean alone."""
-    interval = "" if math.isnan(entry["low"]) else f" ({entry['low']:.3f}-{entry['high']:.3f})"
-    return f"{entry['mean']:.3f}{interval}"

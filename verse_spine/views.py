@@ -22,11 +22,12 @@ from common.config import make_parser, parse_args, run_script
 from common.files import make_folder
 from common.mesh import save_html, split_mesh, surface_mesh
 from common.nifti import case_name, load_label, load_nifti, same_grid
+from common.planes import color_overlay, grey_picture
 from common.render import label_colors, make_scene, render_scene
 from common.views import save_pictures, save_triptych, save_turntable, trimmed
 from verse_spine.curved import curved_planar
 from verse_spine.labels import LABEL_NAMES, body_centres
-from verse_spine.pictures import LABEL_COLORS, color_overlay, window
+from verse_spine.pictures import LABEL_COLORS, WINDOW_HU
 from verse_spine.segment import count_bodies
 
 VIEWS = {"front": 0, "left side": 90, "back": 180}  # degrees
@@ -141,8 +142,8 @@ def save_curved(
     for plane in ("sagittal", "coronal"):
         straight = curved_planar(image, points, spacing_mm, 55, plane=plane, pixel_mm=0.5)
         mask = curved_planar(labels, points, spacing_mm, 55, plane=plane, pixel_mm=0.5, order=0, fill=0)
-        grey = window(straight)
-        pictures += [np.repeat(grey[..., None], 3, -1), color_overlay(grey, mask, 0.45)]
+        grey = grey_picture(straight, WINDOW_HU)
+        pictures += [np.repeat(grey[..., None], 3, -1), color_overlay(grey, mask, LABEL_COLORS, 0.45)]
         titles += [f"{plane}, straightened", "with the mask"]
     save_pictures(path, pictures, titles)
 

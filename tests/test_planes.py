@@ -1,0 +1,77 @@
+"""common/planes.py: slices of a scan as they are shown, in true proportions, with labels and errors."""
+
+import numpy as np
+import pytest
+
+from common import planes
+from common.planes import color_overlay, error_picture, grey_picture, middle, plane, save_planes, true_plane
+
+COLORS = np.array([[230, 30, 30], [30, 160, 230], [60, 190, 60], [240, 180, 20]], np.uint8)
+
+
+def test_orientation_of_planes():
+    """RAS+: z up, y to the front, x to the patient's right."""
+    volume = np.zeros((10, 20, 30))
+    volume[9], volume[:, 19], volume[:, :, 29] = 1, 2, 4  # head, front, right; later ones win
+    coronal = plane(volume, 1, 5)
+    assert coronal.shape == (10, 30) and (coronal[0, 1:] == 1).all(), "head up"
+    assert (coronal[:, 0] == 4).all() and (coronal[:, -1] != 4).all(), "patient's right on the left"
+    axial = plane(volume, 0, 5)
+    assert (axial[0, 1:] == 2).all() and (axial[:, 0] == 4).all(), "front up, right on the left"
+    sagittal = plane(volume, 2, 5)
+    assert (sagittal[0, 1:] == 1).all() and (sagittal[:, 0] == 2).all(), "head up, front on the left"
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_true_proportions(labels):
+    volume = np.zeros((10, 40, 30), np.int16)
+    volume[5:, 20:, 15:] = 7
+    spacing = (4.0, 0.5, 1.0)
+    shapes = [true_plane(volume, axis, 7, spacing, 1.0, labels).shape for axis in range(3)]
+    assert shapes == [(20, 30), (40, 30), (40, 20)]
+    picture = true_plane(volume, 2, 20, spacing, 1.0, labels)
+    assert (picture[:18, :8] == 7).all() and not picture[22:].any() and not picture[:, 12:].any()
+    if labels:
+        assert picture.dtype == volume.dtype and set(np.unique(picture)) == {0, 7}
+
+
+def test_middle_and_colours():
+    mask = np.zeros((20, 30, 40), bool)
+    assert middle(mask) == (10, 15, 20)
+    mask[4:7, 10:13, 30:33] = True
+    mask[19, 29, 0] = True
+    assert middle(mask) == (5, 11, 31), "the median, which a speck does not move"
+    assert grey_picture(np.array([-5000, -500, 400, 1300, 9999]), (-500, 1300)).tolist() == [
+        0,
+        0,
+        128,
+        255,
+        255,
+    ]
+    grey = np.full((1, 5), 100, np.uint8)
+    error = error_picture(grey, np.array([[0, 1, 1, 0, 2]]), np.array([[0, 1, 0, 1, 1]]))
+    assert (error[0, 0] == 100).all() and (error[0, 1] == 100).all()
+    assert error[0, 2, 0] > 180 > error[0, 2, 2] and error[0, 3, 2] > 180 > error[0, 3, 0]
+    assert error[0, 4, 0] > 180, "the wrong class counts as too much"
+    colored = color_overlay(grey, np.array([[0, 1, 2, 4, 5]]), COLORS)[0].tolist()
+    expected = [[100] * 3, [165, 65, 65], [65, 130, 165], [170, 140, 60], [165, 65, 65]]
+    assert colored == expected, "half of each; the fifth label begins again with the first colour"
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+def test_panels(with_target, tmp_path, monkeypatch):
+    """Three rows; scan and prediction, or scan, truth, prediction and error; resampled once a plane."""
+    seen = []
+    monkeypatch.setattr(planes, "save_panels", lambda path, rows, titles, legend: seen.append((rows, titles)))
+    hu, pred = np.zeros((5, 20, 24), np.int16), np.zeros((5, 20, 24), np.uint8)
+    pred[2:4, 5:9, 6:12] = 2
+    target = pred if with_target else None
+    look = {"palette": COLORS, "value_range": (-500, 1300)}
+    save_planes(tmp_path / "p.png", hu, (4, 1, 1), pred, target, **look, title="case")
+    rows, titles = seen[0]
+    assert [len(row) for row in rows] == [4 if with_target else 2] * 3
+    assert [row[0].shape for row in rows] == [(20, 24), (20, 24), (20, 20)]
+    assert titles[0][0] == "axial case" and titles[1][0] == "coronal" and "prediction" in titles[2]
+    assert all(len(row) == len(names) for row, names in zip(rows, titles, strict=True))
+    coloured = (rows[0][-2 if with_target else -1].std(axis=-1) > 0).sum()
+    assert coloured == 24, "the prediction is drawn: 4 x 6 pixels"
