@@ -1,15 +1,26 @@
-"""Every case of a data set once, in several processes; a case that fails costs the others nothing."""
+"""Every case of a data set once, in several processes; a case that fails costs the others nothing.
+
+A converted data set is a folder with <name>.h5 for each case in `cases`, notes of them all in
+preprocessing.json, and cases.csv for the reader.
+"""
 
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+from common.files import read_json, write_json
+from common.hdf5 import CaseFile
+from common.metrics import write_table
+from common.splits import natural_key
+
+NOTES = "preprocessing.json"
 
 
 def convert_cases(
@@ -81,6 +92,77 @@ def file_stamp(paths: Sequence[Path]) -> list[list]:
     Both size and time count: a mask that was corrected often keeps its size.
     """
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+
+
+# ---- what is noted of a converted data set ----
+
+
+def finished_entries(out: Path, stamps: Mapping[str, list], settings: Mapping[str, dict]) -> dict[str, dict]:
+    """{name: entry} of an earlier, perhaps interrupted conversion that still hold; tells how many they are.
+
+    An entry holds if it has the settings and the stamp of now and its <out>/cases/<name>.h5 can be opened.
+
+    Args:
+        stamps: {name: `file_stamp` of its files} of every case that is to be converted.
+        settings: {name: what decides how the case comes out}, plain values.
+    """
+    known = {}
+    if (out / NOTES).is_file():
+        known = {entry["name"]: entry for entry in read_json(out / NOTES, {"cases": list})["cases"]}
+    done, num_changed = {}, 0
+    for name, stamp in stamps.items():
+        entry, file = known.get(name), out / "cases" / f"{name}.h5"
+        if entry and entry["settings"] == settings[name] and entry["stamp"] == stamp:
+            try:
+                CaseFile(file).shape  # noqa: B018  opens it
+                done[name] = entry
+                continue
+            except (ValueError, OSError):
+                pass
+        num_changed += file.is_file()
+    if done:
+        print(f"{len(done)} of {len(stamps)} cases are converted already")
+    if num_changed:
+        why = "were not finished, or made with other settings or from other files"
+        print(f"{num_changed} case(s) {why}, and are converted again")
+    return done
+
+
+def write_notes(out: Path, entries: Mapping[str, dict], about_all: dict) -> None:
+    """<out>/preprocessing.json: `about_all` and, under "cases", the entries by natural order of their names.
+
+    To be called after each case, so that a conversion that is interrupted can go on where it stopped.
+    """
+    write_json(out / NOTES, {**about_all, "cases": ordered_entries(entries)})
+
+
+def ordered_entries(entries: Mapping[str, dict]) -> list[dict]:
+    """The entries by natural order of their names: case 9 before case 10."""
+    return [entries[name] for name in sorted(entries, key=natural_key)]
+
+
+def finish_notes(out: Path, entries: Mapping[str, dict], about_all: dict, rows: Sequence[dict]) -> None:
+    """The last notes of a conversion: preprocessing.json, and the rows as cases.csv.
+
+    Without any entry both are removed, since what an earlier conversion noted does not hold any more.
+    """
+    if not entries:
+        (out / NOTES).unlink(missing_ok=True)
+        (out / "cases.csv").unlink(missing_ok=True)
+        return
+    write_notes(out, entries, about_all)
+    write_table(out / "cases.csv", list(rows))
+
+
+def print_failed(reasons: Mapping[str, str], what: str = "could not be converted") -> None:
+    """A line that counts the cases, then one for each with its reason; nothing where there are none."""
+    if reasons:
+        print(f"{len(reasons)} case(s) {what}:")
+        for name, reason in reasons.items():
+            print(f"  {name}: {reason}")
+
+
+# ---- workers ----
 
 
 def _attempt(convert: Callable[..., Any], case: Any, *arguments: Any) -> tuple[Any, str]:

@@ -475,11 +475,6 @@ def test_disk_full_while_the_notes_are_written(three, tmp_path, monkeypatch, con
     assert convert(three, out, "--spacing", 4, 4, 4) == 0 and len(entries(out)) == 3
 
 
-def test_cases_are_noted_by_number_not_by_letter():
-    entries = {name: {"name": name} for name in ("s10", "s9", "s100")}
-    assert [entry["name"] for entry in preprocess._ordered(entries)] == ["s9", "s10", "s100"]
-
-
 def test_processes_give_the_same_as_one(three, tmp_path):
     make_case(three, "sub-verse004", shift_mm=40)
     outs = tmp_path / "one", tmp_path / "two"

@@ -22,14 +22,21 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import make_parser, non_negative_int, parse_args, run_script
-from common.conversion import convert_cases, file_stamp
-from common.files import make_folder, read_json, write_json
-from common.hdf5 import CaseFile, write_case
+from common.conversion import (
+    convert_cases,
+    file_stamp,
+    finish_notes,
+    finished_entries,
+    ordered_entries,
+    print_failed,
+    write_notes,
+)
+from common.files import make_folder, read_json
+from common.hdf5 import write_case
 from common.hu import why_not_hu
 from common.metrics import write_table
 from common.nifti import load_label, load_nifti, same_grid, voxel_mm3
 from common.patches import location_index
-from common.splits import natural_key
 from common.volumes import (
     body_box,
     box_of,
@@ -203,14 +210,15 @@ def convert(args: Namespace) -> dict[str, str]:
     out, spacing_mm = Path(args.out), tuple(args.spacing)
     cases = find_cases(args.source)
     make_folder(out / "cases")
-    notes_file = out / "preprocessing.json"
-    done = _finished(notes_file, cases, out, spacing_mm)
-    if done:
-        print(f"{len(done)} of {len(cases)} cases are converted already")
+    about_all = {
+        "spacing_mm": list(spacing_mm),
+        "hu_range": HU_RANGE,
+        "labels": class_names("levels26"),
+    }
+    stamps = {case.name: _stamp(case) for case in cases}
+    settings = {case.name: {"spacing_mm": list(spacing_mm)} for case in cases}
+    done = finished_entries(out, stamps, settings)
     todo = [case for case in cases if case.name not in done]
-    if changed := sum((out / "cases" / f"{case.name}.h5").is_file() for case in todo):
-        why = "were not finished, or made with other settings or from other files"
-        print(f"{changed} case(s) {why}, and are converted again")
     failed: dict[str, str] = {}
     quarantined: dict[str, str] = {}
     results = convert_cases(_convert_or_quarantine, todo, out, spacing_mm, workers=args.workers)
@@ -221,62 +229,22 @@ def convert(args: Namespace) -> dict[str, str]:
             quarantined[case.name] = entry["quarantined"]
         else:
             done[case.name] = entry
-            _write_notes(notes_file, done, spacing_mm)
+            write_notes(out, done, about_all)
     (out / "quarantine.csv").unlink(missing_ok=True)
     if quarantined:
         rows = [{"case": name, "reason": reason} for name, reason in sorted(quarantined.items())]
         write_table(out / "quarantine.csv", rows)
-    outcomes = {"could not be converted": failed, "set aside, see quarantine.csv": quarantined}
-    for title, reasons in outcomes.items():
-        if reasons:
-            print(f"{len(reasons)} case(s) {title}:")
-            for name, reason in reasons.items():
-                print(f"  {name}: {reason}")
-    if not done:  # what an earlier conversion noted does not hold any more
-        notes_file.unlink(missing_ok=True)
-        (out / "cases.csv").unlink(missing_ok=True)
-    else:
-        _write_notes(notes_file, done, spacing_mm)
-        columns = ("name", "subject", "part", "edition", "shape", "vertebra_ml", "compression", "notes")
-        rows = [{k: e[k] for k in columns} | {"vertebrae": len(e["vertebrae"])} for e in _ordered(done)]
-        write_table(out / "cases.csv", rows)
+    print_failed(failed)
+    print_failed(quarantined, "set aside, see quarantine.csv")
+    columns = ("name", "subject", "part", "edition", "shape", "vertebra_ml", "compression", "notes")
+    rows = [{k: e[k] for k in columns} | {"vertebrae": len(e["vertebrae"])} for e in ordered_entries(done)]
+    finish_notes(out, done, about_all, rows)
+    if done:
         parts = [e["part"] for e in done.values()]
         counts = ", ".join(f"{part or 'without a part'} {parts.count(part)}" for part in dict.fromkeys(parts))
         vertebrae = sum(len(e["vertebrae"]) for e in done.values())
         print(f"{len(done)} cases in {out}: {counts}; {vertebrae} vertebrae")
     return failed | quarantined
-
-
-def _finished(notes_file: Path, cases: list[Case], out: Path, spacing_mm: Spacing) -> dict[str, dict]:
-    """Entries of an earlier, perhaps interrupted conversion that still hold."""
-    if not notes_file.is_file():
-        return {}
-    known = {e["name"]: e for e in read_json(notes_file, {"cases": list})["cases"]}
-    wanted = {"spacing_mm": list(spacing_mm)}  # a case made with another spacing is made again
-    done = {}
-    for case in cases:
-        entry = known.get(case.name)
-        if entry and entry["settings"] == wanted and entry["stamp"] == _stamp(case):
-            try:
-                CaseFile(out / "cases" / f"{case.name}.h5").shape  # noqa: B018  opens it
-            except (ValueError, OSError):
-                continue
-            done[case.name] = entry
-    return done
-
-
-def _ordered(entries: dict[str, dict]) -> list[dict]:
-    return [entries[name] for name in sorted(entries, key=natural_key)]
-
-
-def _write_notes(path: Path, done: dict[str, dict], spacing_mm: Spacing) -> None:
-    content = {
-        "spacing_mm": list(spacing_mm),
-        "hu_range": HU_RANGE,
-        "labels": class_names("levels26"),
-        "cases": _ordered(done),
-    }
-    write_json(path, content)
 
 
 def main(argv: list[str] | None = None) -> int:
