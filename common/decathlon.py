@@ -1,4 +1,7 @@
-"""The Medical Segmentation Decathlon's folder layout: imagesTr/, labelsTr/, dataset.json."""
+"""The Medical Segmentation Decathlon's folder layout: imagesTr/, labelsTr/, dataset.json.
+
+AMOS22 has it too, with imagesVa/ and labelsVa/ for validation beside it.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +13,11 @@ from common.splits import natural_key
 
 @dataclass(frozen=True)
 class Case:
-    """One scan and its label, both files on disk."""
+    """One scan and its label, both files on disk; None for one that `list_files` did not find."""
 
     case_id: str
-    image: Path
-    label: Path
+    image: Path | None
+    label: Path | None
 
 
 def find_decathlon(folder: str | Path) -> Path | None:
@@ -41,20 +44,51 @@ def list_cases(folder: str | Path) -> list[Case]:
                 f"{folder}: no folder {name}; expected the Decathlon layout imagesTr/, labelsTr/ and "
                 "dataset.json"
             )
-    images, labels = _files_by_case(folder / "imagesTr"), _files_by_case(folder / "labelsTr")
-    if not images and not labels:
+    cases, same = list_files(folder, "Tr")
+    if same:
+        raise ValueError("; ".join(same))
+    if not cases:
         raise ValueError(f"{folder}: imagesTr and labelsTr hold no .nii or .nii.gz file")
+    without = {
+        "scan(s) without a file of that name in labelsTr": [c.case_id for c in cases if c.label is None],
+        "label(s) without a file of that name in imagesTr": [c.case_id for c in cases if c.image is None],
+    }
     problems = []
-    for kind, names in (
-        ("scan(s) without a file of that name in labelsTr", images.keys() - labels.keys()),
-        ("label(s) without a file of that name in imagesTr", labels.keys() - images.keys()),
-    ):
+    for kind, names in without.items():
         if names:
-            listed = ", ".join(sorted(names, key=natural_key)[:10])
-            problems.append(f"{len(names)} {kind}: {listed}{', ...' if len(names) > 10 else ''}")
+            more = ", ..." if len(names) > 10 else ""
+            problems.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
     if problems:
         raise ValueError(f"{folder}: {'; '.join(problems)}. Add the missing files or move these away")
-    return [Case(name, images[name], labels[name]) for name in sorted(images, key=natural_key)]
+    return cases
+
+
+def list_files(folder: str | Path, part: str) -> tuple[list[Case], list[str]]:
+    """What images<part> and labels<part> hold, whether complete or not; either folder may be missing.
+
+    Args:
+        part: Tr for training, Va for validation (in AMOS22), Ts for the test, which mostly has no labels.
+
+    Returns:
+        cases in the natural order of their names, with None for the file that a case lacks; problems: a
+        sentence for each file that is left out because it is one case with another file.
+    """
+    files: dict[str, dict[str, Path]] = {}
+    problems = []
+    for kind in ("image", "label"):
+        inside = Path(folder) / f"{kind}s{part}"
+        for path in sorted(inside.iterdir()) if inside.is_dir() else ():
+            if not is_nifti(path):
+                continue
+            of_case = files.setdefault(case_name(path), {})
+            if kind in of_case:
+                problems.append(
+                    f"{inside}: {of_case[kind].name} and {path.name} are the same case; move one away"
+                )
+            else:
+                of_case[kind] = path
+    names = sorted(files, key=natural_key)
+    return [Case(name, files[name].get("image"), files[name].get("label")) for name in names], problems
 
 
 def read_dataset_json(folder: str | Path) -> dict:
@@ -65,11 +99,3 @@ def read_dataset_json(folder: str | Path) -> dict:
     """
     path = Path(folder) / "dataset.json"
     return read_json(path) if path.is_file() else {}
-
-
-def _files_by_case(folder: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if is_nifti(path) and (other := files.setdefault(case_name(path), path)) != path:
-            raise ValueError(f"{folder}: {other.name} and {path.name} are the same case; move one away")
-    return files

@@ -30,6 +30,7 @@ def location_index(
     image: np.ndarray | None = None,
     *,
     hard_negative_above: float | None = None,
+    boundary_per_class: bool = False,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Random places of each kind, so that training never has to look through a volume; repeatable by `seed`.
@@ -39,11 +40,14 @@ def location_index(
         image: (z, y, x), needed for hard negatives only.
         hard_negative_above: background brighter than this is a hard negative, e.g. 150 HU beside vertebrae:
             ribs, pelvis, metal. None: the index has no `hard_negative`.
+        boundary_per_class: also list the boundary of each label by itself, so that that of a small organ is
+            not lost among those of large ones.
 
     Returns:
         (n, 3) uint16 places z y x: `class_<n>` for each value above 0 found, `boundary` (a voxel of a label,
-        one of its 6 neighbours has another value), `hard_negative`. The last two may be empty. Of each kind
-        there are at most MOST_PER_CLASS, MOST_BOUNDARY and MOST_HARD_NEGATIVES.
+        one of its 6 neighbours has another value), `boundary_<n>` if asked for, `hard_negative`. All but the
+        first may be empty. Of each kind there are at most MOST_PER_CLASS, MOST_BOUNDARY (of each label) and
+        MOST_HARD_NEGATIVES.
 
     Raises:
         ValueError: a label of another type or too large, an image that is missing or of another shape.
@@ -60,8 +64,9 @@ def location_index(
         return np.stack(np.unravel_index(flat, label.shape), axis=1).astype(np.uint16)
 
     foreground = np.flatnonzero(label)
-    values = label.ravel()[foreground]
-    index = {f"class_{n}": pick(foreground[values == n], MOST_PER_CLASS) for n in np.unique(values)}
+    numbers = label.ravel()[foreground]
+    found = np.unique(numbers)
+    index = {f"class_{n}": pick(foreground[numbers == n], MOST_PER_CLASS) for n in found}
 
     edge = np.zeros(label.shape, bool)
     for axis in range(3):
@@ -69,7 +74,11 @@ def location_index(
         changes = values[1:] != values[:-1]
         edges[1:] |= changes
         edges[:-1] |= changes
-    index["boundary"] = pick(foreground[edge.ravel()[foreground]], MOST_BOUNDARY)
+    is_edge = edge.ravel()[foreground]
+    index["boundary"] = pick(foreground[is_edge], MOST_BOUNDARY)
+    if boundary_per_class:
+        for n in found:
+            index[f"boundary_{n}"] = pick(foreground[is_edge & (numbers == n)], MOST_BOUNDARY)
 
     if hard_negative_above is not None:
         if image is None or image.shape != label.shape:

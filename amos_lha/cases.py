@@ -1,0 +1,188 @@
+"""Which files of a folder in AMOS22's layout belong together; which scans are MR; which organs are labelled.
+
+    imagesTr/amos_0001.nii.gz    labelsTr/amos_0001.nii.gz     training
+    imagesVa/amos_0008.nii.gz    labelsVa/amos_0008.nii.gz     validation
+    imagesTs/amos_0010.nii.gz                                  test, without labels
+    dataset.json
+
+AMOS numbers its CT below 500 and its MR from 500 on. Cases of other names are taken too; their dataset.json
+has to tell whether they are CT or MR, e.g. "modality": {"0": "CT"}.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from amos_lha.organs import ORGANS
+from common.decathlon import find_decathlon, list_files, read_dataset_json
+from common.nifti import Scan, load_label, load_nifti, same_grid
+
+PARTS = {"Tr": "train", "Va": "val", "Ts": "test"}  # ending of the folder: part
+FIRST_MR = 500
+AMOS22 = "AMOS22 has 200 CT and 40 MR for training, 100 CT and 20 MR for validation"
+SPELLINGS = {  # other names of organs, by number
+    2: ("kidney right",),
+    3: ("kidney left",),
+    4: ("gall bladder",),
+    5: ("oesophagus",),
+    8: ("arota",),
+    9: ("postcava", "ivc"),
+    11: ("right adrenal", "adrenal gland right", "rad"),
+    12: ("left adrenal", "adrenal gland left", "lad"),
+    14: ("urinary bladder",),
+    15: ("prostate", "uterus", "prostate or uterus"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan and its label.
+
+    Attributes:
+        part: "train", "val" or "test".
+        modality: "ct" or "mr"; None where neither the name nor dataset.json tells.
+        labelled: numbers of the organs that the case has labels for, present in the scan or not.
+        image, label: None where the data set does not have the file.
+    """
+
+    name: str
+    part: str
+    modality: str | None
+    labelled: tuple[int, ...]
+    image: Path | None
+    label: Path | None
+
+
+def list_data_set(folder: str | Path, labelled: list[int] | None = None) -> tuple[list[Case], list[str]]:
+    """Every case of a folder, complete or not, in natural order of the names, part by part.
+
+    Args:
+        labelled: numbers of the organs that are labelled in all cases. None: "labelled" of dataset.json, a
+            list of numbers or {case name: list}; else the organs that its "labels" name; else all.
+
+    Returns:
+        cases; problems: a sentence for each file that had to be left out, and for each name in two parts.
+
+    Raises:
+        FileNotFoundError: no such folder, or no folder imagesTr in it.
+        ValueError: dataset.json cannot be read, its labels are not AMOS's, or a number is not an organ's.
+    """
+    root = find_decathlon(folder)
+    if root is None:
+        raise FileNotFoundError(
+            f"--data_path {folder}: no folder imagesTr in it; expected AMOS22's layout imagesTr/, labelsTr/ "
+            "and, if there are any, imagesVa/, labelsVa/, imagesTs/ and dataset.json"
+        )
+    notes = read_dataset_json(root)
+    check_label_names(notes, root / "dataset.json")
+    cases, problems = [], []
+    part_of: dict[str, str] = {}
+    for ending, part in PARTS.items():
+        files, same = list_files(root, ending)
+        problems += same
+        for file in files:
+            if (other := part_of.setdefault(file.case_id, part)) != part:
+                problems.append(
+                    f"{root}: {file.case_id} is a case of {other} and of {part}; remove one of them"
+                )
+            modality = _modality(file.case_id, notes)
+            organs = _labelled(file.case_id, notes, labelled, root / "dataset.json")
+            cases.append(Case(file.case_id, part, modality, organs, file.image, file.label))
+    return cases, problems
+
+
+def load_case_label(path: Path) -> Scan:
+    """A label map of organs, uint8.
+
+    Raises:
+        ValueError: as `load_label`, or a number that is not an organ's.
+    """
+    label = load_label(path)
+    if unknown := [n for n in np.flatnonzero(np.bincount(label.array.ravel())).tolist() if n > max(ORGANS)]:
+        raise ValueError(
+            f"{path}: label value(s) {', '.join(map(str, unknown[:10]))}; AMOS's organs are 1 to 15. Is it a "
+            "label of another data set?"
+        )
+    return label
+
+
+def load_pair(case: Case) -> tuple[Scan, Scan]:
+    """Scan and label of a case, checked against each other.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or unreadable, the two do not fit, or the label holds
+            other numbers than those of organs labelled in this case.
+    """
+    if case.image is None or case.label is None:
+        missing, there = ("label", case.image) if case.label is None else ("scan", case.label)
+        raise ValueError(f"{there}: has no {missing} of the same name; add it, or move this file away")
+    scan, label = load_nifti(case.image), load_case_label(case.label)
+    if not same_grid(scan, label):
+        raise ValueError(
+            f"{case.label}: lies on another grid than {case.image.name} (label {label.array.shape} "
+            f"{label.orientation}, scan {scan.array.shape} {scan.orientation}, z y x in RAS); take the label "
+            "that was drawn on this scan, or resample it to it"
+        )
+    found = np.flatnonzero(np.bincount(label.array.ravel()))
+    if surplus := [n for n in found.tolist() if n and n not in case.labelled]:
+        names = ", ".join(f"{n} ({ORGANS[n]})" for n in surplus)
+        raise ValueError(
+            f"{case.label}: holds {names}, which --labelled or dataset.json does not name as labelled; "
+            "correct the list of labelled organs"
+        )
+    return scan, label
+
+
+def check_label_names(notes: dict, path: Path) -> None:
+    """Refuse a dataset.json whose "labels" name another organ than AMOS's under a number.
+
+    Raises:
+        ValueError: with the number, what it is called there, and what it is in AMOS.
+    """
+    for number, name in _label_names(notes).items():
+        known = {_letters(spelling) for spelling in (ORGANS[number], *SPELLINGS.get(number, ()))}
+        if _letters(name) not in known:
+            raise ValueError(
+                f"{path}: calls label {number} {name!r}, which is the {ORGANS[number]} in AMOS; give the "
+                "labels AMOS's numbers, or correct the name in this file"
+            )
+
+
+def _labelled(name: str, notes: dict, flag: list[int] | None, path: Path) -> tuple[int, ...]:
+    noted = notes.get("labelled")
+    if flag is not None:
+        organs, where = flag, "--labelled"
+    elif isinstance(noted, dict):
+        organs, where = noted.get(name), f'{path}: "labelled" of {name}'
+    elif noted is not None:
+        organs, where = noted, f'{path}: "labelled"'
+    else:
+        organs, where = sorted(_label_names(notes)) or list(ORGANS), str(path)
+    if not isinstance(organs, list) or not organs or not all(o in ORGANS for o in organs):
+        raise ValueError(f"{where}: expected numbers of organs from 1 to 15, found {organs}")
+    return tuple(sorted(set(organs)))
+
+
+def _label_names(notes: dict) -> dict[int, str]:
+    """{number: name} of what may be organs in the "labels" of a dataset.json."""
+    names = {}
+    for key, value in (notes.get("labels") or {}).items():
+        number, name = (key, value) if str(key).isdigit() else (value, key)  # newer files: name first
+        if str(number).isdigit() and int(number) in ORGANS:
+            names[int(number)] = str(name)
+    return names
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z]", "", name.lower())
+
+
+def _modality(name: str, notes: dict) -> str | None:
+    if match := re.fullmatch(r"amos_(\d+)", name):
+        return "ct" if int(match[1]) < FIRST_MR else "mr"
+    found = " ".join(map(str, (notes.get("modality") or notes.get("channel_names") or {}).values())).upper()
+    if "CT" in found:
+        return "ct"
+    return "mr" if re.search(r"MR|T1|T2", found) else None
