@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMOOTH = 1e-5  # voxels, of the Dice over a batch
+
 
 def _check(logits: Tensor, target: Tensor, least_classes: int = 2) -> None:
     if logits.shape[1] < least_classes or logits.shape[:1] + logits.shape[2:] != target.shape:
@@ -81,7 +83,7 @@ def focal_tversky_loss(
     return (missing**gamma).mean()
 
 
-def batch_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
+def batch_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = SMOOTH) -> Tensor:
     """1 - soft Dice of each foreground class over the whole batch, averaged over the classes in the target.
 
     Classes without a target voxel are left out, as their Dice would be about 0 whatever is predicted. A batch
@@ -93,24 +95,51 @@ def batch_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> 
     Source: Milletari et al. 2016, arXiv:1606.04797. Differs: over the batch, denominator not squared.
     """
     _check(logits, target, least_classes=1)
-    probs = logits.float().sigmoid() if logits.shape[1] == 1 else logits.float().softmax(dim=1)[:, 1:]
+    if logits.shape[1] == 1:
+        probs = logits.float().sigmoid()
+        # The background's probabilities are asked for nowhere, so that those of the foreground stand in.
+        return _batch_dice_loss(probs.expand(-1, 2, *probs.shape[2:]), probs[:, 0], target, smooth)
+    probs = logits.float().softmax(dim=1)
+    return _batch_dice_loss(probs, probs.gather(1, target.unsqueeze(1))[:, 0], target, smooth)
+
+
+def _batch_dice_loss(probs: Tensor, of_target: Tensor, target: Tensor, smooth: float) -> Tensor:
+    """`batch_dice_loss` from probabilities (N, C, *spatial) and, in each voxel, that of its target class.
+
+    The overlaps need only the latter, which saves a one-hot target and passes over all classes.
+    """
+    totals = probs.flatten(2).sum((0, 2))
     lost_and_present = []
-    for k in range(probs.shape[1]):  # one class at a time saves a one-hot target of all classes
-        onehot = (target == 1 + k).to(probs.dtype)
-        overlap, total, present = (probs[:, k] * onehot).sum(), probs[:, k].sum() + onehot.sum(), onehot.any()
-        lost = (1 - (2 * overlap + smooth) / (total + smooth)) * present
-        lost_and_present.append(torch.stack([lost, present.to(lost.dtype)]))
+    for k in range(1, probs.shape[1]):
+        inside = target == k
+        overlap, size = (of_target * inside).sum(), inside.sum()
+        lost = (1 - (2 * overlap + smooth) / (totals[k] + size + smooth)) * (size > 0)
+        lost_and_present.append(torch.stack([lost, (size > 0).to(lost.dtype)]))
     lost, present = torch.stack(lost_and_present).sum(0)
     return lost / present.clamp(min=1)
 
 
 def dice_ce_loss(
-    logits: Tensor, target: Tensor, *, dice_weight: float = 1.0, ce_weight: float = 1.0
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
-    """`batch_dice_loss` + mean cross-entropy (binary cross-entropy for a single logit)."""
+    """`batch_dice_loss` + mean cross-entropy (binary cross-entropy for a single logit).
+
+    Args:
+        class_weights: (C,) of the classes in the cross-entropy, whose mean they weigh; None = equal.
+    """
     _check(logits, target, least_classes=1)
     if logits.shape[1] == 1:
         ce = F.binary_cross_entropy_with_logits(logits[:, 0].float(), target.float())
-    else:
-        ce = F.cross_entropy(logits.float(), target)
-    return dice_weight * batch_dice_loss(logits, target) + ce_weight * ce
+        return dice_weight * batch_dice_loss(logits, target) + ce_weight * ce
+    log_probs = F.log_softmax(logits.float(), dim=1)
+    of_target = log_probs.gather(1, target.unsqueeze(1))[:, 0]
+    dice = _batch_dice_loss(log_probs.exp(), of_target.exp(), target, SMOOTH)
+    if class_weights is None:
+        return dice_weight * dice - ce_weight * of_target.mean()
+    weights = class_weights.to(of_target)[target]
+    return dice_weight * dice - ce_weight * (weights * of_target).sum() / weights.sum()

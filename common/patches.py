@@ -102,6 +102,24 @@ def patch_start(centre: Sequence[int], patch_shape: Sequence[int], volume_shape:
     return tuple(start)
 
 
+def start_near(
+    place: Sequence[int], patch_shape: Sequence[int], volume_shape: Sequence[int], rng: np.random.Generator
+) -> Triple:
+    """First voxel of a patch around `place`, moved at random by JITTER; see `patch_start`."""
+    reach = [int(JITTER * n) for n in patch_shape]
+    centre = [int(c) + int(rng.integers(-r, r + 1)) for c, r in zip(place, reach, strict=True)]
+    return patch_start(centre, patch_shape, volume_shape)
+
+
+def uniform_start(
+    patch_shape: Sequence[int], volume_shape: Sequence[int], rng: np.random.Generator
+) -> Triple:
+    """First voxel of a patch inside the volume; each is equally likely, the first and the last included."""
+    last = [max(v - n, 0) for v, n in zip(volume_shape, patch_shape, strict=True)]
+    centre = [int(rng.integers(n + 1)) + p // 2 for n, p in zip(last, patch_shape, strict=True)]
+    return patch_start(centre, patch_shape, volume_shape)
+
+
 def draw_patch(
     case: CaseFile,
     patch_shape: Sequence[int],
@@ -141,9 +159,7 @@ def draw_patch(
     if name in ("class", "boundary", "hard_negative"):
         place = _draw_place(case, name, rng)
         if place is not None:
-            reach = [int(JITTER * n) for n in patch_shape]
-            centre = [int(c) + int(rng.integers(-r, r + 1)) for c, r in zip(place, reach, strict=True)]
-            return patch_start(centre, patch_shape, volume), name
+            return start_near(place, patch_shape, volume, rng), name
     elif name in ("ends", "box"):
         low, high = _cut_box(box, volume)
         if (box is not None or name == "ends") and all(a < b for a, b in zip(low, high, strict=True)):
@@ -152,9 +168,7 @@ def draw_patch(
                 first = rng.random() < 0.5
                 low[0], high[0] = (low[0], low[0] + depth) if first else (high[0] - depth, high[0])
             return patch_start(rng.integers(low, high), patch_shape, volume), name
-    last = [max(v - n, 0) for v, n in zip(volume, patch_shape, strict=True)]
-    centre = [int(rng.integers(n + 1)) + p // 2 for n, p in zip(last, patch_shape, strict=True)]
-    return patch_start(centre, patch_shape, volume), "uniform"
+    return uniform_start(patch_shape, volume, rng), "uniform"
 
 
 def histogram(names: Iterable[str] | dict[str, int]) -> dict[str, float]:

@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common import distributed
-from common.files import read_json, replacing
+from common.files import replacing
 from common.hdf5 import CaseFile
 from common.patches import draw_patch
-from common.splits import PARTS, check_split, read_splits, split_by_patient
+from common.preprocessed import choose_split, read_cases
 from verse_spine.heatmap import SmallGrid, make_target, small_grid, to_small_grid
 from verse_spine.labels import map_labels
 
@@ -20,6 +19,9 @@ from verse_spine.labels import map_labels
 # of something else (ribs, pelvis, metal), the ends of the spine's box, anywhere in the box or in the scan.
 STRATA = {"class": 0.45, "boundary": 0.15, "hard_negative": 0.15, "ends": 0.05, "box": 0.16, "uniform": 0.04}
 UNIFORM = {"uniform": 1.0}
+
+# VerSe's names of the parts; None: the case lies outside of its dataset-... folders.
+PUBLISHED_PARTS = {"training": "train", "validation": "val", "test": "test", None: ""}
 
 
 class VerSe:
@@ -41,53 +43,19 @@ class VerSe:
             ValueError: no case of the edition, or a subject in two parts.
         """
         self.path = Path(path)
-        notes = self.path / "preprocessing.json"
-        files = sorted((self.path / "cases").glob("*.h5"))
-        if not notes.is_file() or not files:
-            raise FileNotFoundError(
-                f"{path}: no preprocessed cases here (preprocessing.json, cases/*.h5). Make them with: "
-                f"python verse_spine/preprocess.py --source <VerSe folder> --out {path}"
-            )
-        advice = "make it again with verse_spine/preprocess.py"
-        self.preprocessing = read_json(notes, {"cases": list, "spacing_mm": list}, advice=advice)
-        entries = {e["name"]: e for e in self.preprocessing.pop("cases")}
+        self.preprocessing, self.entries, files = read_cases(path, "verse_spine", "--source <VerSe folder>")
         self.preprocessing["data_path"] = str(self.path.resolve())
-        self.entries = entries
         chosen = {
-            f.stem: f
-            for f in files
-            if f.stem in entries and (edition != 19 or entries[f.stem]["edition"] in (19, None))
+            name: file
+            for name, file in files.items()
+            if edition != 19 or self.entries[name]["edition"] in (19, None)
         }
         if not chosen:
             raise ValueError(f"{path}: {len(files)} cases, but none of --dataset_edition {edition}")
         self.cases = {name: CaseFile(file) for name, file in chosen.items()}
-        self.subjects = {name: entries[name]["subject"] for name in chosen}
-        self.split = self._split(entries, seed)
-
-    def _split(self, entries: dict, seed: int) -> dict[str, list[str]]:
-        """splits.json if the user wrote one, else VerSe's own parts; without those, drawn by subject."""
-        if (file := self.path / "splits.json").is_file():
-            split, _ = read_splits(file)
-            named = [name for part in PARTS for name in split[part]]
-            if unknown := [name for name in named if name not in entries]:
-                raise ValueError(f"{file}: names {', '.join(unknown[:5])}, which {self.path} does not hold")
-            unlisted = sorted(set(self.cases) - set(named))
-            if unlisted and distributed.is_main():
-                print(f"{file}: leaves out {len(unlisted)} case(s): {', '.join(unlisted[:5])} ...")
-            split = {part: [n for n in split[part] if n in self.cases] for part in PARTS}
-        elif any(entries[name]["part"] for name in self.cases):
-            if without := [name for name in self.cases if not entries[name]["part"]]:
-                raise ValueError(
-                    f"{self.path}: {', '.join(without[:5])} lie(s) outside of VerSe's dataset-0X... folders, "
-                    f"the other cases inside; write {file} with the lists train, val and test"
-                )
-            split = {
-                part: [n for n in self.cases if entries[n]["part"].startswith(part[:3])] for part in PARTS
-            }
-        else:
-            split = split_by_patient(self.subjects, seed=seed)
-        check_split(split, self.subjects, self.path)
-        return split
+        self.subjects = {name: self.entries[name]["subject"] for name in chosen}
+        parts = {name: PUBLISHED_PARTS[self.entries[name]["part"]] for name in chosen}
+        self.split = choose_split(self.path, parts, self.subjects, set(self.entries), seed=seed)
 
 
 def spine_box(case: CaseFile, margin_mm: float | tuple = 0.0) -> tuple[np.ndarray, np.ndarray] | None:
