@@ -2,7 +2,7 @@
 
 import math
 
-SCHEDULES = ("cosine_annealing", "warmup_cosine", "reduce_on_plateau", "constant")
+SCHEDULES = ("cosine_annealing", "warmup_cosine", "reduce_on_plateau", "poly", "constant")
 
 
 def learning_rate(
@@ -18,7 +18,7 @@ def learning_rate(
     Args:
         schedule: cosine_annealing (half a cosine from `lr` to `min_lr`), warmup_cosine (linear from 0 to `lr`
             during the share `warmup`, then the cosine over the rest), reduce_on_plateau (halved
-            `plateau_drops` times), constant.
+            `plateau_drops` times), poly (`lr` times (1 - progress)^0.9, as in nnU-Net), constant.
         progress: share of the epochs or of the time budget that is done, 0 to 1.
         lr: the highest rate.
         min_lr: the lowest rate.
@@ -35,6 +35,8 @@ def learning_rate(
         return lr
     if schedule == "reduce_on_plateau":
         return max(lr * 0.5**plateau_drops, min_lr)
+    if schedule == "poly":
+        return max(lr * (1 - progress) ** 0.9, min_lr)
     if schedule == "warmup_cosine":
         if progress < warmup:
             return max(lr * progress / warmup, min_lr)

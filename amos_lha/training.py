@@ -1,0 +1,107 @@
+"""What train.py needs besides its loop: the data, augmentation and optimiser that the flags name, log lines."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from amos_lha import preprocess
+from amos_lha.dataset import Amos
+from amos_lha.organs import GROUPS, ORGANS, SIDES
+from amos_lha.phantoms import write_amos_phantoms
+from amos_lha.sampling import STRATA
+from common.augment import Augmentation3d
+from common.config import parse_args
+
+# Columns of metrics.csv: share of the patches that were drawn for an organ.
+DRAWN = {f"drawn_{organ}": name for organ, name in ORGANS.items()}
+
+
+def demo_dataset(folder: Path = Path("data/demo/amos_lha")) -> Path:
+    """Phantom abdomens in AMOS22's layout, converted by the ordinary route; made once."""
+    source, out = write_amos_phantoms(folder / "amos"), folder / "h5"
+    flags = ["--data_path", str(source), "--out", str(out), "--spacing", *["4"] * 3, "--workers", "2"]
+    if not (out / "complete").is_file():
+        if preprocess.convert(parse_args(preprocess.build_parser(), flags)):
+            raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
+        (out / "complete").touch()
+    return out
+
+
+def open_data(args: Namespace) -> Amos:
+    """The data sets that the flags name."""
+    if (args.folds is None) != (args.fold is None):
+        raise ValueError("--folds N and --fold K belong together")
+    paths = [demo_dataset() if path == "demo" else path for path in args.data_path]
+    folds = {"folds": args.folds, "fold": args.fold}
+    return Amos(paths, args.modality, seed=args.seed, validation=args.validation, **folds)
+
+
+def get_augmentation(args: Namespace) -> Augmentation3d:
+    """What the flags ask for; grey values are in standard deviations about the mean of the organs."""
+    return Augmentation3d(
+        flip_probability=(0, 0, args.flip_sides),
+        swap_labels=SIDES,
+        spatial_probability=args.rotate_scale,
+        rotation_deg=(30, 15, 15),
+        elastic_probability=0,
+        low_resolution_probability=args.low_resolution,
+        noise_probability=args.grey_values,
+        blur_probability=args.grey_values,
+        brightness_probability=args.grey_values,
+        contrast_probability=args.grey_values,
+        gamma_probability=args.grey_values,
+        noise_sd=0.2,
+        brightness=0.2,
+        value_range=(-3, 3),
+    )
+
+
+def get_optimizer(args: Namespace, network: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD; norms and biases, which have one axis, do not decay."""
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=0.99, nesterov=True)
+
+
+def run_name(args: Namespace) -> str:
+    return args.model_name if args.fold is None else f"{args.model_name}_fold{args.fold}"
+
+
+def data_lines(data: Amos, num_patches: int, num_batches: int) -> list[str]:
+    """What the log says about the data."""
+    split, notes = data.split, data.preprocessing
+    mm = " x ".join(f"{side:g}" for side in notes["spacing_mm"])
+    lines = [
+        f"cases: {len(split['train'])} training, {len(split['val'])} validation, {len(split['test'])} test; "
+        f"modality {notes['modality']}, voxels of {mm} mm (z y x)",
+        f"{num_patches} patches in an epoch, {num_batches} batches for each process",
+    ]
+    if notes["scaling"]:
+        low, high, mean, sd = notes["scaling"]
+        lines.append(f"fingerprint of the CT: {low:.0f} to {high:.0f} HU, mean {mean:.1f}, sd {sd:.1f}")
+    if len(notes["labelled"]) < len(ORGANS):
+        missing = [name for organ, name in ORGANS.items() if organ not in notes["labelled"]]
+        lines.append(f"no case has labels for: {', '.join(missing)}")
+    return lines
+
+
+def shares(counts: dict[str, float]) -> dict[str, float]:
+    """Shares of the epoch's patches: of each stratum, and of each organ that patches were drawn for."""
+    total = max(sum(counts.get(stratum, 0) for stratum in STRATA), 1)
+    columns = {f"share_{stratum}": stratum for stratum in STRATA} | DRAWN
+    return {column: counts.get(name, 0) / total for column, name in columns.items()}
+
+
+def epoch_text(scores: dict[str, float], drawn: dict[str, float]) -> str:
+    dice, text = scores["val_dice"], ""
+    if not math.isnan(dice):
+        groups = ", ".join(f"{group} {scores[f'dice_{group}']:.3f}" for group in GROUPS)
+        text = f"Dice {dice:.4f} ({groups})  "
+    return text + ", ".join(f"{s} {100 * drawn[f'share_{s}']:.0f} %" for s in STRATA if drawn[f"share_{s}"])
