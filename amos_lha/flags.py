@@ -96,8 +96,8 @@ def add_training_flags(parser: ArgumentParser) -> None:
         "--schedule",
         choices=SCHEDULES,
         default="warmup_cosine",
-        help="how the learning rate falls: warmup_cosine = rises during the first 5 %% of the run, then half a "
-        "cosine, poly = as (1 - share of the run) to the power 0.9, constant = it does not fall",
+        help="how the learning rate falls: warmup_cosine = rises during the first 5 %% of the run, then half "
+        "a cosine, poly = as (1 - share of the run) to the power 0.9, constant = it does not fall",
     )
     optim.add_argument(
         "--weight_decay",

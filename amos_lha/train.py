@@ -4,9 +4,9 @@
     python amos_lha/train.py --config amos_lha/lha_net.yaml --data_path data/amos
     torchrun --nproc_per_node 2 amos_lha/train.py ...                                    several GPUs
 
-Reads what amos_lha/preprocess.py wrote. Writes runs/amos_lha/<model_name>/: config.yaml, log.txt, metrics.csv,
-training_curves.png, weights/last.pt and weights/best.pt (best Dice on whole validation scans), and after the
-last epoch the evaluation of best.pt on the test scans. Ctrl-C saves; --resume goes on.
+Reads what amos_lha/preprocess.py wrote. Writes runs/amos_lha/<model_name>/: config.yaml, log.txt,
+metrics.csv, training_curves.png, weights/last.pt and weights/best.pt (best Dice on whole validation scans),
+and after the last epoch the evaluation of best.pt on the test scans. Ctrl-C saves; --resume goes on.
 """
 
 import math
@@ -18,21 +18,29 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha.dataset import Amos, PatchDataset
-from amos_lha.demo import demo_dataset
 from amos_lha.evaluate import evaluate_cases, group_dice, mean_dice, write_report
 from amos_lha.flags import add_training_flags
 from amos_lha.intensity import scale
 from amos_lha.losses import class_weights, patch_errors, segmentation_loss
 from amos_lha.networks import ARCHITECTURE, get_model, load_trained
-from amos_lha.organs import GROUPS, ORGANS, SIDES
+from amos_lha.organs import GROUPS
 from amos_lha.sampling import SAMPLING, STRATA
+from amos_lha.training import (
+    DRAWN,
+    data_lines,
+    epoch_text,
+    get_augmentation,
+    get_optimizer,
+    open_data,
+    run_name,
+    shares,
+)
 from common import batch, distributed, hardware, runs
-from common.augment import Augmentation3d, augment_batch
+from common.augment import augment_batch
 from common.checkpoints import TrainedModel
 from common.config import make_parser, resolved_config, run_script
 from common.ema import WeightAverage
@@ -42,7 +50,6 @@ from common.schedules import learning_rate
 from common.training import Run, optimizer_step
 
 WARMUP, LEAST_LR = 0.05, 1e-6
-DRAWN = {f"drawn_{organ}": name for organ, name in ORGANS.items()}
 CURVES = {
     "loss": ["train_loss"],
     "validation, whole scans": ["val_dice", *(f"dice_{group}" for group in GROUPS)],
@@ -57,47 +64,6 @@ def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     add_training_flags(parser)
     return parser
-
-
-def open_data(args: Namespace) -> Amos:
-    """The data sets that the flags name."""
-    if (args.folds is None) != (args.fold is None):
-        raise ValueError("--folds N and --fold K belong together")
-    paths = [demo_dataset() if path == "demo" else path for path in args.data_path]
-    folds = {"folds": args.folds, "fold": args.fold}
-    return Amos(paths, args.modality, seed=args.seed, validation=args.validation, **folds)
-
-
-def get_augmentation(args: Namespace) -> Augmentation3d:
-    """What the flags ask for; grey values are in standard deviations about the mean of the organs."""
-    return Augmentation3d(
-        flip_probability=(0, 0, args.flip_sides),
-        swap_labels=SIDES,
-        spatial_probability=args.rotate_scale,
-        rotation_deg=(30, 15, 15),
-        elastic_probability=0,
-        low_resolution_probability=args.low_resolution,
-        noise_probability=args.grey_values,
-        blur_probability=args.grey_values,
-        brightness_probability=args.grey_values,
-        contrast_probability=args.grey_values,
-        gamma_probability=args.grey_values,
-        noise_sd=0.2,
-        brightness=0.2,
-        value_range=(-3, 3),
-    )
-
-
-def get_optimizer(args: Namespace, network: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD; norms and biases, which have one axis, do not decay."""
-    parameters = list(network.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr)
-    return torch.optim.SGD(groups, lr=args.lr, momentum=0.99, nesterov=True)
 
 
 def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[list[dict], dict[str, str]]:
@@ -138,19 +104,15 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[l
     average = WeightAverage(network, args.ema) if args.ema else None
     validated = deepcopy(network) if average else network  # the network that best.pt keeps
     trained = TrainedModel(validated, config, device, precision, notes, split)
+    parts = {"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average}
+    parts["difficulty"] = difficulty
 
     # ---- run ----
     run = Run(
         folder or distributed.on_main(lambda: runs.new_run_dir(args.out, run_name(args))),
         config,
         flags=resolved_config(args),
-        parts={
-            "model": network,
-            "optimizer": optimizer,
-            "scaler": scaler,
-            "ema": average,
-            "difficulty": difficulty,
-        },
+        parts=parts,
         notes={"preprocessing": notes, "split": split, "stage": "amos_lha"},
         num_batches=len(loader),
         accumulate=plan.accumulate,
@@ -174,9 +136,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[l
                 lr = learning_rate(args.schedule, run.progress, args.lr, LEAST_LR, WARMUP)
                 for k in range(size):
                     patch = next(batches)
-                    run.counts = dict(
-                        Counter(run.counts) + Counter(patch["stratum"]) + Counter(patch["organ"])
-                    )
+                    run.counts = dict(Counter(run.counts) + Counter(patch["stratum"] + patch["organ"]))
                     label, labelled = patch["label"].to(device), patch["labelled"].to(device)
                     image = scale(patch["image"].to(device, non_blocking=True), patch["scaling"])
                     if args.augment:  # (N, 1, d, h, w) and (N, d, h, w)
@@ -198,35 +158,12 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[l
             scores = validate(run, trained, data, args)
             drawn = shares(run.counts)
             score = scores["val_dice"] if split["val"] else run.epoch  # else the last weights are the best
-            run.end_epoch(
-                {"lr": optimizer.param_groups[0]["lr"]} | scores | drawn, score, validated.state_dict()
-            )
+            scores["lr"] = optimizer.param_groups[0]["lr"]
+            run.end_epoch(scores | drawn, score, validated.state_dict())
             if distributed.is_main():
                 save_curves(run.folder / "training_curves.png", run.history, CURVES)
             run.log_epoch(epoch_text(scores, drawn))
     return score_best(run, trained, data, evaluate=args.evaluate)
-
-
-def run_name(args: Namespace) -> str:
-    return args.model_name if args.fold is None else f"{args.model_name}_fold{args.fold}"
-
-
-def data_lines(data: Amos, num_patches: int, num_batches: int) -> list[str]:
-    """What the log says about the data."""
-    split, notes = data.split, data.preprocessing
-    mm = " x ".join(f"{side:g}" for side in notes["spacing_mm"])
-    lines = [
-        f"cases: {len(split['train'])} training, {len(split['val'])} validation, {len(split['test'])} test; "
-        f"modality {notes['modality']}, voxels of {mm} mm (z y x)",
-        f"{num_patches} patches in an epoch, {num_batches} batches for each process",
-    ]
-    if notes["scaling"]:
-        low, high, mean, sd = notes["scaling"]
-        lines.append(f"fingerprint of the CT: {low:.0f} to {high:.0f} HU, mean {mean:.1f}, sd {sd:.1f}")
-    if len(notes["labelled"]) < len(ORGANS):
-        missing = [name for organ, name in ORGANS.items() if organ not in notes["labelled"]]
-        lines.append(f"no case has labels for: {', '.join(missing)}")
-    return lines
 
 
 def validate(run: Run, trained: TrainedModel, data: Amos, args: Namespace) -> dict[str, float]:
@@ -240,21 +177,6 @@ def validate(run: Run, trained: TrainedModel, data: Amos, args: Namespace) -> di
         for name, reason in failed.items():
             run.log(f"warning: {name} could not be validated: {reason}")
     return {"val_dice": mean_dice(rows)} | {f"dice_{group}": dice for group, dice in group_dice(rows).items()}
-
-
-def shares(counts: dict[str, float]) -> dict[str, float]:
-    """Shares of the epoch's patches: of each stratum, and of each organ that patches were drawn for."""
-    total = max(sum(counts.get(stratum, 0) for stratum in STRATA), 1)
-    columns = {f"share_{stratum}": stratum for stratum in STRATA} | DRAWN
-    return {column: counts.get(name, 0) / total for column, name in columns.items()}
-
-
-def epoch_text(scores: dict[str, float], drawn: dict[str, float]) -> str:
-    dice, text = scores["val_dice"], ""
-    if not math.isnan(dice):
-        groups = ", ".join(f"{group} {scores[f'dice_{group}']:.3f}" for group in GROUPS)
-        text = f"Dice {dice:.4f} ({groups})  "
-    return text + ", ".join(f"{s} {100 * drawn[f'share_{s}']:.0f} %" for s in STRATA if drawn[f"share_{s}"])
 
 
 def score_best(

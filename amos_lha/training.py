@@ -1,5 +1,6 @@
-"""What train.py needs besides its loop: the data, augmentation and optimiser that the flags name, log lines."""
+"""What train.py needs besides its loop: data, augmentation and optimiser by the flags, lines of the log."""
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
