@@ -19,12 +19,13 @@ from common.hardware import Precision
 from common.hdf5 import CaseFile, write_case
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import NiftiFile, load_label, load_nifti, open_nifti, write_nifti
+from common.overview import OVERVIEW_MM
 from verse_spine import predict
 from verse_spine import segment as segment_module
 from verse_spine.labels import VERTEBRAE, body_centres, centroids_to_mm, num_outputs, read_centroids
 from verse_spine.networks import TrainedModel, get_model
 from verse_spine.phantoms import spine_phantom
-from verse_spine.region import OVERVIEW_MM, Region, find_region
+from verse_spine.region import Region, find_region
 from verse_spine.segment import segment
 
 CPU = torch.device("cpu")

@@ -8,13 +8,12 @@ from tqdm import tqdm
 from common.files import check_keys, read_json
 from common.hu import why_not_hu
 from common.nifti import NiftiFile
-from common.volumes import body_box, crop
+from common.overview import find_body, read_overview
+from common.volumes import crop
 from verse_spine.heatmap import HU_RANGE, small_grid, to_small_grid
 from verse_spine.networks import TrainedModel
 from verse_spine.preprocess import BODY_MARGIN_MM
 from verse_spine.segment import AIR_BELOW_HU, Region, predict_heatmap, spine_region
-
-OVERVIEW_MM = 3.0  # voxels of the coarse copy that stage 1 and the body box look at
 
 
 def find_region(
@@ -34,22 +33,20 @@ def find_region(
     Raises:
         FileNotFoundError, ValueError: as `read_roi`, or a scan that cannot be read.
     """
-    factors = tuple(max(1, int(OVERVIEW_MM / s)) for s in file.spacing_mm)
-    coarse = file.read_reduced(factors, HU_RANGE)
+    overview = read_overview(file, HU_RANGE)
+    coarse = overview.image
     if suspicion := why_not_hu(coarse):
         tqdm.write(f"warning: {file.path.name}: {suspicion}")
     if roi:
         return Region(read_roi(roi, file), "given")
     if whole_scan:
         return Region(((0, 0, 0), file.shape), "whole scan")
-    margin = tuple(map(int, np.ceil(BODY_MARGIN_MM / np.multiply(file.spacing_mm, factors))))
-    low, high = body_box(coarse, AIR_BELOW_HU, margin)  # the field of view that preprocessing leaves
-    start = np.multiply(low, factors)
-    stop = np.minimum(np.multiply(high, factors), file.shape)
-    body = (tuple(map(int, start)), tuple(map(int, stop)))
+    (low, high), body = find_body(overview, file, AIR_BELOW_HU, BODY_MARGIN_MM)  # as preprocessing leaves it
+    start, stop = body
     if heatmap is None:
         return Region(body, "body")
-    grid = small_grid(tuple(map(int, stop - start)), file.spacing_mm, tuple(heatmap.config["patch_size"]))
+    shape = tuple(np.subtract(stop, start).tolist())
+    grid = small_grid(shape, file.spacing_mm, tuple(heatmap.config["patch_size"]))
     heat = predict_heatmap(heatmap, to_small_grid(crop(coarse, low, high), grid))
     if region := spine_region(heat, grid):
         box = tuple(tuple(int(v) for v in np.add(corner, start)) for corner in region.box)

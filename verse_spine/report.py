@@ -6,6 +6,7 @@ import numpy as np
 
 from common import report
 from common.class_metrics import class_table
+from common.files import make_folder
 from common.metrics import write_table
 
 HEAT_MAP_FAINT = "whole scan, heat map faint"  # in the column "region"
@@ -21,7 +22,7 @@ def write_report(
     rows: list[dict], out: Path, title: str, failed: dict[str, str], notes: tuple[str, ...] = ()
 ) -> None:
     """Write the four FILES; print the summary, `notes` and what failed."""
-    clear_report(out)
+    make_folder(out)
     lines = [title, *(f"NOTE: {note}" for note in notes), ""]
     if rows:
         by_class = [r for row in rows for r in row["classes"]]
@@ -30,6 +31,8 @@ def write_report(
         write_table(out / "cases.csv", [{k: v for k, v in row.items() if k != "classes"} for row in rows])
         write_table(out / "summary.csv", table)
         lines += summary_lines(rows, table)
+    else:
+        clear_report(out)  # tables of an earlier evaluation
     report.write_summary(out, lines, failed)
 
 
