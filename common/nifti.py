@@ -229,14 +229,6 @@ def load_nifti(path: str | Path) -> Scan:
     return Scan(**file.__dict__, array=array)
 
 
-def to_ras(array: np.ndarray, scan: NiftiFile) -> np.ndarray:
-    """An array (x, y, z) in the axes of the scan's file -> (z, y, x) RAS+, as `Scan.array`."""
-    import nibabel as nib
-
-    orientation = nib.orientations.axcodes2ornt(scan.orientation)
-    return nib.orientations.apply_orientation(array, orientation).transpose(2, 1, 0)
-
-
 def _from_ras(orientation: str) -> np.ndarray:
     """nibabel's note of how axes in RAS order become those of `orientation`."""
     from nibabel.orientations import axcodes2ornt, ornt_transform
@@ -272,16 +264,24 @@ def save_label(path: str | Path, labels: np.ndarray, like: NiftiFile) -> None:
     Raises:
         ValueError: another shape than the scan's, or values that cannot be labels.
     """
+    _save_like(path, as_labels(labels, path), like)
+
+
+def save_probability(path: str | Path, share: np.ndarray, like: NiftiFile) -> None:
+    """Write a probability map like `save_label`: (z, y, x) uint8, 0 to 255, which readers see as 0 to 1."""
+    _save_like(path, share, like, slope=1 / 255)
+
+
+def _save_like(path: str | Path, array: np.ndarray, like: NiftiFile, slope: float = 1.0) -> None:
     import nibabel as nib
 
-    if labels.shape != like.shape:
-        raise ValueError(f"{path}: labels {labels.shape} do not fit the scan's grid {like.shape}")
-    labels = as_labels(labels, path)
-    array = nib.orientations.apply_orientation(labels.transpose(2, 1, 0), _from_ras(like.orientation))
+    if array.shape != like.shape:
+        raise ValueError(f"{path}: an array {array.shape} does not fit the scan's grid {like.shape}")
+    array = nib.orientations.apply_orientation(array.transpose(2, 1, 0), _from_ras(like.orientation))
     header = like.header.copy()
-    header.set_data_dtype(labels.dtype)
+    header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)
-    header.set_slope_inter(1, 0)
+    header.set_slope_inter(slope, 0)
     header["cal_min"] = header["cal_max"] = 0
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     # Without an affine nibabel keeps both forms of the header and their codes bit for bit.
