@@ -281,12 +281,13 @@ def _save_like(path: str | Path, array: np.ndarray, like: NiftiFile, slope: floa
     header = like.header.copy()
     header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)
-    header.set_slope_inter(slope, 0)
     header["cal_min"] = header["cal_max"] = 0
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     # Without an affine nibabel keeps both forms of the header and their codes bit for bit.
+    image = image_class(array, None, header)
+    image.header.set_slope_inter(slope, 0)  # an image forgets that of the header it is made with
     with replacing(path) as partial:
-        nib.save(image_class(array, None, header), partial)
+        nib.save(image, partial)
 
 
 def write_nifti(
