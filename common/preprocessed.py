@@ -93,8 +93,10 @@ def choose_split(
                 f"{folder / 'splits.json'} with the lists train, val and test"
             )
         split = {part: [name for name, of in parts.items() if of == part] for part in PARTS}
-    else:
+    elif validation:
         split = split_by_patient(patients, seed=seed)
+    else:
+        split = {"train": list(parts), "val": [], "test": []}
     if not validation:
         split = {"train": split["train"] + split["val"], "val": [], "test": split["test"]}
     check_split(split, patients, folder)

@@ -1,0 +1,385 @@
+"""amos_lha: which patches are drawn, the loss where some organs have no labels, grey values, data sets."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from amos_lha.dataset import Amos, PatchDataset, case_scaling
+from amos_lha.intensity import CT_RANGE, Scaling, fingerprint, mr_scaling, scale, stored_range
+from amos_lha.lha_net import TrainingOutput
+from amos_lha.losses import (
+    class_weights,
+    merge_unlabelled,
+    nearest,
+    patch_errors,
+    router_loss,
+    segmentation_loss,
+)
+from amos_lha.organs import COLORS, GROUPS, NUM_CLASSES, ORGANS, SIDES, TOLERANCES_MM
+from amos_lha.sampling import SAMPLING, STRATA, Difficulty, Sampler
+from common.hdf5 import CaseFile, write_case
+from common.losses import dice_ce_loss
+from common.patches import location_index
+
+# ---- organs, grey values ----
+
+
+def test_every_organ_has_a_group_a_colour_and_a_tolerance():
+    assert (
+        sorted(organ for organs in GROUPS.values() for organ in organs) == list(ORGANS) == list(range(1, 16))
+    )
+    assert COLORS.shape == (16, 3) and len({tuple(c) for c in COLORS.tolist()}) == 16
+    assert list(TOLERANCES_MM) == list(ORGANS)
+    for right, left in SIDES:
+        assert ORGANS[right].replace("right", "left") == ORGANS[left]
+
+
+def test_fingerprint_by_hand():
+    """0, 1, ..., 1000 in two cases: percentiles 5 and 995; cut there the mean is 500."""
+    found = fingerprint([np.arange(400), np.arange(400, 1001)])
+    assert found[:3] == pytest.approx((5, 995, 500))
+    assert found.sd == pytest.approx(np.clip(np.arange(1001), 5, 995).std())
+    with pytest.raises(ValueError, match="no training case has a labelled organ"):
+        fingerprint([])
+
+
+def test_scaling_of_an_mr_leaves_out_the_air():
+    """Seven parts of air with 0 to one part of body with 100 and 300."""
+    volume = np.zeros((8, 10, 10))
+    volume[0, :5], volume[0, 5:] = 100, 300
+    assert mr_scaling(volume) == pytest.approx((0, 300, 200, 100))
+    volume[1, 0, 0] = np.nan
+    assert mr_scaling(volume) == pytest.approx((0, 300, 200, 100)), "a voxel that is no number does not count"
+    assert mr_scaling(np.full((2, 2, 2), 7.0)).sd > 0
+    with pytest.raises(ValueError, match="no finite value"):
+        mr_scaling(np.full((2, 2, 2), np.inf))
+
+
+def test_scale_of_each_item_by_itself():
+    image = torch.tensor([-100.0, 0, 50, 1000]).view(1, 1, 1, 1, 4).repeat(2, 1, 1, 1, 1)
+    scaled = scale(image, torch.tensor([[-50.0, 150, 50, 100], [0, 2000, 0, 1000]]))
+    assert scaled[0].ravel().tolist() == [-1, -0.5, 0, 1]
+    assert scaled[1].ravel().tolist() == pytest.approx([0, 0, 0.05, 1])
+    assert torch.equal(scale(image.short(), Scaling(-50, 150, 50, 100))[0], scaled[0])
+    assert stored_range("ct", None) == CT_RANGE and stored_range("mr", Scaling(3, 9, 5, 1)) == (3, 9)
+
+
+# ---- sampling ----
+
+
+def make_case(path, organs, shape=(40, 48, 56), seed=0, labelled=tuple(ORGANS), spacing=(2, 1.5, 1.5)):
+    """A case of this shape with a box of 6 voxels for each organ, at places of its own."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros(shape, np.uint8)
+    for k, organ in enumerate(organs):
+        z, y, x = 2 + 9 * (k // 16), 2 + 10 * (k // 4 % 4), 2 + 12 * (k % 4)
+        label[z : z + 6, y : y + 6, x : x + 6] = organ
+    image = rng.integers(-200, 200, shape).astype(np.int16)
+    image[label > 0] += 40
+    attributes = {
+        "name": path.stem,
+        "modality": "ct",
+        "labelled": list(labelled),
+        "spacing_mm": spacing,
+        "affine": np.eye(4),
+        "scaling": None,
+        "foreground_sample": image[label > 0][:100],
+        "voxels": {str(organ): int((label == organ).sum()) for organ in organs},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_case(
+        path, image, label, attributes=attributes, index=location_index(label, boundary_per_class=True)
+    )
+    return CaseFile(path)
+
+
+def draws(sampler, count, cases=1):
+    rng = np.random.default_rng(1)
+    return [sampler.draw(i % cases, rng) for i in range(count)]
+
+
+def test_strata_come_in_their_shares_and_hit_what_they_name(tmp_path):
+    case = make_case(tmp_path / "a.h5", list(ORGANS))
+    label = case.label[...]
+    found = draws(Sampler([case], (16, 16, 16), SAMPLING["smart"]), 10_000)
+    for stratum in STRATA:
+        of_stratum = [d for d in found if d.stratum == stratum]
+        assert len(of_stratum) / len(found) == pytest.approx(SAMPLING["smart"][stratum], abs=0.02)
+        organs = {d.organ for d in of_stratum}
+        if stratum == "small":
+            assert organs == set(GROUPS["small"])
+        elif stratum == "uniform":
+            assert organs == {0}
+        else:
+            assert organs == set(ORGANS), f"{stratum}: every organ is drawn"
+    for drawn in found[:500]:
+        assert all(0 <= s <= n - 16 for s, n in zip(drawn.start, case.shape, strict=True))
+        z, y, x = drawn.start
+        if drawn.organ:
+            assert (label[z : z + 16, y : y + 16, x : x + 16] == drawn.organ).any()
+    starts = np.array([d.start for d in found if d.stratum == "uniform"])
+    assert starts.min(0).tolist() == [0, 0, 0] and starts.max(0).tolist() == [24, 32, 40], "first and last"
+
+
+def test_border_places_are_on_the_border(tmp_path):
+    case = make_case(tmp_path / "a.h5", [6, 11])
+    label = case.label[...]
+    for organ in (6, 11):
+        places = case.locations(f"boundary_{organ}")
+        inner = np.zeros(label.shape, bool)
+        inner[3:7, 3:7, (3 if organ == 6 else 15) : (7 if organ == 6 else 19)] = True
+        assert all(label[tuple(p)] == organ and not inner[tuple(p)] for p in places) and len(places) == 152
+
+
+def test_cases_without_small_organs_or_without_any(tmp_path):
+    large = make_case(tmp_path / "large.h5", [1, 6])
+    empty = make_case(tmp_path / "empty.h5", [])
+    found = draws(Sampler([large], (16, 16, 16), SAMPLING["original"]), 2000)
+    assert {d.stratum for d in found} == {"any", "boundary", "uniform"} and {d.organ for d in found} == {
+        0,
+        1,
+        6,
+    }
+    found = draws(Sampler([empty], (16, 16, 16), SAMPLING["smart"]), 200)
+    assert {d.stratum for d in found} == {"uniform"}
+
+
+def test_a_volume_smaller_than_the_patch(tmp_path):
+    case = make_case(tmp_path / "a.h5", [6], shape=(12, 48, 20))
+    for drawn in draws(Sampler([case], (32, 32, 32), SAMPLING["smart"]), 50):
+        assert (drawn.start[0], drawn.start[2]) == (-10, -6) and 0 <= drawn.start[1] <= 16
+        assert case.read_image(drawn.start, (32, 32, 32)).shape == (32, 32, 32)
+
+
+def test_hard_organs_are_drawn_by_the_square_of_their_error(tmp_path):
+    cases = [make_case(tmp_path / "a.h5", [6, 11]), make_case(tmp_path / "b.h5", [6])]
+    sampler = Sampler(cases, (16, 16, 16), {"hard": 1.0})
+    assert sampler.difficulty.probability[0, 6] == pytest.approx(1 / 3), "equal at first, absent ones never"
+    errors = torch.full((2, NUM_CLASSES), torch.nan)
+    errors[0, 6], errors[1, 11] = 0.0, 1.0
+    sampler.difficulty.add(torch.tensor([1, 0]), errors)
+    assert sampler.difficulty.probability[0, 6] == pytest.approx(1 / 3), "only the next epoch draws by them"
+    sampler.difficulty.end_epoch()
+    # 0.9 of 0.5 plus 0.1 of the new error: 0.45 and 0.55; the third stays at 0.5.
+    weights = {(0, 6): 0.5**2, (0, 11): 0.55**2, (1, 6): 0.45**2}
+    found = draws(sampler, 20_000, cases=2)
+    for (case, organ), weight in weights.items():
+        share = sum((d.case, d.organ) == (case, organ) for d in found) / len(found)
+        assert share == pytest.approx(weight / sum(weights.values()), abs=0.01)
+    assert {d.stratum for d in found} == {"hard"}
+
+
+def test_difficulty_goes_on_where_a_run_was_stopped():
+    present = np.ones((3, NUM_CLASSES), bool)
+    rng = torch.Generator().manual_seed(0)
+    seen = [(torch.tensor([k % 3]), torch.rand(1, NUM_CLASSES, generator=rng)) for k in range(8)]
+    whole, first, second = (Difficulty(present) for _ in range(3))
+    for cases, errors in seen[:3]:
+        first.add(cases, errors)
+        whole.add(cases, errors)
+    second.load_state_dict(first.state_dict())
+    for cases, errors in seen[3:]:
+        second.add(cases, errors)
+        whole.add(cases, errors)
+    whole.end_epoch()
+    second.end_epoch()
+    assert torch.equal(whole.error, second.error) and torch.equal(whole.probability, second.probability)
+    assert not torch.equal(whole.error, first.error)
+
+
+def test_drawing_does_not_depend_on_the_size_of_the_volume(tmp_path):
+    """Only the index is read: no voxel of image or label."""
+    case = make_case(tmp_path / "a.h5", list(ORGANS))
+    sampler = Sampler([case], (16, 16, 16), SAMPLING["smart"])
+
+    class Unread:
+        shape = case.shape
+
+        def __getattr__(self, name):
+            if name in ("label", "image", "read_image", "read_label"):
+                raise AssertionError(f"{name} was read")
+            return getattr(case, name)
+
+    sampler.cases = [Unread()]
+    draws(sampler, 100)
+
+
+# ---- loss ----
+
+
+def test_marginal_softmax_adds_what_is_not_labelled_to_the_background():
+    logits = torch.randn(2, NUM_CLASSES, 2, 3, 4)
+    labelled = torch.ones(2, NUM_CLASSES, dtype=torch.bool)
+    assert merge_unlabelled(logits, labelled) is logits
+    labelled[1, [4, 5]] = False
+    before = logits.softmax(1)
+    after = merge_unlabelled(logits, labelled).softmax(1)
+    torch.testing.assert_close(after[0], before[0])
+    torch.testing.assert_close(after[1, 0], before[1, [0, 4, 5]].sum(0))
+    assert after[1, [4, 5]].abs().max() == 0
+    rest = [c for c in range(1, NUM_CLASSES) if c not in (4, 5)]
+    torch.testing.assert_close(after[1, rest], before[1, rest])
+
+
+def test_organs_without_labels_get_no_gradient_to_leave_the_background():
+    """Where the target is background, the sum of background and unlabelled organ counts, not their ratio."""
+    logits = torch.zeros(1, NUM_CLASSES, 2, 2, 2)
+    logits[:, 0], logits[:, 7] = 1.0, 3.0
+    logits.requires_grad_()
+    target = torch.zeros(1, 2, 2, 2, dtype=torch.long)
+    labelled = torch.ones(1, NUM_CLASSES, dtype=torch.bool)
+    labelled[:, 7] = False
+    segmentation_loss(logits, target, labelled).backward()
+    assert logits.grad[:, 7].max() < 0, "rises as the background does, for it may be there"
+    assert logits.grad[:, 8].min() > 0
+    logits.grad = None
+    segmentation_loss(logits, target).backward()
+    assert logits.grad[:, 7].min() > 0, "with labels it would be an error"
+
+
+def test_a_labelled_organ_is_learned_from_the_case_that_has_it():
+    """Of two cases only the first has labels of organ 3: the Dice of 3 is that of the first case alone."""
+    logits = torch.randn(2, NUM_CLASSES, 4, 4, 4)
+    target = torch.randint(0, 3, (2, 4, 4, 4))
+    target[0, :2] = 3
+    labelled = torch.ones(2, NUM_CLASSES, dtype=torch.bool)
+    labelled[1, 3] = False
+    loss = segmentation_loss(logits, target, labelled)
+    merged = merge_unlabelled(logits, labelled)
+    assert loss.item() == pytest.approx(dice_ce_loss(merged, target).item())
+    assert torch.isfinite(loss)
+
+
+def test_levels_count_half_of_the_one_before():
+    target = torch.randint(0, NUM_CLASSES, (1, 8, 8, 8))
+    levels = [torch.randn(1, NUM_CLASSES, n, n, n) for n in (8, 4, 2)]
+    each = [
+        dice_ce_loss(levels[0], target),
+        dice_ce_loss(levels[1], target[:, 1::2, 1::2, 1::2]),
+        dice_ce_loss(levels[2], target[:, 2::4, 2::4, 2::4]),
+    ]
+    expected = (each[0] + each[1] / 2 + each[2] / 4) / 1.75
+    assert segmentation_loss(TrainingOutput(levels, None), target).item() == pytest.approx(expected.item())
+
+
+def test_coarser_targets():
+    target = torch.arange(12).view(1, 2, 6, 1)
+    assert nearest(target, (1, 3, 1)).ravel().tolist() == [7, 9, 11]
+    assert nearest(target, (2, 6, 1)) is target
+
+
+def test_router_learns_the_group_of_an_organ():
+    """Voxels of the liver (large, the last of the three) and of background, which does not count."""
+    target = torch.tensor([6, 0]).view(1, 1, 1, 2)
+    router = torch.tensor([[0.0, 9.0], [0.0, 9.0], [2.0, 9.0]]).view(1, 3, 1, 1, 2)
+    expected = -torch.tensor([0.0, 0.0, 2.0]).log_softmax(0)[2]
+    assert list(GROUPS) == ["small", "medium", "large"]
+    assert router_loss(router, target).item() == pytest.approx(expected.item())
+    assert router_loss(router, torch.zeros_like(target)).item() == 0
+    logits = torch.randn(1, NUM_CLASSES, 1, 1, 2)
+    with_router = segmentation_loss(TrainingOutput([logits], router), target)
+    assert with_router.item() == pytest.approx(
+        segmentation_loss(logits, target).item() + 0.1 * expected.item()
+    )
+
+
+def test_class_weights_by_hand():
+    frequency = torch.zeros(NUM_CLASSES)
+    frequency[[0, 1, 2, 3, 4]] = torch.tensor([0.9, 0.04, 0.01, 0.0025, 0.00001])
+    weights = class_weights(frequency)
+    assert weights[:5].tolist() == pytest.approx([0.5, 0.5, 1, 2, 4]) and weights[5:].eq(1).all()
+    logits, target = torch.randn(1, NUM_CLASSES, 2, 2, 2), torch.randint(0, 5, (1, 2, 2, 2))
+    expected = torch.nn.functional.cross_entropy(logits, target, weights)
+    only_ce = dice_ce_loss(logits, target, dice_weight=0, class_weights=weights)
+    assert only_ce.item() == pytest.approx(expected.item())
+
+
+def test_errors_of_patches_by_hand():
+    """Every second voxel is looked at: a prediction that is sure and right in half of an organ's voxels."""
+    target = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
+    target[:, :, :, :2] = 6
+    logits = torch.zeros(1, NUM_CLASSES, 4, 4, 4)
+    logits[:, 0] = 50
+    logits[:, 6, :2, :, :2] = 100
+    labelled = torch.ones(1, NUM_CLASSES, dtype=torch.bool)
+    errors = patch_errors(logits, target, labelled)
+    assert errors[0, 6].item() == pytest.approx(1 - 2 * 2 / (2 + 4)) and errors.isnan().sum() == 15
+    labelled[0, 6] = False
+    assert patch_errors(TrainingOutput([logits], None), target, labelled).isnan().all()
+
+
+# ---- data sets ----
+
+
+def make_folder(folder, parts, organs=tuple(ORGANS), labelled=tuple(ORGANS), spacing=(2, 1.5, 1.5)):
+    """A folder as preprocess.py writes it; `parts` {case: "train", "val" or ""}."""
+    entries = []
+    for seed, (name, part) in enumerate(parts.items()):
+        make_case(
+            folder / "cases" / f"{name}.h5", organs, seed=seed, labelled=labelled, spacing=spacing
+        ).close()
+        entries.append({"name": name, "part": part, "modality": "ct", "labelled": list(labelled)})
+    content = {"spacing_mm": list(spacing), "cases": entries}
+    (folder / "preprocessing.json").write_text(json.dumps(content))
+    return folder
+
+
+PARTS = {"amos_0001": "train", "amos_0004": "train", "amos_0008": "val"}
+
+
+def test_the_published_parts_and_the_fingerprint_of_the_training_cases(tmp_path):
+    data = Amos([make_folder(tmp_path / "amos", PARTS)])
+    assert data.split == {"train": ["amos_0001", "amos_0004"], "val": ["amos_0008"], "test": []}
+    samples = [data.cases[name].attributes["foreground_sample"] for name in data.split["train"]]
+    assert data.preprocessing["scaling"] == list(fingerprint(samples))
+    assert data.preprocessing["modality"] == "ct" and data.preprocessing["labelled"] == list(ORGANS)
+    assert case_scaling(data.cases["amos_0008"], data.preprocessing) == fingerprint(samples)
+    everything = Amos([tmp_path / "amos"], validation=False)
+    assert everything.split == {"train": list(PARTS), "val": [], "test": []}
+
+
+def test_folds_and_refusals(tmp_path):
+    folder = make_folder(tmp_path / "amos", dict.fromkeys((f"amos_{k:04d}" for k in range(8)), "train"))
+    seen = [Amos([folder], folds=4, fold=k, validation=False).split for k in range(4)]
+    assert sorted(name for split in seen for name in split["test"]) == [f"amos_{k:04d}" for k in range(8)]
+    assert all(len(split["train"]) == 6 and not split["val"] for split in seen)
+    with pytest.raises(ValueError, match="8 cases, but none of --modality mr"):
+        Amos([folder], "mr")
+    with pytest.raises(FileNotFoundError, match="no preprocessed cases here.*amos_lha/preprocess.py"):
+        Amos([tmp_path / "nothing"])
+
+
+def test_two_sets_with_labels_of_different_organs(tmp_path):
+    a = make_folder(tmp_path / "a", PARTS, organs=(1, 6, 11), labelled=(1, 2, 6, 11))
+    b = make_folder(tmp_path / "b", PARTS, organs=(2, 3), labelled=(2, 3))
+    data = Amos([a, b])
+    assert data.split["train"] == ["a/amos_0001", "a/amos_0004", "b/amos_0001", "b/amos_0004"]
+    assert data.preprocessing["labelled"] == [1, 2, 3, 6, 11]
+    frequency, size, box = data.class_frequency(), 40 * 48 * 56, 6**3
+    assert frequency[6].item() == pytest.approx(box / size), "of the cases that have labels for it"
+    assert frequency[3].item() == pytest.approx(box / size)
+    assert frequency[2].item() == pytest.approx(box / (2 * size)), "in half of them"
+    assert frequency[0].item() == pytest.approx(1 - 2.5 * box / size) and frequency[4] == 0
+    patches = PatchDataset(data, data.split["train"], (16, 16, 16), SAMPLING["smart"], 8)
+    items = [patches[k, 7 * k] for k in range(200)]
+    assert {item["organ"] for item in items} == {ORGANS[k] for k in (1, 2, 3, 6, 11)} | {"none"}
+    for item in items[:20]:
+        found = set(item["label"].unique().tolist()) - {0}
+        allowed = set(np.flatnonzero(item["labelled"].numpy()).tolist())
+        assert found <= allowed and allowed in ({0, 1, 2, 6, 11}, {0, 2, 3})
+        assert item["image"].dtype == torch.float32 and item["image"].shape == (1, 16, 16, 16)
+    again = patches[3, 21]
+    assert all(torch.equal(again[k], items[3][k]) for k in ("image", "label"))
+    with pytest.raises(ValueError, match="voxels of different sizes .*one --spacing"):
+        Amos([a, make_folder(tmp_path / "c", PARTS, spacing=(3, 3, 3))])
+    with pytest.raises(ValueError, match="two folders of one name"):
+        Amos([a, tmp_path / "other" / "a"])
+
+
+def test_without_a_published_validation_part_one_is_drawn(tmp_path):
+    folder = make_folder(tmp_path / "chaos", dict.fromkeys((f"amos_06{k:02d}" for k in range(10)), "train"))
+    split = Amos([folder]).split
+    assert (len(split["train"]), len(split["val"]), len(split["test"])) == (8, 2, 0)
+    assert Amos([folder], validation=False).split["train"] == [f"amos_06{k:02d}" for k in range(10)]
