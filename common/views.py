@@ -12,6 +12,7 @@ from common.render import Scene, drawn_grid, make_scene, render_scene, scene_of
 from common.volumes import box_of, resample
 
 MISSED = (60, 120, 255)  # RGB of what a prediction leaves out
+SIDES = {"front": 0, "left side": 90, "back": 180}  # degrees, see `render_scene`
 PIXELS_PER_INCH = 100  # of `save_figure`
 TURNTABLE_ELEVATION_DEG = 10.0
 FRAME_S = 0.1  # how long a turntable shows each frame
@@ -62,6 +63,25 @@ def trimmed(pictures: Sequence[np.ndarray], margin: int = 8) -> list[np.ndarray]
         left, right = (max(columns[0] - margin, 0), columns[-1] + 1 + margin) if len(columns) else (0, None)
         result.append(picture[top:bottom, left:right])
     return result
+
+
+def save_sides(
+    path: str | Path,
+    labels: np.ndarray,
+    spacing_mm: Sequence[float],
+    *,
+    colors: np.ndarray,
+    height: int = 800,
+) -> None:
+    """Save a label map seen from the front, the left side and the back, side by side.
+
+    Args:
+        labels, spacing_mm, colors: as `make_scene`.
+        height: of the pictures in pixels, before white margins are cut off.
+    """
+    scene = make_scene(labels, spacing_mm, colors)
+    pictures = [render_scene(scene, angle, 0, (height, height)) for angle in SIDES.values()]
+    save_pictures(path, trimmed(pictures), list(SIDES))
 
 
 def save_turntable(

@@ -23,14 +23,13 @@ from common.files import make_folder
 from common.mesh import save_html, split_mesh, surface_mesh
 from common.nifti import case_name, load_label, load_nifti, same_grid
 from common.planes import color_overlay, grey_picture
-from common.render import label_colors, make_scene, render_scene
-from common.views import save_pictures, save_triptych, save_turntable, trimmed
+from common.render import label_colors
+from common.views import save_pictures, save_sides, save_triptych, save_turntable
 from verse_spine.curved import curved_planar
 from verse_spine.labels import LABEL_NAMES, body_centres
 from verse_spine.pictures import LABEL_COLORS, WINDOW_HU
 from verse_spine.segment import count_bodies
 
-VIEWS = {"front": 0, "left side": 90, "back": 180}  # degrees
 HEIGHT = 800  # of the pictures, in pixels
 FRAMES = 36  # of the turntable
 MIN_DROP_MM = 8.0  # the least by which the centre of a body lies below that of the next one
@@ -78,9 +77,7 @@ def save_views(
     written = []
     if labels.any():
         colors = label_colors(labels, LABEL_COLORS)
-        scene = make_scene(labels, spacing_mm, colors)
-        pictures = [render_scene(scene, angle, 0, (HEIGHT, HEIGHT)) for angle in VIEWS.values()]
-        save_pictures(paths["3d.png"], trimmed(pictures), list(VIEWS))
+        save_sides(paths["3d.png"], labels, spacing_mm, colors=colors, height=HEIGHT)
         size = (HEIGHT // 2, HEIGHT * 3 // 10)
         save_turntable(paths["turntable.gif"], labels, spacing_mm, colors=colors, frames=FRAMES, size=size)
         parts = split_mesh(*surface_mesh(labels, spacing_mm))
