@@ -15,21 +15,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import labelled_organs, load_case_label
+from amos_lha.cases import labelled_organs
 from amos_lha.dataset import Amos, case_scaling
 from amos_lha.organs import GROUPS, ORGANS
 from amos_lha.pictures import save_worst_and_median
-from amos_lha.scores import case_row, group_rows, score
+from amos_lha.scores import case_row, score
 from amos_lha.segment import segment
 from common import batch, distributed, report
 from common.checkpoints import TrainedModel
-from common.class_metrics import class_table, mean_of_classes
+from common.class_metrics import class_table, group_table, mean_of_classes
 from common.compare import compare, label_files, print_comparison
 from common.config import make_parser, non_negative_int, parse_args, run_script
 from common.decathlon import read_dataset_json
 from common.files import make_folder
 from common.metrics import write_table
-from common.nifti import same_grid
+from common.nifti import load_label, same_grid
 from common.splits import natural_key, patients_of
 
 CASES = "cases.csv"  # grows case by case
@@ -147,7 +147,7 @@ def evaluate_files(
     def evaluate(name: str) -> dict:
         if name not in preds:
             raise FileNotFoundError(f"no prediction for {targets[name]}")
-        pred, target = load_case_label(preds[name]), load_case_label(targets[name])
+        pred, target = load_label(preds[name]), load_label(targets[name])
         if not same_grid(pred, target):
             raise ValueError(
                 f"{pred.path}: lies on another grid than {target.path} (shapes {pred.shape} and "
@@ -174,7 +174,7 @@ def write_report(
     lines = [title, *(f"NOTE: {note}" for note in notes), ""]
     if rows:
         organs = [row for row in class_table(rows) if row["class"] != "all"]
-        groups = group_rows(rows)
+        groups = group_table(rows)
         write_table(out / "results.csv", rows)
         write_table(out / "summary.csv", organs)
         write_table(out / "groups.csv", groups)

@@ -11,14 +11,11 @@ from amos_lha.scores import only_labelled
 from common.class_metrics import case_means
 from common.hu import why_not_hu
 from common.nifti import load_label, load_nifti, same_grid
-from common.planes import ERROR_TITLE, PLANES, error_picture, grey_picture, middle, save_planes, true_plane
-from common.plots import outline, save_panels
+from common.planes import ERROR_TITLE, PLANES, contour_pictures, save_planes
+from common.plots import save_panels
 from common.views import save_sides, save_turntable
-from common.volumes import box_of, crop, expand_box
 
 WINDOW_HU = (-160, 240)  # soft tissue: level 40, width 400
-MARGIN_MM = 40.0  # what is shown around an organ
-SIDE_PIXELS = 240  # of the longer side of a picture of an organ
 FRAMES = 24  # of the turntable
 HEIGHT = 800  # of the views in 3-D, in pixels
 TURNTABLE_SIZE = (400, 400)  # h, w
@@ -57,7 +54,7 @@ def save_preview(
 
 
 def save_3d(stem: Path, labels: np.ndarray, spacing_mm: Sequence[float]) -> None:
-    """Write <stem>_3d.png, the organs from three sides, and <stem>_turntable.gif; nothing without an organ."""
+    """Write <stem>_3d.png, the organs from three sides, and <stem>_turntable.gif; nothing without any."""
     if labels.any():
         save_sides(stem.with_name(f"{stem.name}_3d.png"), labels, spacing_mm, colors=COLORS, height=HEIGHT)
         path = stem.with_name(f"{stem.name}_turntable.gif")
@@ -123,44 +120,19 @@ def save_worst_and_median(
             image = scan.array
             if why_not_hu(image):
                 value_range = shown_range("mr", mr_scaling(image))
-        pictures.append(organ_pictures(image, target.spacing_mm, pred, truth, worst["class"], value_range))
+        pictures.append(
+            contour_pictures(
+                image,
+                target.spacing_mm,
+                pred,
+                truth,
+                worst["class"],
+                palette=COLORS[1:],
+                value_range=value_range,
+            )
+        )
         name = f"{kind}: {case}, {worst['name']} {worst['dice']:.2f}"
         titles.append([name, *PLANES[1:], ERROR_TITLE])
     if pictures:
         organs = {ORGANS[n]: COLORS[n] for n in sorted(set().union(*labelled.values()))}
         save_panels(path, pictures, titles, legend=organs)
-
-
-def organ_pictures(
-    image: np.ndarray,
-    spacing_mm: Sequence[float],
-    pred: np.ndarray,
-    target: np.ndarray,
-    organ: int,
-    value_range: Sequence[float],
-) -> list[np.ndarray]:
-    """Axial, coronal and sagittal plane through an organ with contours, and the axial one with the errors.
-
-    Args:
-        image, pred, target: (z, y, x) on one grid; the organ is in the prediction or in the target.
-    """
-    margin = np.ceil(np.divide(MARGIN_MM, spacing_mm)).astype(int)
-    box = expand_box(*box_of((pred == organ) | (target == organ)), margin, image.shape)
-    image, pred, target = (crop(array, *box) for array in (image, pred, target))
-    centre = middle(target == organ if (target == organ).any() else pred == organ)
-    voxel_mm = float(np.multiply(image.shape, spacing_mm).max()) / SIDE_PIXELS
-    pictures = []
-    for axis in range(3):
-        grey = grey_picture(true_plane(image, axis, centre[axis], spacing_mm, voxel_mm), value_range)
-        planes = [
-            true_plane(labels, axis, centre[axis], spacing_mm, voxel_mm, labels=True)
-            for labels in (target, pred)
-        ]
-        rgb = np.repeat(grey[..., None], 3, -1)
-        for labels, is_dashed in zip(planes, (False, True), strict=True):
-            for number in np.unique(labels[labels > 0]).tolist():
-                rgb = outline(rgb, labels == number, COLORS[number], is_dashed)
-        pictures.append(rgb)
-        if axis == 0:
-            errors = error_picture(grey, planes[1], planes[0])
-    return [*pictures, errors]

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from amos_lha.organs import GROUPS, ORGANS, TOLERANCES_MM, group_of
-from common.class_metrics import case_metrics, mean_of_classes, metric_columns
+from amos_lha.organs import ORGANS, TOLERANCES_MM, group_of
+from common.class_metrics import case_metrics
 
 
 def score(
@@ -63,20 +63,3 @@ def case_row(name: str, patient: str, rows: list[dict]) -> dict:
         "hallucinated": statuses.count("hallucinated"),
         "organs": [{**first, **row} for row in rows],
     }
-
-
-def group_rows(rows: list[dict]) -> list[dict]:
-    """Rows of a table by size group and metric, and of all organs: mean over the organs of the mean over the
-    cases, its 95 % bootstrap interval by patient, and how many structures were missed, hallucinated, absent.
-
-    Args:
-        rows: of `score`, with "case" and "patient".
-    """
-    table = []
-    for group in [*GROUPS, "all"]:
-        of_group = [row for row in rows if group in (row["group"], "all")]
-        statuses = [row["status"] for row in of_group]
-        numbers = {key: statuses.count(key) for key in ("missed", "hallucinated", "absent")}
-        for metric in metric_columns(of_group) if of_group else ():
-            table.append({"group": group, "metric": metric, **mean_of_classes(of_group, metric), **numbers})
-    return table

@@ -173,6 +173,28 @@ def mean_of_classes(rows: Sequence[dict], metric: str) -> dict[str, float]:
     return result
 
 
+def group_table(rows: Sequence[dict]) -> list[dict]:
+    """One row for each group of classes and metric, at last of all classes as group "all".
+
+    Args:
+        rows: as of `class_table`, each with "group", the name of the group of its class.
+
+    Returns:
+        rows of group, metric, mean, low, high (as of `mean_of_classes`), missed, hallucinated, absent
+        (structures).
+    """
+    table = []
+    for group in [*dict.fromkeys(r["group"] for r in rows), "all"]:
+        of_group = [r for r in rows if group in (r["group"], "all")]
+        status = [r["status"] for r in of_group]
+        number = {key: status.count(key) for key in ("missed", "hallucinated", "absent")}
+        table += [
+            {"group": group, "metric": metric} | mean_of_classes(of_group, metric) | number
+            for metric in metric_columns(rows)
+        ]
+    return table
+
+
 def case_means(rows: Sequence[dict], metric: str) -> dict[str, float]:
     """{case: mean of the metric over its rows that are not NaN, NaN if there is none}."""
     values: dict[str, list[float]] = {}

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from common.hu import window
-from common.plots import overlay, save_panels
-from common.volumes import resample
+from common.plots import outline, overlay, save_panels
+from common.volumes import box_of, crop, expand_box, resample
 
 PLANES = ("axial", "coronal", "sagittal")  # across z, y, x
 FALSE_POSITIVE, FALSE_NEGATIVE = (255, 160, 0), (60, 120, 255)  # RGB
@@ -123,3 +123,49 @@ def save_planes(
         rows.append(row)
         titles.append(names)
     save_panels(path, rows, titles, legend=legend)
+
+
+def contour_pictures(
+    image: np.ndarray,
+    spacing_mm: Sequence[float],
+    pred: np.ndarray,
+    target: np.ndarray,
+    label: int,
+    *,
+    palette: np.ndarray,
+    value_range: Sequence[float],
+    margin_mm: float = 40.0,
+    side: int = 240,
+) -> list[np.ndarray]:
+    """Axial, coronal and sagittal plane through one label with contours, and the axial one with the errors.
+
+    Contours of the target are solid, those of the prediction dashed, each label in its colour.
+
+    Args:
+        image, pred, target: (z, y, x) on one grid.
+        label: must be in `pred` or `target`; the planes go through its middle in the target, if it is there.
+        palette, value_range: as of `color_overlay` and `grey_picture`.
+        margin_mm: what is shown around the label.
+        side: pixels of the longest side.
+    """
+    margin = np.ceil(np.divide(margin_mm, spacing_mm)).astype(int)
+    box = expand_box(*box_of((pred == label) | (target == label)), margin, image.shape)
+    image, pred, target = (crop(array, *box) for array in (image, pred, target))
+    centre = middle(target == label if (target == label).any() else pred == label)
+    voxel_mm = float(np.multiply(image.shape, spacing_mm).max()) / side
+    pictures = []
+    for axis in range(3):
+        grey = grey_picture(true_plane(image, axis, centre[axis], spacing_mm, voxel_mm), value_range)
+        target_plane, pred_plane = (
+            true_plane(labels, axis, centre[axis], spacing_mm, voxel_mm, labels=True)
+            for labels in (target, pred)
+        )
+        rgb = np.repeat(grey[..., None], 3, -1)
+        for plane_labels, is_dashed in ((target_plane, False), (pred_plane, True)):
+            for number in np.unique(plane_labels[plane_labels > 0]).tolist():
+                color = palette[(number - 1) % len(palette)]
+                rgb = outline(rgb, plane_labels == number, color, is_dashed)
+        pictures.append(rgb)
+        if axis == 0:
+            errors = error_picture(grey, pred_plane, target_plane)
+    return [*pictures, errors]

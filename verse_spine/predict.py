@@ -13,7 +13,6 @@ exist for a few rows at a time. For research only.
 import math
 import sys
 import time
-import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -23,22 +22,21 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed
-from common.config import (
-    Switch,
-    add_prediction_flags,
-    fraction,
-    make_parser,
-    parse_args,
-    positive_int,
-    run_script,
-)
-from common.files import make_folder, write_json
+from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
+from common.files import write_json
 from common.hardware import choose_precision, describe_device, peak_memory_mib, start_device
-from common.nifti import NIFTI_SUFFIXES, case_name, open_nifti, save_label
+from common.nifti import case_name, open_nifti, save_label
 from common.planes import save_planes
+from common.prediction import (
+    add_scan_flags,
+    add_window_flags,
+    predict_scans,
+    print_written,
+    read_region,
+    window_bar,
+)
 from common.runs import run_dir_of
 from common.volumes import crop
-from common.windows import prediction_peak_mib, reading_box
 from verse_spine.labels import class_names, num_outputs, unmap_labels, write_centroids
 from verse_spine.networks import TrainedModel, load_trained
 from verse_spine.pictures import LABEL_COLORS, WINDOW_HU
@@ -46,6 +44,7 @@ from verse_spine.region import find_region
 from verse_spine.segment import clean_up, mask_centroids, segment
 
 OWN_NAMES = ("_mask", "_msk")  # masks of this script and of VerSe are not scans
+TABLE = "predictions.csv"
 
 
 def build_parser() -> ArgumentParser:
@@ -62,15 +61,7 @@ def build_parser() -> ArgumentParser:
         "train_heatmap.py; with it only the box around the spine is segmented, which is faster and "
         "gives fewer false alarms",
     )
-    parser.add_argument(
-        "--source", required=True, help="what to predict: a NIfTI scan, or a folder with scans"
-    )
-    parser.add_argument(
-        "--out", help="folder that the results are written to; default: predictions/ in the run's folder"
-    )
-    parser.add_argument(
-        "--recursive", action=Switch, default=False, help="also look into the subfolders of --source"
-    )
+    add_scan_flags(parser)
     parser.add_argument(
         "--no_roi",
         action="store_true",
@@ -88,20 +79,7 @@ def build_parser() -> ArgumentParser:
         default=False,
         help="average the prediction with that of the scan mirrored left to right; takes twice as long",
     )
-    parser.add_argument(
-        "--overlap",
-        type=fraction,
-        default=0.5,
-        help="share of a window, from 0 to below 1, that the next one covers too; 0.25 is faster, but less "
-        "exact where windows meet",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=1,
-        help="number of windows that are computed at a time; more are faster on a large GPU, fewer take "
-        "less memory",
-    )
+    add_window_flags(parser)
     parser.add_argument(
         "--clean_up",
         action=Switch,
@@ -134,37 +112,23 @@ def predict_scan(
     name = case_name(path)
     region = find_region(file, heatmap, roi=args.roi, whole_scan=args.no_roi)
     found_s = time.perf_counter() - started
-    working_mm, patch_size = model.preprocessing["spacing_mm"], tuple(model.config["patch_size"])
-    # What is read is larger than a region smaller than a patch: the network sees the tissue around it.
-    start, stop = reading_box(region.box, file.shape, file.spacing_mm, working_mm, patch_size)
-    shape = tuple(np.subtract(stop, start).tolist())
-    peak = prediction_peak_mib(
-        shape,
-        file.spacing_mm,
-        working_mm,
-        patch_size,
+    reading = read_region(
+        file,
+        region.box,
+        model.preprocessing["spacing_mm"],
+        model.config["patch_size"],
         num_outputs(labels),
         batch_size=args.batch_size,
         device=model.device,
+        source=region.source,
     )
-    box_mib = 2 * math.prod(shape) / 2**20
-    tqdm.write(
-        f"{path.name}: {region.source}, {' x '.join(map(str, shape))} of {' x '.join(map(str, file.shape))} "
-        f"voxels; scores and labels take up to {peak.host_mib + box_mib:,.0f} MiB of RAM, "
-        f"{peak.device_mib:,.0f} MiB of GPU memory, besides the network"
-    )
-    image = file.read_box(start, stop)  # int16 of most files: stage 2 reads it several times
-    with tqdm(desc=path.name, unit="window", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    image, start, stop, need = reading.image, reading.start, reading.stop, reading.need
+    with window_bar(path.name) as progress:
         inside = segment(
             model,
             image,
             file.spacing_mm,
-            box=tuple(tuple(np.subtract(corner, start).tolist()) for corner in region.box),
+            box=reading.region,
             mirror=args.tta,
             overlap=args.overlap,
             batch_size=args.batch_size,
@@ -220,7 +184,7 @@ def predict_scan(
             },
             "clean_up": report,
             "seconds": {"region": found_s, "all": seconds},
-            "predicted_mib": {"host": peak.host_mib + box_mib, "device": peak.device_mib},
+            "predicted_mib": {"host": need.host_mib, "device": need.device_mib},
             "peak_mib": None if math.isnan(memory) else memory,
             "device": describe_device(model.device),
             "precision": model.precision.name,
@@ -249,40 +213,26 @@ def main(argv: list[str] | None = None) -> int:
         if args.heatmap_weights:
             heatmap = load_trained(args.heatmap_weights, device, precision, "heatmap")
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
-        scans = batch.find_sources(
-            args.source,
-            NIFTI_SUFFIXES,
-            out=out,
-            own_names=OWN_NAMES,
-            recursive=args.recursive,
-            what="NIfTI scan",
-        )
-        make_folder(out)
-        if distributed.is_main():
-            print(f"{len(scans)} scan(s) on {describe_device(device)}, {precision.name}")
-        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of code
-        clashes = batch.name_clashes({path: out / case_name(path) for path in scans})
 
         def predict(path: Path) -> dict:
             return predict_scan(model, heatmap, path, out, args)
 
-        todo = [path for path in scans if path not in clashes]
-        rows, failed = batch.each(predict, todo, unit="scan", table=out / "predictions.csv")
-        failed = clashes | failed
+        rows, failed = predict_scans(
+            predict,
+            args.source,
+            out,
+            own_names=OWN_NAMES,
+            recursive=args.recursive,
+            table=TABLE,
+            machine=f"{describe_device(device)}, {precision.name}",
+        )
         if distributed.is_main():
-            report(rows, failed, out)
+            lines = [
+                f"{Path(row['scan']).name}: {row['volume_ml']:.1f} mL of vertebrae, {row['seconds']:.1f} s"
+                for row in rows
+            ]
+            print_written(lines, failed, out, TABLE)
         return batch.exit_code(failed)
-
-
-def report(rows: list[dict], failed: dict[Path, str], out: Path) -> None:
-    for row in rows[:20]:
-        name = Path(row["scan"]).name
-        print(f"  {name}: {row['volume_ml']:.1f} mL of vertebrae, {row['seconds']:.1f} s")
-    if len(rows) > 20:
-        print(f"  ... {len(rows) - 20} more in predictions.csv")
-    print(f"{len(rows)} of {len(rows) + len(failed)} scan(s) written to {out}")
-    for line in batch.failed_lines(failed):
-        print(line)
 
 
 if __name__ == "__main__":

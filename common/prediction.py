@@ -1,0 +1,161 @@
+"""What scripts that write label maps have in common: flags, what is read of a scan, all scans in turn."""
+
+import argparse
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import batch, distributed
+from common.config import Switch, fraction, positive_int
+from common.files import make_folder
+from common.nifti import NIFTI_SUFFIXES, NiftiFile, case_name
+from common.volumes import Box, Triple
+from common.windows import MIB, PredictionPeak, prediction_peak_mib, reading_box
+
+ROWS_PRINTED = 20
+
+
+def add_scan_flags(parser: argparse.ArgumentParser) -> None:
+    """--source, --out and --recursive, with one meaning in all scripts."""
+    parser.add_argument(
+        "--source", required=True, help="what to predict: a NIfTI scan, or a folder with scans"
+    )
+    parser.add_argument(
+        "--out", help="folder that the results are written to; default: predictions/ in the run's folder"
+    )
+    parser.add_argument(
+        "--recursive", action=Switch, default=False, help="also look into the subfolders of --source"
+    )
+
+
+def add_window_flags(parser: argparse.ArgumentParser) -> None:
+    """--overlap and --batch_size, with one meaning in all scripts."""
+    parser.add_argument(
+        "--overlap",
+        type=fraction,
+        default=0.5,
+        help="share of a window, from 0 to below 1, that the next one covers too; 0.25 is faster, but less "
+        "exact where windows meet",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=1,
+        help="number of windows that are computed at a time; more are faster on a large GPU, fewer take "
+        "less memory",
+    )
+
+
+class Reading(NamedTuple):
+    """The part of a scan that is read to predict a region of it.
+
+    Attributes:
+        image: (z, y, x) of the box from `start` to `stop` of the scan.
+        start, stop: z y x, in voxels of the scan.
+        region: (start, stop) in voxels of `image`.
+        need: memory that the prediction takes, with the image, without the network.
+    """
+
+    image: np.ndarray
+    start: Triple
+    stop: Triple
+    region: Box
+    need: PredictionPeak
+
+
+def read_region(
+    file: NiftiFile,
+    region: Box,
+    working_mm: Sequence[float],
+    patch_size: Sequence[int],
+    num_classes: int,
+    *,
+    batch_size: int,
+    device: torch.device,
+    source: str,
+) -> Reading:
+    """Read what is needed to predict a box of a scan, and print beforehand how much memory that will take.
+
+    A region smaller than a patch is read with what is around it, see `reading_box`.
+
+    Args:
+        working_mm, patch_size: spacing and patch of the network, z y x.
+        source: where the region is from, such as "body", for the line that is printed.
+    """
+    start, stop = reading_box(region, file.shape, file.spacing_mm, working_mm, patch_size)
+    shape = tuple(np.subtract(stop, start).tolist())
+    peak = prediction_peak_mib(
+        shape, file.spacing_mm, working_mm, patch_size, num_classes, batch_size=batch_size, device=device
+    )
+    need = PredictionPeak(peak.host_mib + 2 * math.prod(shape) / MIB, peak.device_mib)
+    tqdm.write(
+        f"{file.path.name}: {source}, {' x '.join(map(str, shape))} of {' x '.join(map(str, file.shape))} "
+        f"voxels; scores and labels take up to {need.host_mib:,.0f} MiB of RAM, "
+        f"{need.device_mib:,.0f} MiB of GPU memory, besides the network"
+    )
+    first, last = (tuple(np.subtract(corner, start).tolist()) for corner in region)
+    return Reading(file.read_box(start, stop), start, stop, (first, last), need)
+
+
+@contextlib.contextmanager
+def window_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Bar of the windows of a scan, on a terminal; yields what `predict_labels` takes as `progress`."""
+    with tqdm(desc=name, unit="window", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def predict_scans(
+    predict: Callable[[Path], dict],
+    source: str | Path,
+    out: Path,
+    *,
+    own_names: tuple[str, ...],
+    recursive: bool,
+    table: str,
+    machine: str,
+) -> tuple[list[dict], dict[Path, str]]:
+    """Call `predict` for each scan of `source`, shared over the processes; rows and failures as of `each`.
+
+    Args:
+        predict: writes the results of a scan to `out`, with the scan's name in front, and returns its row.
+        own_names: as of `find_sources`.
+        table: name of the CSV file of the rows in `out`.
+        machine: what it runs on, for the line that is printed first.
+
+    Raises:
+        FileNotFoundError: no scan.
+    """
+    scans = batch.find_sources(
+        source, NIFTI_SUFFIXES, out=out, own_names=own_names, recursive=recursive, what="NIfTI scan"
+    )
+    make_folder(out)
+    if distributed.is_main():
+        print(f"{len(scans)} scan(s) on {machine}")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of code
+    clashes = batch.name_clashes({path: out / case_name(path) for path in scans})
+    todo = [path for path in scans if path not in clashes]
+    rows, failed = batch.each(predict, todo, unit="scan", table=out / table)
+    return rows, clashes | failed
+
+
+def print_written(lines: Sequence[str], failed: dict[Path, str], out: Path, table: str) -> None:
+    """Print a line for each scan that was written, the first 20, and what failed."""
+    for line in lines[:ROWS_PRINTED]:
+        print(f"  {line}")
+    if len(lines) > ROWS_PRINTED:
+        print(f"  ... {len(lines) - ROWS_PRINTED} more in {table}")
+    print(f"{len(lines)} of {len(lines) + len(failed)} scan(s) written to {out}")
+    for line in batch.failed_lines(failed):
+        print(line)
