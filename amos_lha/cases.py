@@ -15,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from amos_lha.organs import ORGANS
+from amos_lha.organs import NUM_CLASSES, ORGANS
 from common.decathlon import find_decathlon, list_files, read_dataset_json
-from common.nifti import Scan, load_label, load_nifti, same_grid
+from common.label_measures import label_counts
+from common.nifti import Scan, case_name, is_nifti
+from common.pairs import load_pair
+from common.splits import natural_key
 
 PARTS = {"Tr": "train", "Va": "val", "Ts": "test"}  # ending of the folder: part
 FIRST_MR = 500
@@ -41,7 +44,7 @@ class Case:
     """One scan and its label.
 
     Attributes:
-        part: "train", "val" or "test".
+        part: "train", "val" or "test"; "labels" in a folder of label maps alone.
         modality: "ct" or "mr"; None where neither the name nor dataset.json tells.
         labelled: numbers of the organs that the case has labels for, present in the scan or not.
         image, label: None where the data set does not have the file.
@@ -93,45 +96,46 @@ def list_data_set(folder: str | Path, labelled: list[int] | None = None) -> tupl
     return cases, problems
 
 
-def load_case_label(path: Path) -> Scan:
-    """A label map of organs, uint8.
+def list_any(folder: str | Path, labelled: list[int] | None = None) -> tuple[list[Case], list[str]]:
+    """As `list_data_set`; in a folder without imagesTr each NIfTI file is a label map without a scan."""
+    paths = [path for path in sorted(Path(folder).glob("*")) if is_nifti(path)]
+    if find_decathlon(folder) is not None or not paths:
+        return list_data_set(folder, labelled)
+    organs = _labelled("", {}, labelled, Path(folder))
+    paths.sort(key=lambda path: natural_key(path.name))
+    return [Case(case_name(p), "labels", _modality(case_name(p), {}), organs, None, p) for p in paths], []
 
-    Raises:
-        ValueError: as `load_label`, or a number that is not an organ's.
-    """
-    label = load_label(path)
-    if unknown := [n for n in np.flatnonzero(np.bincount(label.array.ravel())).tolist() if n > max(ORGANS)]:
-        raise ValueError(
-            f"{path}: label value(s) {', '.join(map(str, unknown[:10]))}; AMOS's organs are 1 to 15. Is it a "
-            "label of another data set?"
+
+def why_not_organs(labels: np.ndarray, labelled: tuple[int, ...]) -> str:
+    """A phrase about numbers in a (z, y, x) label map that are no organs, or not `labelled` ones; else ""."""
+    if labels.max() > max(ORGANS):
+        unknown = np.unique(labels[labels > max(ORGANS)])[:10]
+        return (
+            f"label value(s) {', '.join(map(str, unknown))}; AMOS's organs are 1 to 15. Is it a label of "
+            "another data set?"
         )
-    return label
+    found = np.flatnonzero(label_counts(labels, NUM_CLASSES)).tolist()
+    if surplus := [f"{n} ({ORGANS[n]})" for n in found if n and n not in labelled]:
+        return (
+            f"holds {', '.join(surplus)}, which --labelled or dataset.json does not name as labelled; "
+            "correct the list of labelled organs"
+        )
+    return ""
 
 
-def load_pair(case: Case) -> tuple[Scan, Scan]:
-    """Scan and label of a case, checked against each other.
+def load_case(case: Case) -> tuple[Scan, Scan]:
+    """Scan and label (uint8) of a case, checked against each other.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or unreadable, the two do not fit, or the label holds
-            other numbers than those of organs labelled in this case.
+        FileNotFoundError, ValueError: as `load_pair`; a file is missing; or the label holds other numbers
+            than those of organs labelled in this case.
     """
     if case.image is None or case.label is None:
         missing, there = ("label", case.image) if case.label is None else ("scan", case.label)
         raise ValueError(f"{there}: has no {missing} of the same name; add it, or move this file away")
-    scan, label = load_nifti(case.image), load_case_label(case.label)
-    if not same_grid(scan, label):
-        raise ValueError(
-            f"{case.label}: lies on another grid than {case.image.name} (label {label.array.shape} "
-            f"{label.orientation}, scan {scan.array.shape} {scan.orientation}, z y x in RAS); take the label "
-            "that was drawn on this scan, or resample it to it"
-        )
-    found = np.flatnonzero(np.bincount(label.array.ravel()))
-    if surplus := [n for n in found.tolist() if n and n not in case.labelled]:
-        names = ", ".join(f"{n} ({ORGANS[n]})" for n in surplus)
-        raise ValueError(
-            f"{case.label}: holds {names}, which --labelled or dataset.json does not name as labelled; "
-            "correct the list of labelled organs"
-        )
+    scan, label = load_pair(case.image, case.label)
+    if reason := why_not_organs(label.array, case.labelled):
+        raise ValueError(f"{case.label}: {reason}")
     return scan, label
 
 
@@ -160,7 +164,11 @@ def _labelled(name: str, notes: dict, flag: list[int] | None, path: Path) -> tup
         organs, where = noted, f'{path}: "labelled"'
     else:
         organs, where = sorted(_label_names(notes)) or list(ORGANS), str(path)
-    if not isinstance(organs, list) or not organs or not all(o in ORGANS for o in organs):
+    if (
+        not isinstance(organs, list)
+        or not organs
+        or not all(isinstance(o, int) and o in ORGANS for o in organs)
+    ):
         raise ValueError(f"{where}: expected numbers of organs from 1 to 15, found {organs}")
     return tuple(sorted(set(organs)))
 

@@ -327,7 +327,7 @@ def test_bad_cases_are_named_and_cost_the_others_nothing(tmp_path, capsys):
         if line.startswith("  sub-verse"):
             printed[line.split(":")[0].strip()] = line
     for number, *words in (
-        (2, "_seg-vert_msk", "another grid", "(29, 60, 50)", "(30, 60, 50)", "take the mask that was drawn"),
+        (2, "_seg-vert_msk", "another grid", "(29, 60, 50)", "(30, 60, 50)", "take the file that was drawn"),
         (3, "_seg-vert_msk", "holds no vertebra", "remove"),
         (4, "_seg-vert_msk", "unknown label value(s) 99", "map yours to these"),
         (5, "_ctd.json", "not valid JSON", "expected a list"),

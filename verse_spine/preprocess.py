@@ -35,7 +35,8 @@ from common.files import make_folder, read_json
 from common.hdf5 import write_case
 from common.hu import why_not_hu
 from common.metrics import write_table
-from common.nifti import load_label, load_nifti, same_grid, voxel_mm3
+from common.nifti import voxel_mm3
+from common.pairs import load_pair
 from common.patches import location_index
 from common.volumes import (
     body_box,
@@ -61,7 +62,6 @@ BODY_HU = -500
 BODY_MARGIN_MM = 20.0
 HARD_NEGATIVE_HU = 150  # bright voxels outside the vertebrae: ribs, pelvis, metal
 INDEX_SEED = 0
-MIN_SIDE_MM = 10.0  # a smaller scan holds no vertebra
 Spacing = tuple[float, float, float]  # mm, z y x
 
 
@@ -102,18 +102,7 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
     """Write <out>/cases/<name>.h5, voxels of about `spacing_mm`; returns its entry of preprocessing.json."""
     if case.mask is None:
         raise ValueError(f"{case.image}: has no mask (*_seg-vert_msk.nii.gz under derivatives)")
-    scan, mask = load_nifti(case.image), load_label(case.mask)
-    if not same_grid(scan, mask):
-        raise ValueError(
-            f"{case.mask}: lies on another grid than {case.image.name} (mask {mask.array.shape} "
-            f"{mask.orientation}, scan {scan.array.shape} {scan.orientation}, z y x in RAS); take the mask "
-            "that was drawn on this scan, or resample it to it"
-        )
-    extent_mm = np.multiply(scan.array.shape, scan.spacing_mm)
-    if min(extent_mm) < MIN_SIDE_MM:
-        raise ValueError(
-            f"{case.image}: only {' x '.join(f'{mm:.0f}' for mm in extent_mm)} mm (z y x); a single slice?"
-        )
+    scan, mask = load_pair(case.image, case.mask)
     try:
         map_labels(mask.array, "binary")
     except ValueError as error:

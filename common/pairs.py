@@ -1,0 +1,74 @@
+"""A scan and the label map that was drawn on it: read together, and checked against each other."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.nifti import NiftiFile, Scan, load_label, load_nifti, open_nifti, same_grid
+
+MIN_SIDE_MM = 10.0  # a thinner scan is a single slice or a localiser: nothing to train on
+
+
+def load_pair(image: Path, label: Path) -> tuple[Scan, Scan]:
+    """Scan and label map, both (z, y, x) RAS+ on one grid.
+
+    Raises:
+        FileNotFoundError, ValueError: what `load_nifti` and `load_label` raise; the two lie on different
+            grids; or the scan is thinner than MIN_SIDE_MM.
+    """
+    scan, labels = load_nifti(image), load_label(label)
+    if reason := why_not_a_pair(scan, labels) or why_too_thin(scan):
+        raise ValueError(reason)
+    return scan, labels
+
+
+def why_not_a_pair(scan: NiftiFile, label: NiftiFile) -> str:
+    """A sentence that names both grids if they differ, else ""."""
+    if same_grid(scan, label):
+        return ""
+    return (
+        f"{label.path}: lies on another grid than {scan.path.name} (label {label.shape} {label.orientation}, "
+        f"scan {scan.shape} {scan.orientation}, z y x in RAS); take the file that was drawn on this scan, or "
+        "resample it to it"
+    )
+
+
+def why_too_thin(scan: NiftiFile) -> str:
+    """A sentence with the scan's size if a side is below MIN_SIDE_MM, else ""."""
+    extent_mm = np.multiply(scan.shape, scan.spacing_mm)
+    if min(extent_mm) >= MIN_SIDE_MM:
+        return ""
+    return f"{scan.path}: only {' x '.join(f'{mm:.0f}' for mm in extent_mm)} mm (z y x); a single slice?"
+
+
+def median_spacing(images: Sequence[Path]) -> tuple[float, float, float]:
+    """Median over the scans along each axis, in mm, z y x, to 0.001; reads headers only.
+
+    Scans that cannot be read are passed over, since reading them whole will tell why.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    spacings = []
+    for path in images:
+        try:
+            spacings.append(open_nifti(path).spacing_mm)
+        except (ValueError, OSError):
+            continue
+    if not spacings:
+        raise ValueError("none of the scans can be read")
+    z, y, x = np.median(spacings, axis=0).round(3).tolist()
+    return z, y, x
+
+
+def content_hash(volume: np.ndarray) -> str:
+    """Hash of the values of a (z, y, x) volume, however its file is named, compressed or typed.
+
+    Whole numbers give the same hash in every type that holds them.
+    """
+    digest = hashlib.blake2b(repr(volume.shape).encode(), digest_size=16)
+    for plane in volume:  # a copy of one slice at a time
+        digest.update(np.ascontiguousarray(plane, np.float32))
+    return digest.hexdigest()
