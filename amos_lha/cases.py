@@ -9,14 +9,23 @@ AMOS numbers its CT below 500 and its MR from 500 on. Cases of other names are t
 has to tell whether they are CT or MR, e.g. "modality": {"0": "CT"}.
 """
 
+import os
 import re
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from amos_lha.organs import NUM_CLASSES, ORGANS
-from common.decathlon import find_decathlon, list_files, read_dataset_json
+from common.config import non_negative_int
+from common.decathlon import (
+    find_decathlon,
+    label_names,
+    list_files,
+    modality_of,
+    read_dataset_json,
+)
 from common.label_measures import label_counts
 from common.nifti import Scan, case_name, is_nifti
 from common.pairs import load_pair
@@ -145,13 +154,33 @@ def check_label_names(notes: dict, path: Path) -> None:
     Raises:
         ValueError: with the number, what it is called there, and what it is in AMOS.
     """
-    for number, name in _label_names(notes).items():
-        known = {_letters(spelling) for spelling in (ORGANS[number], *SPELLINGS.get(number, ()))}
-        if _letters(name) not in known:
+    for number, name in label_names(notes).items():
+        spellings = [ORGANS.get(number, ""), *SPELLINGS.get(number, ())]
+        if number in ORGANS and _letters(name) not in map(_letters, spellings):
             raise ValueError(
                 f"{path}: calls label {number} {name!r}, which is the {ORGANS[number]} in AMOS; give the "
                 "labels AMOS's numbers, or correct the name in this file"
             )
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """--labelled and --workers of the scripts that read a data set."""
+    parser.add_argument(
+        "--labelled",
+        type=int,
+        nargs="+",
+        metavar="ORGAN",
+        help="numbers of the organs that are labelled in this data set, e.g. 1 2 3 6; the others count "
+        "neither as background nor as errors. Default: 'labelled' of dataset.json, else the organs that it "
+        "names, else all",
+    )
+    parser.add_argument(
+        "--workers",
+        type=non_negative_int,
+        default=min(4, os.cpu_count() or 1),
+        help="number of processes that read scans; 0 = the main process does it itself; each may take 2 GB "
+        "for a long scan",
+    )
 
 
 def _labelled(name: str, notes: dict, flag: list[int] | None, path: Path) -> tuple[int, ...]:
@@ -163,34 +192,18 @@ def _labelled(name: str, notes: dict, flag: list[int] | None, path: Path) -> tup
     elif noted is not None:
         organs, where = noted, f'{path}: "labelled"'
     else:
-        organs, where = sorted(_label_names(notes)) or list(ORGANS), str(path)
-    if (
-        not isinstance(organs, list)
-        or not organs
-        or not all(isinstance(o, int) and o in ORGANS for o in organs)
-    ):
+        organs, where = [n for n in label_names(notes) if n in ORGANS] or list(ORGANS), str(path)
+    are_organs = isinstance(organs, list) and all(isinstance(n, int) and n in ORGANS for n in organs)
+    if not are_organs or not organs:
         raise ValueError(f"{where}: expected numbers of organs from 1 to 15, found {organs}")
     return tuple(sorted(set(organs)))
-
-
-def _label_names(notes: dict) -> dict[int, str]:
-    """{number: name} of what may be organs in the "labels" of a dataset.json."""
-    names = {}
-    for key, value in (notes.get("labels") or {}).items():
-        number, name = (key, value) if str(key).isdigit() else (value, key)  # newer files: name first
-        if str(number).isdigit() and int(number) in ORGANS:
-            names[int(number)] = str(name)
-    return names
-
-
-def _letters(name: str) -> str:
-    return re.sub("[^a-z]", "", name.lower())
 
 
 def _modality(name: str, notes: dict) -> str | None:
     if match := re.fullmatch(r"amos_(\d+)", name):
         return "ct" if int(match[1]) < FIRST_MR else "mr"
-    found = " ".join(map(str, (notes.get("modality") or notes.get("channel_names") or {}).values())).upper()
-    if "CT" in found:
-        return "ct"
-    return "mr" if re.search(r"MR|T1|T2", found) else None
+    return modality_of(notes)
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z]", "", name.lower())

@@ -3,27 +3,25 @@
     python amos_lha/check_data.py --data_path ../shared/data/abdomen_ct
     python amos_lha/check_data.py --data_path ../shared/data/abdomen_ct/label_only --out runs/amos_lha/check
 
-Problems, for which the exit code is 1: a scan or label that is missing, unreadable or on another grid, numbers
-that are no organs, the same scan or label twice, organs on the wrong side. Remarks: specks of a few voxels,
-very thin scans, and CT whose values do not look like HU. A folder without imagesTr is taken as one of labels
-alone. Also prints how many scans and organs there are, and the voxel sizes.
+Problems, for which the exit code is 1: a scan or label that is missing, unreadable or on another grid;
+numbers that are no organs; the same scan or label twice; organs on the wrong side. Remarks: specks of a few
+voxels, very thin scans, and CT whose values do not look like HU. A folder without imagesTr is taken as one of
+labels alone. Also prints how many scans and organs there are, and the voxel sizes.
 """
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import AMOS22, Case, list_any, why_not_organs
+from amos_lha.cases import AMOS22, Case, add_flags, list_any, why_not_organs
 from amos_lha.organs import ORGANS, SIDES, group_of
 from common.config import make_parser, non_negative_int, parse_args, run_script
-from common.conversion import convert_cases, failure_reason
+from common.conversion import each_case, failure_reason
 from common.files import make_folder
 from common.hu import why_not_hu
 from common.label_measures import LabelMeasure, measure_labels
@@ -43,26 +41,13 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--out", help="folder that check.csv is written to, with a row for each case")
     parser.add_argument(
-        "--labelled",
-        type=int,
-        nargs="+",
-        metavar="ORGAN",
-        help="numbers of the organs that are labelled in this data set; default: 'labelled' of dataset.json, "
-        "else all organs",
-    )
-    parser.add_argument(
         "--speck_voxels",
         type=non_negative_int,
         default=10,
         help="parts of an organ that are apart from its largest part and smaller than this many voxels are "
         "remarked on; 0 = none are",
     )
-    parser.add_argument(
-        "--workers",
-        type=non_negative_int,
-        default=min(4, os.cpu_count() or 1),
-        help="number of processes that read scans; 0 = the main process does it itself",
-    )
+    add_flags(parser)
     return parser
 
 
@@ -141,7 +126,7 @@ def specks(measures: dict[int, LabelMeasure], speck_voxels: int) -> list[str]:
     """A sentence for each organ that has parts below `speck_voxels` beside its largest part."""
     sentences = []
     for n, measure in measures.items():
-        small = [size for size in measure.pieces[1:] if size < speck_voxels]
+        small = measure.specks(speck_voxels)
         if measure.pieces[0] < speck_voxels:
             sentences.append(f"{ORGANS[n]}: {measure.voxels} voxel(s) in all")
         elif small:
@@ -183,14 +168,8 @@ def check(args: Namespace) -> int:
         FileNotFoundError, ValueError: there is nothing to check, or dataset.json is wrong.
     """
     cases, problems = list_any(args.data_path, args.labelled)
-    found: dict[Case, dict] = {}
-    checked = convert_cases(check_case, cases, args.speck_voxels, workers=args.workers)
-    for case, result, reason in tqdm(checked, "checking", len(cases), unit="case", disable=None):
-        if result is None:
-            problems.append(f"{case.name} ({case.part}): could not be checked: {reason}")
-        else:
-            found[case] = result
-    results = {case: found[case] for case in cases if case in found}
+    results, failed = each_case(check_case, cases, args.speck_voxels, workers=args.workers, doing="checking")
+    problems += [f"{case.name} ({case.part}): {reason}" for case, reason in failed.items()]
     note_duplicates(results)
     print_summary(results)
     remarks = []

@@ -9,7 +9,6 @@ geometry, and an index of places for patches. A case that cannot be used is name
 and costs the others nothing. Run it again to go on where it stopped.
 """
 
-import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -21,10 +20,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import AMOS22, Case, list_data_set
+from amos_lha.cases import AMOS22, Case, add_flags, list_data_set
 from amos_lha.conversion import convert_case, resolve_spacing, settings_of, stamp_of
 from amos_lha.organs import ORGANS
-from common.config import make_parser, non_negative_int, parse_args, run_script
+from common.config import make_parser, parse_args, run_script
 from common.conversion import (
     convert_cases,
     finish_notes,
@@ -62,21 +61,7 @@ def build_parser() -> ArgumentParser:
         help="which scans to convert: ct (task 1 of AMOS22), mr, or both (task 2); default: ct. Also tells "
         "what the scans are where neither their names nor dataset.json do",
     )
-    parser.add_argument(
-        "--labelled",
-        type=int,
-        nargs="+",
-        metavar="ORGAN",
-        help="numbers of the organs that are labelled in this data set, e.g. 1 2 3 6; the others count "
-        "neither as background nor as errors. Default: 'labelled' of dataset.json, else all organs",
-    )
-    parser.add_argument(
-        "--workers",
-        type=non_negative_int,
-        default=min(4, os.cpu_count() or 1),
-        help="number of processes that convert scans; 0 = the main process does it itself; each may take 2 "
-        "GB for a long scan",
-    )
+    add_flags(parser)
     return parser
 
 

@@ -1,37 +1,32 @@
 """How large, how frequent and how bright each organ is in a data set, measured from its labels.
 
     python amos_lha/stats.py --data_path data/amos
-    python amos_lha/stats.py --data_path ../shared/data/abdomen_ct/label_only --out runs/amos_lha/statistics \\
-        --round_trip light
+    python amos_lha/stats.py --data_path ../shared/data/abdomen_ct/label_only --round_trip light
 
 Takes a folder of preprocess.py, a data set in AMOS22's layout (of both the training cases), or a folder of
 label maps alone. Writes statistics.csv with a row for each organ, and statistics.json.
 """
 
 import math
-import os
 import sys
-import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import Case, list_any, load_case, why_not_organs
+from amos_lha.cases import Case, add_flags, list_any, load_case, why_not_organs
 from amos_lha.conversion import Spacing, resolve_spacing
 from amos_lha.organs import ORGANS, group_of
-from common.config import make_parser, non_negative_int, parse_args, run_script
-from common.conversion import convert_cases, print_failed
+from common.config import make_parser, parse_args, run_script
+from common.conversion import each_case, print_failed
 from common.files import make_folder, read_json, write_json
 from common.hdf5 import CaseFile
-from common.label_measures import measure_labels
-from common.metrics import binary_counts, dice_from_counts, write_table
+from common.label_measures import measure_labels, round_trip
+from common.metrics import write_table
 from common.nifti import load_label, voxel_mm3
-from common.volumes import resample_labels, resampled_shape
 
 PERCENTILES = (0.5, 50, 99.5)
 
@@ -47,14 +42,6 @@ def build_parser() -> ArgumentParser:
         "--out",
         help="folder that statistics.csv and statistics.json are written to; default: that of preprocess.py, "
         "else runs/amos_lha/statistics",
-    )
-    parser.add_argument(
-        "--labelled",
-        type=int,
-        nargs="+",
-        metavar="ORGAN",
-        help="numbers of the organs that are labelled in this data set; default: 'labelled' of dataset.json, "
-        "else all organs; a folder of preprocess.py knows them",
     )
     parser.add_argument(
         "--small_ml",
@@ -75,12 +62,7 @@ def build_parser() -> ArgumentParser:
         help="also tell the Dice that is left of each label after it is resampled to this voxel size, and "
         "back; no network trained there can be better. light, fine, native, or millimetres z y x",
     )
-    parser.add_argument(
-        "--workers",
-        type=non_negative_int,
-        default=min(4, os.cpu_count() or 1),
-        help="number of processes that read cases; 0 = the main process does it itself",
-    )
+    add_flags(parser)
     return parser
 
 
@@ -114,19 +96,14 @@ def read_volume(source: Case | CaseFile) -> Volume:
     return Volume(label.array, image, label.affine, label.spacing_mm, source.modality, source.labelled)
 
 
-def round_trip(labels: np.ndarray, spacing_mm: Spacing, working_mm: Spacing) -> np.ndarray:
-    """Labels (z, y, x) to a grid of about `working_mm` as preprocessing does, and back as prediction does."""
-    shape = resampled_shape(labels.shape, spacing_mm, working_mm)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # labels that are lost have a Dice of 0
-        return resample_labels(resample_labels(labels, shape), labels.shape)
-
-
 def describe(source: Case | CaseFile, working_mm: Spacing | None) -> dict:
-    """{"labelled": [organs], "organs": {organ: {"ml", "extent_mm" z y x, "hu" percentiles, "round_trip"}}}."""
+    """{"labelled": [organs], "organs": {organ: {"ml", "extent_mm" z y x, "hu", "round_trip"}}} of a case.
+
+    "hu" (of CT) are its PERCENTILES, "round_trip" the Dice that a grid of `working_mm` leaves.
+    """
     volume = read_volume(source)
     labels, image = volume.labels, volume.image
-    returned = None if working_mm is None else round_trip(labels, volume.spacing_mm, working_mm)
+    left = round_trip(labels, volume.spacing_mm, working_mm)[1] if working_mm else {}
     organs = {}
     for n, measure in measure_labels(labels).items():
         block = tuple(slice(a, b) for a, b in zip(*measure.box, strict=True))
@@ -137,9 +114,8 @@ def describe(source: Case | CaseFile, working_mm: Spacing | None) -> dict:
         }
         if image is not None and volume.modality == "ct":
             organ["hu"] = np.percentile(image[block][mask], PERCENTILES).tolist()
-        if returned is not None:
-            tp, fp, fn, _ = binary_counts(returned == n, labels == n)
-            organ["round_trip"] = dice_from_counts(tp, fp, fn)
+        if n in left:
+            organ["round_trip"] = left[n]
         organs[n] = organ
     return {"labelled": list(volume.labelled), "organs": organs}
 
@@ -174,9 +150,10 @@ def organ_rows(results: list[dict], small_ml: float, large_ml: float) -> list[di
             "default_group": group_of(n),
             "group_by_size": size_group(median_ml, small_ml, large_ml),
         }
-        row |= zip(("extent_z_mm", "extent_y_mm", "extent_x_mm"), medians([o["extent_mm"] for o in found], 3))
+        extent_mm = medians([organ["extent_mm"] for organ in found], 3)
         hu = medians([organ["hu"] for organ in found if "hu" in organ], len(PERCENTILES))
-        row |= zip((f"hu_p{p:g}" for p in PERCENTILES), hu)
+        row |= {f"extent_{axis}_mm": mm for axis, mm in zip("zyx", extent_mm, strict=True)}
+        row |= {f"hu_p{p:g}": value for p, value in zip(PERCENTILES, hu, strict=True)}
         dice = [organ["round_trip"] for organ in found if "round_trip" in organ]
         row["round_trip_dice"] = float(np.mean(dice)) if dice else math.nan
         rows.append(row)
@@ -203,18 +180,12 @@ def statistics(args: Namespace) -> dict[str, str]:
     if not sources:
         raise ValueError(f"--data_path {path}: no training case with a label")
     working_mm = resolve_spacing(args.round_trip, None) if args.round_trip else None
-    results, failed = {}, {}
-    described = convert_cases(describe, sources, working_mm, workers=args.workers)
-    for source, result, reason in tqdm(described, "measuring", len(sources), unit="case", disable=None):
-        name = names[sources.index(source)]
-        if result is None:
-            failed[name] = reason
-        else:
-            results[name] = result
+    results, unread = each_case(describe, sources, working_mm, workers=args.workers, doing="measuring")
+    failed = {names[sources.index(source)]: reason for source, reason in unread.items()}
     print_failed(failed, "could not be measured")
     if not results:
         return failed
-    rows = organ_rows([results[name] for name in names if name in results], args.small_ml, args.large_ml)
+    rows = organ_rows(list(results.values()), args.small_ml, args.large_ml)
     make_folder(out)
     write_table(out / "statistics.csv", rows)
     plain = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no NaN

@@ -15,6 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from common.files import read_json, write_json
 from common.hdf5 import CaseFile
 from common.metrics import write_table
@@ -66,6 +68,29 @@ def convert_cases(
             except BrokenProcessPool:
                 reason = "its process was ended from outside, most likely for lack of memory"
                 yield case, None, f"{reason}; close other programs or use a machine with more memory"
+
+
+def each_case(
+    function: Callable[..., Any], cases: Sequence, *arguments: Any, workers: int, doing: str
+) -> tuple[dict[Any, Any], dict[Any, str]]:
+    """`convert_cases` to the end, with a progress bar on a terminal.
+
+    Args:
+        cases: hashable, each of them once.
+        doing: what is done, for the bar, such as "reading".
+
+    Returns:
+        ({case: result}, {failed case: reason}), both in the order of `cases`.
+    """
+    results, failed = {}, {}
+    every = convert_cases(function, cases, *arguments, workers=workers)
+    for case, result, reason in tqdm(every, doing, len(cases), unit="case", disable=None):
+        if result is None:
+            failed[case] = reason
+        else:
+            results[case] = result
+    ordered = {case: results[case] for case in cases if case in results}
+    return ordered, {case: failed[case] for case in cases if case in failed}
 
 
 def failure_reason(error: Exception) -> str:

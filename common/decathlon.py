@@ -3,6 +3,7 @@
 AMOS22 has it too, with imagesVa/ and labelsVa/ for validation beside it.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,3 +100,25 @@ def read_dataset_json(folder: str | Path) -> dict:
     """
     path = Path(folder) / "dataset.json"
     return read_json(path) if path.is_file() else {}
+
+
+def label_names(notes: dict) -> dict[int, str]:
+    """{number: name} of the "labels" of a dataset.json: the Decathlon has them by number, nnU-Net by name.
+
+    Other entries, such as nnU-Net's regions of several numbers, are left out.
+    """
+    names = {}
+    for key, value in (notes.get("labels") or {}).items():
+        number, name = (key, value) if str(key).isdigit() else (value, key)
+        if str(number).isdigit():
+            names[int(number)] = str(name)
+    return names
+
+
+def modality_of(notes: dict) -> str | None:
+    """ "ct" or "mr" as "modality" or "channel_names" of a dataset.json say; None if they say neither."""
+    channels = notes.get("modality") or notes.get("channel_names") or {}
+    text = " ".join(map(str, channels.values())).upper()
+    if "CT" in text:
+        return "ct"
+    return "mr" if re.search("MR|T1|T2|FLAIR", text) else None

@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import Switch, make_parser, non_negative_int, parse_args, run_script
-from common.conversion import convert_cases
+from common.conversion import each_case
 from common.files import make_folder
 from common.metrics import write_table
 from common.nifti import NiftiFile, Scan, case_name, is_nifti, load_label, open_nifti, same_grid
@@ -239,13 +238,12 @@ def statistics(args: Namespace) -> dict[str, str]:
     """
     source, out = Path(args.source), Path(args.out)
     cases = find_scans(source, args.recursive)
-    results, failed = [], {}
-    described = convert_cases(describe, cases, source, workers=args.workers)
-    for case, result, reason in tqdm(described, "reading", len(cases), unit="scan", disable=None):
-        if result is None:
-            failed[case.image.relative_to(source).as_posix()] = reason.removeprefix(f"{case.image}: ")
-        else:
-            results.append(result)
+    described, unread = each_case(describe, cases, source, workers=args.workers, doing="reading")
+    results = list(described.values())
+    failed = {
+        case.image.relative_to(source).as_posix(): reason.removeprefix(f"{case.image}: ")
+        for case, reason in unread.items()
+    }
     if results:
         results.sort(key=lambda r: natural_key(r["row"]["case"]))
         make_folder(out)
