@@ -99,8 +99,8 @@ def list_data_set(folder: str | Path, labelled: list[int] | None = None) -> tupl
                 problems.append(
                     f"{root}: {file.case_id} is a case of {other} and of {part}; remove one of them"
                 )
-            modality = _modality(file.case_id, notes)
-            organs = _labelled(file.case_id, notes, labelled, root / "dataset.json")
+            modality = modality_of_case(file.case_id, notes)
+            organs = labelled_organs(file.case_id, notes, labelled, root / "dataset.json")
             cases.append(Case(file.case_id, part, modality, organs, file.image, file.label))
     return cases, problems
 
@@ -110,9 +110,11 @@ def list_any(folder: str | Path, labelled: list[int] | None = None) -> tuple[lis
     paths = [path for path in sorted(Path(folder).glob("*")) if is_nifti(path)]
     if find_decathlon(folder) is not None or not paths:
         return list_data_set(folder, labelled)
-    organs = _labelled("", {}, labelled, Path(folder))
+    organs = labelled_organs("", {}, labelled, Path(folder))
     paths.sort(key=lambda path: natural_key(path.name))
-    return [Case(case_name(p), "labels", _modality(case_name(p), {}), organs, None, p) for p in paths], []
+    return [
+        Case(case_name(p), "labels", modality_of_case(case_name(p), {}), organs, None, p) for p in paths
+    ], []
 
 
 def why_not_organs(labels: np.ndarray, labelled: tuple[int, ...]) -> str:
@@ -183,7 +185,17 @@ def add_flags(parser: ArgumentParser) -> None:
     )
 
 
-def _labelled(name: str, notes: dict, flag: list[int] | None, path: Path) -> tuple[int, ...]:
+def labelled_organs(name: str, notes: dict, flag: list[int] | None, path: Path) -> tuple[int, ...]:
+    """Numbers of the organs that a case has labels for.
+
+    Args:
+        notes: content of dataset.json; the rule stands at `list_data_set`.
+        flag: what --labelled says; None = it says nothing.
+        path: of dataset.json, for error messages.
+
+    Raises:
+        ValueError: no list of organ numbers.
+    """
     noted = notes.get("labelled")
     if flag is not None:
         organs, where = flag, "--labelled"
@@ -199,7 +211,8 @@ def _labelled(name: str, notes: dict, flag: list[int] | None, path: Path) -> tup
     return tuple(sorted(set(organs)))
 
 
-def _modality(name: str, notes: dict) -> str | None:
+def modality_of_case(name: str, notes: dict) -> str | None:
+    """ct or mr by AMOS's number in the name, else by dataset.json; None where neither tells."""
     if match := re.fullmatch(r"amos_(\d+)", name):
         return "ct" if int(match[1]) < FIRST_MR else "mr"
     return modality_of(notes)

@@ -31,6 +31,7 @@ from common.checkpoints import TrainedModel
 from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
 from common.files import make_folder, write_json
 from common.hardware import choose_precision, describe_device, peak_memory_mib, start_device
+from common.label_measures import label_counts
 from common.nifti import case_name, open_nifti, save_label, save_probability
 from common.prediction import (
     add_scan_flags,
@@ -178,7 +179,8 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args: Namespace) ->
             f"warning: {path.name}: the liver lies left of the spleen; are left and right exchanged in the "
             "file? Then left and right organs are too"
         )
-    volumes = organ_volumes_ml(inside, file.voxel_mm3)
+    counts = label_counts(inside, NUM_CLASSES)
+    volumes = {organ: float(counts[organ] * file.voxel_mm3 / 1000) for organ in ORGANS}
     if not any(volumes.values()):
         tqdm.write(f"warning: {path.name}: no organ found, its mask is empty")
     if args.save_preview:
@@ -209,14 +211,6 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args: Namespace) ->
     found = sum(ml > 0 for ml in volumes.values())
     first = {"scan": str(path), "modality": modality, "looks_mirrored": is_mirrored, "organs": found}
     return first | columns | {"removed_ml": removed_ml, "seconds": seconds, "peak_mib": memory}
-
-
-def organ_volumes_ml(labels: np.ndarray, voxel_mm3: float) -> dict[int, float]:
-    """{organ: mL} of all organs, 0 where one is not there."""
-    counts = np.zeros(NUM_CLASSES, np.int64)
-    for plane in labels:  # plane by plane: bincount works in int64
-        counts += np.bincount(plane.ravel(), minlength=NUM_CLASSES)
-    return {organ: float(counts[organ] * voxel_mm3 / 1000) for organ in ORGANS}
 
 
 def main(argv: list[str] | None = None) -> int:
