@@ -158,6 +158,40 @@ def test_flips_are_turned_back_and_averaged():
     np.testing.assert_allclose(scores[0].numpy(), volume, atol=1e-5)
 
 
+def test_classes_change_places_in_a_mirror():
+    """A network that calls the right half of what it sees 1 and the left half 2."""
+
+    def by_side(x):
+        right = (torch.arange(x.shape[-1]) >= x.shape[-1] / 2).float().expand(x.shape)
+        return torch.cat([torch.zeros_like(x), right, 1 - right], 1)
+
+    volume = random_volume((8, 8, 8))
+    plain = stitched(by_side, volume, (8, 8, 8), 3).numpy()
+    every = ((), (0,), (1,), (2,), (0, 2))
+    swapped = stitched(by_side, volume, (8, 8, 8), 3, flips=every, mirrored_classes=(0, 2, 1)).numpy()
+    np.testing.assert_allclose(swapped, plain, atol=1e-6)
+    kept = stitched(by_side, volume, (8, 8, 8), 3, flips=every).numpy()
+    np.testing.assert_allclose(kept[1], np.where(np.arange(8) >= 4, 0.6, 0.4) + 0 * volume, atol=1e-6)
+
+
+@pytest.mark.parametrize("working_mm", [1.0, 2.0])
+def test_probability_maps_are_the_softmax_inside_the_box(working_mm):
+    """Scores 0, ln 3 and 0 where the image is 1: by hand 0.2, 0.6, 0.2, that is 51, 153, 51 of 255."""
+
+    def network(x):
+        return torch.cat([torch.zeros_like(x), np.log(3) * x, torch.zeros_like(x)], 1)
+
+    volume, box = np.ones((40, 20, 22), np.float32), ((5, 4, 3), (30, 15, 12))
+    maps = {k: np.zeros(volume.shape, np.uint8) for k in (1, 2)}
+    spacing = {"working_spacing_mm": (working_mm,) * 3, "patch_shape": (8, 8, 8)}
+    labels = labels_of(network, volume, 3, **spacing, box=box, probabilities=maps)
+    inside = np.zeros(volume.shape, bool)
+    inside[5:30, 4:15, 3:12] = True
+    np.testing.assert_array_equal(maps[1], np.where(inside, 153, 0))
+    np.testing.assert_array_equal(maps[2], np.where(inside, 51, 0))
+    np.testing.assert_array_equal(labels, inside)
+
+
 def test_bf16_network_and_float32_sums():
     network, volume = conv_network(2), random_volume((20, 12, 12))
     exact = stitched(network, volume, (8, 8, 8), 2)
@@ -453,8 +487,11 @@ def test_progress_and_peak_are_told():
 
 
 @pytest.mark.parametrize("working_mm", [1.0, 1.6, 0.7])
-@pytest.mark.parametrize("num_classes,flips", [(1, ()), (12, ()), (12, ((), (2,)))])
-def test_peak_is_an_upper_bound_and_close(working_mm, num_classes, flips):
+@pytest.mark.parametrize(
+    "num_classes,flips,options",
+    [(1, (), {}), (12, (), {}), (12, ((), (2,)), {}), (12, ((), (2,)), {"mirrored_classes": range(12)})],
+)
+def test_peak_is_an_upper_bound_and_close(working_mm, num_classes, flips, options):
     volume = np.zeros((100, 60, 70), np.int16)
 
     def network(x):
@@ -462,7 +499,9 @@ def test_peak_is_an_upper_bound_and_close(working_mm, num_classes, flips):
 
     spacing = dict(spacing_mm=(1, 1, 1), working_spacing_mm=(working_mm,) * 3, patch_shape=(24, 24, 24))
     with StorageCounter(hollow=False) as counter:
-        labels_of(network, volume, num_classes, **spacing, flips=flips, batch_size=2)
+        if options:  # besides, maps of three classes, which the caller holds
+            options = options | {"probabilities": {k: np.zeros(volume.shape, np.uint8) for k in (1, 2, 3)}}
+        labels_of(network, volume, num_classes, **spacing, flips=flips, batch_size=2, **options)
     peak = prediction_peak_mib(volume.shape, *spacing.values(), num_classes, batch_size=2)
     measured_mib = counter.peak / 2**20 + volume.size / 2**20  # the labels are not a tensor
     assert measured_mib < peak.host_mib < 2 * measured_mib

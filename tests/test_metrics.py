@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.class_metrics import case_metrics, class_table
+from common.class_metrics import case_metrics, class_table, group_table, mean_of_classes
 from common.metrics import (
     binary_counts,
     bootstrap_interval,
@@ -391,16 +391,54 @@ def test_missing_a_structure_never_improves_a_score():
     assert [r["missed"] for r in class_table(rows[1]) if r["metric"] == "dice"] == [0, 1, 1]
 
 
-def test_class_table_by_hand():
-    def row(case, patient, label, status, dice):
-        return {"case": case, "patient": patient, "class": label, "name": f"organ {label}", "status": status,
-                "dice": dice}  # fmt: skip
+def test_each_class_with_its_own_tolerance():
+    """Two plates 2 mm apart: within 2 mm all of both surfaces, within 1 mm none but the shared sides."""
+    pred, target = np.zeros((2, 6, 20, 20), np.uint8)
+    target[1, 5:9, 5:9], pred[3, 5:9, 5:9] = 1, 1
+    target[1, 12:16, 12:16], pred[3, 12:16, 12:16] = 2, 2
+    rows = case_metrics(pred, target, (1, 1, 1), {1: "one", 2: "two"}, organ_tolerances_mm={1: 2.0, 2: 1.0})
+    assert rows[0]["nsd_organ"] == rows[0]["nsd_2mm"] == 1
+    assert rows[1]["nsd_organ"] == rows[1]["nsd_1mm"] < 0.6 and rows[1]["nsd_2mm"] == 1
+    only = case_metrics(pred * 0, target, (1, 1, 1), {1: "a", 5: "b"} | {2: "c"}, organ_tolerances_mm={
+        1: 99.0, 2: 99.0, 5: 99.0})  # fmt: skip
+    assert only[0]["nsd_organ"] == 0 and math.isnan(only[1]["nsd_organ"])
+    assert "nsd_organ" not in case_metrics(pred, target, (1, 1, 1), {1: "one", 2: "two"})[0]
 
-    rows = [
+
+def rows_of_two_patients():
+    def row(case, patient, label, status, dice):
+        return {"case": case, "patient": patient, "group": f"group {label}", "class": label,
+                "name": f"organ {label}", "status": status, "dice": dice}  # fmt: skip
+
+    return [
         row("a", "p", 1, "ok", 0.8), row("a", "p", 2, "missed", 0.0),
         row("b", "p", 1, "ok", 0.6), row("b", "p", 2, "absent", NAN),
         row("c", "q", 1, "hallucinated", 0.0), row("c", "q", 2, "ok", 0.9),
     ]  # fmt: skip
+
+
+def test_mean_of_classes_by_hand():
+    """Organ 1: 1.4 / 3, organ 2: 0.9 / 2. Patients p p give (0.7 + 0) / 2, q q (0 + 0.9) / 2."""
+    rows = rows_of_two_patients()
+    result = mean_of_classes(rows, "dice")
+    both = (1.4 / 3 + 0.45) / 2
+    assert result == pytest.approx({"mean": both, "low": 0.35, "high": both})
+    of_one_patient = [row for row in rows if row["patient"] == "q"]
+    result = mean_of_classes(of_one_patient, "dice")
+    assert result["mean"] == 0.45 and math.isnan(result["low"]) and math.isnan(result["high"])
+    nothing = mean_of_classes([rows[3]], "dice")
+    assert all(map(math.isnan, nothing.values()))
+
+
+def test_group_table_by_hand():
+    table = group_table(rows_of_two_patients())
+    assert [(r["group"], r["metric"]) for r in table] == [(g, "dice") for g in ("group 1", "group 2", "all")]
+    assert [r["mean"] for r in table] == pytest.approx([1.4 / 3, 0.45, (1.4 / 3 + 0.45) / 2])
+    assert [(r["missed"], r["hallucinated"], r["absent"]) for r in table] == [(0, 1, 0), (1, 0, 1), (1, 1, 1)]
+
+
+def test_class_table_by_hand():
+    rows = rows_of_two_patients()
     one, two, every = class_table(rows)
     assert (one["class"], one["name"], one["metric"], one["n"]) == (1, "organ 1", "dice", 3)
     assert one["mean"] == pytest.approx(1.4 / 3) and one["median"] == 0.6
