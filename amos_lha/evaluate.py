@@ -227,11 +227,6 @@ def main(argv: list[str] | None = None) -> int:
             extra = sorted(preds.keys() - targets.keys(), key=natural_key)
             others = (f"without a true mask, not scored: {', '.join(extra)}",) if extra else ()
             write_report(rows, out, title, failed, others)
-            if rows and args.num_pictures:
-                files = {
-                    name: (preds[name], targets[name], images.get(name)) for name in targets if name in preds
-                }
-                save_worst_and_median(out / PICTURE, rows, files, labelled, args.num_pictures)
         if second is not None:
             rows_b, failed_b = evaluate_files(second, targets, labelled, patients)
             failed |= {f"{name} of {args.compare}": reason for name, reason in failed_b.items()}

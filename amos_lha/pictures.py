@@ -70,7 +70,7 @@ def worst_and_median(rows: list[dict], number: int) -> dict[str, str]:
     """{case: "worst" or "median"}: the cases with the lowest mean Dice, then those around the median."""
     means = case_means(rows, "dice")
     ordered = sorted((case for case in means if not np.isnan(means[case])), key=means.get)
-    first = max((len(ordered) - number + 1) // 2, 0)
+    first = max((len(ordered) - number) // 2, 0)
     median = ordered[first : first + number]
     return dict.fromkeys(ordered[:number], "worst") | {
         case: "median" for case in median if case not in ordered[:number]

@@ -4,8 +4,8 @@ import numpy as np
 from tqdm import tqdm
 
 from amos_lha.cases import modality_of_case
+from amos_lha.conversion import BODY_HU, BODY_MARGIN_MM
 from amos_lha.intensity import Scaling, mr_scaling
-from amos_lha.preprocess import BODY_HU, BODY_MARGIN_MM
 from common.checkpoints import TrainedModel
 from common.hu import why_not_hu
 from common.nifti import NiftiFile, case_name
