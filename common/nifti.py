@@ -3,7 +3,6 @@
 Everywhere else a volume is `(z, y, x)` in RAS+: z grows upwards, y to the front, x to the patient's right.
 """
 
-import itertools
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.files import replacing
-from common.nifti_checks import as_labels, check_first_bytes, check_header, rounded_labels
+from common.nifti_checks import as_labels, check_first_bytes, check_header, off_mm, rounded_labels
 from common.stored_values import clip_values, lowest_finite, scaled, without_nan
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -200,11 +199,11 @@ def open_nifti(path: str | Path) -> NiftiFile:
     affine = np.diag([mm, mm, mm, 1.0]) @ file_affine
     if image.header["sform_code"] > 0 and image.header["qform_code"] > 0:
         try:
-            off_mm = mm * _off_mm(image.get_sform(), image.get_qform(), shape)
+            apart_mm = mm * off_mm(image.get_sform(), image.get_qform(), shape)
         except ValueError:  # the qform is not a rotation
-            off_mm = np.inf
-        if off_mm > FORM_TOLERANCE_MM:
-            warnings.warn(f"{path}: sform and qform {off_mm:.3g} mm apart; the sform is used", stacklevel=2)
+            apart_mm = np.inf
+        if apart_mm > FORM_TOLERANCE_MM:
+            warnings.warn(f"{path}: sform and qform {apart_mm:.3g} mm apart; the sform is used", stacklevel=2)
 
     to_ras = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(to_ras, shape)
@@ -229,6 +228,14 @@ def load_nifti(path: str | Path) -> Scan:
     return Scan(**file.__dict__, array=array)
 
 
+def to_ras(array: np.ndarray, scan: NiftiFile) -> np.ndarray:
+    """An array (x, y, z) in the axes of the scan's file -> (z, y, x) RAS+, as `Scan.array`."""
+    import nibabel as nib
+
+    orientation = nib.orientations.axcodes2ornt(scan.orientation)
+    return nib.orientations.apply_orientation(array, orientation).transpose(2, 1, 0)
+
+
 def _from_ras(orientation: str) -> np.ndarray:
     """nibabel's note of how axes in RAS order become those of `orientation`."""
     from nibabel.orientations import axcodes2ornt, ornt_transform
@@ -250,7 +257,7 @@ def load_label(path: str | Path) -> Scan:
 
 def same_grid(a: NiftiFile, b: NiftiFile, tolerance_mm: float = 1e-2) -> bool:
     """Whether two scans have one shape, and every corner of their grids is at one place to `tolerance_mm`."""
-    return a.shape == b.shape and _off_mm(a.affine, b.affine, a.shape[::-1]) <= tolerance_mm
+    return a.shape == b.shape and off_mm(a.affine, b.affine, a.shape[::-1]) <= tolerance_mm
 
 
 def save_label(path: str | Path, labels: np.ndarray, like: NiftiFile) -> None:
@@ -333,12 +340,6 @@ def _open(path: Path) -> Any:
     if not isinstance(image, nib.Nifti1Image):  # NIfTI-2 is a subclass; an .hdr/.img pair is not
         raise ValueError(f"{path}: {type(image).__name__}, not a NIfTI file; convert it to .nii.gz")
     return image
-
-
-def _off_mm(a: np.ndarray, b: np.ndarray, shape_xyz: Sequence[int]) -> float:
-    """Largest coordinate difference of two affines at the corners of a grid."""
-    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape_xyz))])
-    return float(np.abs(corners @ (a - b).T).max())
 
 
 def _first_line(error: Exception) -> str:

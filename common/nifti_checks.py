@@ -1,5 +1,7 @@
 """Why a file cannot be used as a scan or a label map, found out before it does harm."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +89,9 @@ def rounded_labels(array: np.ndarray, path: str | Path) -> np.ndarray:
             )
         array = rounded
     return as_labels(array, path)
+
+
+def off_mm(a: np.ndarray, b: np.ndarray, shape_xyz: Sequence[int]) -> float:
+    """Largest difference in a coordinate, mm, of two (4, 4) affines at the corners of a grid."""
+    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape_xyz))])
+    return float(np.abs(corners @ (a - b).T).max())

@@ -23,6 +23,7 @@ from common.nifti import (
     same_grid,
     save_label,
     save_probability,
+    to_ras,
     voxel_mm3,
     write_nifti,
 )
@@ -202,6 +203,13 @@ def test_write_nifti_in_any_orientation(tmp_path, orientation):
     np.testing.assert_array_equal(scan.array, array)
     np.testing.assert_allclose(scan.spacing_mm, (5.0, 1.3, 0.7), rtol=1e-6)
     np.testing.assert_allclose(scan.affine @ [0, 0, 0, 1], [-31.5, 12.25, 100.0, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "SLA"])
+def test_to_ras_brings_an_array_of_the_files_axes_onto_the_scan(tmp_path, orientation):
+    stored, affine = stored_as(random_volume(), AFFINES["oblique"], orientation)
+    scan = load_nifti(write(tmp_path / "scan.nii", stored, affine))
+    np.testing.assert_array_equal(to_ras(stored, scan), scan.array)
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR"])
