@@ -35,15 +35,15 @@ SAMPLE = 10_000  # grey values kept of each case for the fingerprint of the trai
 SEED = 0
 
 
-def resolve_spacing(words: list[str], usual_mm: Spacing) -> Spacing:
-    """Millimetres z y x that --spacing asks for; `usual_mm` is the median of the data set.
+def resolve_spacing(words: list[str], usual_mm: Spacing | None = None) -> Spacing:
+    """Millimetres z y x that the words of a flag ask for; `usual_mm` is the median of the data set.
 
     Raises:
         ValueError: neither a preset nor three numbers above zero.
     """
     if words[0] in PRESETS and len(words) == 1:
         return PRESETS[words[0]]
-    if words == ["median"]:
+    if words == ["median"] and usual_mm:
         return usual_mm
     try:
         z, y, x = (float(word) for word in words)
@@ -52,8 +52,8 @@ def resolve_spacing(words: list[str], usual_mm: Spacing) -> Spacing:
     except ValueError:
         pass
     raise ValueError(
-        f"--spacing {' '.join(words)}: expected {', '.join(PRESETS)}, median, or three millimetres above "
-        "zero (z y x)"
+        f"spacing {' '.join(words)}: expected {', '.join(PRESETS)}{', median' if usual_mm else ''}, or three "
+        "millimetres above zero (z y x)"
     )
 
 

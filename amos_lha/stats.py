@@ -179,7 +179,7 @@ def statistics(args: Namespace) -> dict[str, str]:
         out = Path(args.out or "runs/amos_lha/statistics")
     if not sources:
         raise ValueError(f"--data_path {path}: no training case with a label")
-    working_mm = resolve_spacing(args.round_trip, None) if args.round_trip else None
+    working_mm = resolve_spacing(args.round_trip) if args.round_trip else None
     results, unread = each_case(describe, sources, working_mm, workers=args.workers, doing="measuring")
     failed = {names[sources.index(source)]: reason for source, reason in unread.items()}
     print_failed(failed, "could not be measured")

@@ -10,11 +10,22 @@ import time
 from concurrent.futures import as_completed
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
-from common.conversion import convert_cases, failure_reason, file_stamp
+from common.conversion import (
+    convert_cases,
+    each_case,
+    failure_reason,
+    file_stamp,
+    finish_notes,
+    finished_entries,
+    print_failed,
+    write_notes,
+)
+from common.hdf5 import write_case
 
 
 class NeedsTwo(Exception):
@@ -192,3 +203,68 @@ def test_stamp_tells_changed_files(tmp_path):
     a.write_text("longer")
     os.utime(a, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert file_stamp([a]) == [[str(a), 6, before[0][2]]], "same time, another size"
+
+
+# ---- notes of a converted data set ----
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_case_keeps_the_order_of_the_cases(workers):
+    results, failed = each_case(convert, [12, 3, 1, 2], 10, workers=workers, doing="testing")
+    assert list(results.items()) == [(12, 120), (1, 10)]
+    assert list(failed) == [3, 2] and failed[2] == "case 2: no mask; draw one"
+
+
+@pytest.fixture
+def converted(tmp_path):
+    """Cases a2 and a10, converted and noted; (folder, stamps, settings)."""
+    (tmp_path / "cases").mkdir()
+    stamps = {"a10": [["a10.nii", 5, 1]], "a2": [["a2.nii", 6, 2]]}
+    settings = {name: {"spacing_mm": [2.0, 1.5, 1.5]} for name in stamps}
+    entries = {}
+    for name in stamps:
+        write_case(tmp_path / f"cases/{name}.h5", np.zeros((3, 4, 5), np.int16), attributes={})
+        entries[name] = {"name": name, "stamp": stamps[name], "settings": settings[name]}
+    write_notes(tmp_path, entries, {"spacing_mm": [2.0, 1.5, 1.5]})
+    return tmp_path, stamps, settings
+
+
+def test_notes_are_in_natural_order(converted):
+    notes = json.loads((converted[0] / "preprocessing.json").read_text())
+    assert [entry["name"] for entry in notes["cases"]] == ["a2", "a10"]
+    assert notes["spacing_mm"] == [2.0, 1.5, 1.5]
+
+
+def test_what_is_finished_holds_until_files_or_settings_change(converted, tmp_path, capsys):
+    out, stamps, settings = converted
+    assert list(finished_entries(out, stamps, settings)) == ["a10", "a2"]
+    assert capsys.readouterr().out == "2 of 2 cases are converted already\n"
+    more = stamps | {"b": [["b.nii", 1, 1]]}
+    assert list(finished_entries(out, more, settings | {"b": {}})) == ["a10", "a2"]
+    assert capsys.readouterr().out == "2 of 3 cases are converted already\n", "b is new, not changed"
+    assert list(finished_entries(out, stamps | {"a2": [["a2.nii", 6, 3]]}, settings)) == ["a10"]
+    assert "1 case(s) were not finished, or made with other settings" in capsys.readouterr().out
+    assert list(finished_entries(out, stamps, settings | {"a10": {"spacing_mm": [1, 1, 1]}})) == ["a2"]
+    path = out / "cases/a2.h5"
+    path.write_bytes(path.read_bytes()[:-200])
+    assert list(finished_entries(out, stamps, settings)) == ["a10"]
+    path.unlink()
+    capsys.readouterr()
+    assert list(finished_entries(out, stamps, settings)) == ["a10"]
+    assert "not finished" not in capsys.readouterr().out
+    assert finished_entries(tmp_path / "none", stamps, settings) == {}
+
+
+def test_the_last_notes(converted):
+    out, stamps, _ = converted
+    finish_notes(out, {"a2": {"name": "a2"}}, {"spacing_mm": [1]}, [{"name": "a2", "voxels": 60}])
+    assert (out / "cases.csv").read_text().split() == ["name,voxels", "a2,60"]
+    assert json.loads((out / "preprocessing.json").read_text())["cases"] == [{"name": "a2"}]
+    finish_notes(out, {}, {}, [])
+    assert not (out / "cases.csv").exists() and not (out / "preprocessing.json").exists()
+
+
+def test_failures_are_counted_and_named(capsys):
+    print_failed({})
+    print_failed({"a": "no mask", "b": "no scan"}, "set aside")
+    assert capsys.readouterr().out == "2 case(s) set aside:\n  a: no mask\n  b: no scan\n"

@@ -2,7 +2,15 @@
 
 import pytest
 
-from common.decathlon import Case, find_decathlon, list_cases, read_dataset_json
+from common.decathlon import (
+    Case,
+    find_decathlon,
+    label_names,
+    list_cases,
+    list_files,
+    modality_of,
+    read_dataset_json,
+)
 
 
 def make_folder(root, images=(), labels=()):
@@ -124,3 +132,39 @@ def test_broken_dataset_json_names_the_file(tmp_path, content):
     with pytest.raises(ValueError, match="not valid JSON|expected an object, found a list") as info:
         read_dataset_json(tmp_path)
     assert str(tmp_path / "dataset.json") in str(info.value)
+
+
+def test_files_of_a_part_complete_or_not(tmp_path):
+    folder = make_folder(tmp_path, ["a.nii.gz"], ["a.nii.gz"])
+    for kind, names in (("imagesVa", ["b10.nii", "b9.nii.gz", "b9.nii"]), ("labelsVa", ["b10.nii", "c.nii"])):
+        (folder / kind).mkdir()
+        for name in names:
+            (folder / kind / name).touch()
+    cases, problems = list_files(folder, "Va")
+    assert [case.case_id for case in cases] == ["b9", "b10", "c"]
+    assert cases[0] == Case("b9", folder / "imagesVa/b9.nii", None)
+    assert cases[2] == Case("c", None, folder / "labelsVa/c.nii")
+    assert problems == [f"{folder / 'imagesVa'}: b9.nii and b9.nii.gz are the same case; move one away"]
+    assert list_files(folder, "Ts") == ([], [])
+
+
+def test_names_of_labels_by_number_or_by_name():
+    assert label_names({"labels": {"0": "background", "3": "lung"}}) == {0: "background", 3: "lung"}
+    nnunet = {"background": 0, "lung": 3, "whole": [1, 2]}
+    assert label_names({"labels": nnunet}) == {0: "background", 3: "lung"}
+    assert label_names({}) == label_names({"labels": None}) == {}
+
+
+@pytest.mark.parametrize(
+    "notes, modality",
+    [
+        ({"modality": {"0": "CT"}}, "ct"),
+        ({"modality": {"0": "MRI"}}, "mr"),
+        ({"modality": {"0": "FLAIR", "1": "T1w"}}, "mr"),
+        ({"channel_names": {"0": "CT"}}, "ct"),
+        ({"modality": {"0": "ultrasound"}}, None),
+        ({}, None),
+    ],
+)
+def test_modality(notes, modality):
+    assert modality_of(notes) == modality

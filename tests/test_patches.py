@@ -53,6 +53,34 @@ def draws(case, weights, n=400, seed=0, patch=PATCH, **options):
     return np.array(starts), names
 
 
+def test_boundary_of_each_label():
+    """A cube of 5 has 125 - 27 voxels at its border, one of 3 has 26, also where the two touch."""
+    label = np.zeros((20, 20, 20), np.uint8)
+    label[2:7, 2:7, 2:7], label[7:10, 2:5, 2:5] = 1, 4
+    plain, index = location_index(label), location_index(label, boundary_per_class=True)
+    assert set(index) - set(plain) == {"boundary_1", "boundary_4"}
+    assert all(np.array_equal(index[name], plain[name]) for name in plain)
+    assert len(index["boundary_1"]) == 98 and len(index["boundary_4"]) == 26
+    for n in (1, 4):
+        places = index[f"boundary_{n}"].astype(int)
+        assert (label[tuple(places.T)] == n).all() and places.dtype.kind == "i"
+        steps = np.concatenate([np.eye(3, dtype=int), -np.eye(3, dtype=int)])
+        around = np.stack([label[tuple((places + step).T)] for step in steps])
+        assert (around != n).any(axis=0).all()
+    together = np.concatenate([index["boundary_1"], index["boundary_4"]])
+    assert {*map(tuple, together.tolist())} == {*map(tuple, index["boundary"].tolist())}
+
+
+def test_boundary_of_each_label_is_limited_for_each(monkeypatch):
+    monkeypatch.setattr(patches, "MOST_BOUNDARY", 20)
+    label = np.zeros((20, 20, 20), np.uint8)
+    label[1:10, 1:10, 1:10], label[14, 14, 14] = 1, 2
+    index = location_index(label, boundary_per_class=True, seed=3)
+    assert len(index["boundary_1"]) == 20 and index["boundary_2"].tolist() == [[14, 14, 14]]
+    again = location_index(label, boundary_per_class=True, seed=3)
+    assert all(np.array_equal(index[name], again[name]) for name in index)
+
+
 # ---- patch_start ----
 
 

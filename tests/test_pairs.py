@@ -1,0 +1,73 @@
+"""common/pairs.py: scan and label on one grid, thin scans, median spacing, equal content."""
+
+import numpy as np
+import pytest
+
+from common.nifti import load_label, load_nifti, write_nifti
+from common.pairs import content_hash, load_pair, median_spacing, why_not_a_pair, why_too_thin
+
+
+def write(path, shape=(10, 12, 14), spacing_mm=(2, 1, 1), dtype=np.int16, **where):
+    array = (np.arange(np.prod(shape)).reshape(shape) % 5).astype(dtype)
+    write_nifti(path, array, spacing_mm, **where)
+    return path
+
+
+def test_a_pair_in_other_axes_is_read_on_one_grid(tmp_path):
+    image = write(tmp_path / "image.nii.gz", orientation="RAS")
+    label = write(tmp_path / "label.nii.gz", dtype=np.uint8, orientation="PIL")
+    scan, labels = load_pair(image, label)
+    assert scan.array.shape == labels.array.shape == (10, 12, 14) and labels.array.dtype == np.uint8
+    assert np.array_equal(scan.array, labels.array)
+    assert why_not_a_pair(scan, labels) == why_too_thin(scan) == ""
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"shape": (9, 12, 14)}, {"spacing_mm": (2, 1, 1.1)}, {"origin_mm": (0, 0, 1)}],
+)
+def test_another_grid_is_named_with_both_files(other, tmp_path):
+    image = write(tmp_path / "image.nii.gz")
+    label = write(tmp_path / "label.nii.gz", dtype=np.uint8, orientation="LPS", **other)
+    with pytest.raises(ValueError) as info:
+        load_pair(image, label)
+    shape = other.get("shape", (10, 12, 14))
+    for words in (
+        f"{label}: lies on another grid than image.nii.gz",
+        f"label {shape} LPS",
+        "(10, 12, 14) RAS",
+    ):
+        assert words in str(info.value)
+    assert "take the file that was drawn on this scan" in str(info.value)
+
+
+def test_a_single_slice_is_refused_with_its_size(tmp_path):
+    image = write(tmp_path / "image.nii.gz", (1, 30, 40), (5, 1, 1))
+    with pytest.raises(ValueError, match=r"image.nii.gz: only 5 x 30 x 40 mm \(z y x\); a single slice\?"):
+        load_pair(image, write(tmp_path / "label.nii.gz", (1, 30, 40), (5, 1, 1), np.uint8))
+    assert not why_too_thin(load_nifti(write(tmp_path / "b.nii", (2, 30, 40), (5, 1, 1)))), "10 mm are enough"
+
+
+def test_median_spacing_by_hand(tmp_path):
+    """z 1, 2, 9 and y 3, 1, 2: each axis by itself, of the volume in RAS."""
+    paths = [
+        write(tmp_path / "a.nii", spacing_mm=(1, 3, 1)),
+        write(tmp_path / "b.nii", spacing_mm=(2, 1, 1), orientation="PSR"),
+        write(tmp_path / "c.nii", spacing_mm=(9, 2, 1)),
+    ]
+    (tmp_path / "broken.nii").write_bytes(b"nothing")
+    assert median_spacing([*paths, tmp_path / "broken.nii", tmp_path / "none.nii"]) == (2.0, 2.0, 1.0)
+    with pytest.raises(ValueError, match="none of the scans can be read"):
+        median_spacing([tmp_path / "broken.nii"])
+
+
+def test_hash_is_of_the_values_whatever_the_file(tmp_path):
+    image = load_nifti(write(tmp_path / "a.nii.gz")).array
+    first = content_hash(image)
+    assert content_hash(load_nifti(write(tmp_path / "b.nii", orientation="LPS")).array) == first
+    assert content_hash(load_label(write(tmp_path / "c.nii", dtype=np.uint8)).array) == first
+    assert content_hash(image.astype(np.float32)) == first
+    assert content_hash(image[::-1]) != first and content_hash(image.reshape(12, 10, 14)) != first
+    changed = image.copy()
+    changed[-1, -1, -1] += 1
+    assert content_hash(changed) != first
