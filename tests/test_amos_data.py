@@ -11,6 +11,7 @@ from conftest import REAL_DATA
 
 from amos_lha import check_data, preprocess, stats
 from amos_lha.cases import list_any, list_data_set
+from amos_lha.conversion import stored_values
 from amos_lha.intensity import mr_scaling
 from amos_lha.organs import ORGANS
 from common.hdf5 import CaseFile
@@ -33,8 +34,8 @@ def body(modality: str = "ct") -> tuple[np.ndarray, np.ndarray]:
     """(scan, label): a body with a box of its own grey value for each organ; x grows to the right."""
     label = np.zeros(SHAPE, np.uint8)
     scan = np.full(SHAPE, -1000 if modality == "ct" else 0, np.int16)
-    scan[:, 4:34, 5:40] = 0 if modality == "ct" else 300
-    scan[:, 4:8, 5:40] = -100 if modality == "ct" else 600
+    scan[:, 7:34, 8:36] = 0 if modality == "ct" else 300
+    scan[:, 7:10, 8:36] = -100 if modality == "ct" else 600
     for n, (start, stop) in BOXES.items():
         block = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
         label[block], scan[block] = n, 10 * n + (0 if modality == "ct" else 300)
@@ -205,20 +206,21 @@ def test_mr_is_left_out_of_a_ct_run_and_counted(amos, tmp_path, capsys):
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "SAL"])
 def test_ct_at_its_own_spacing_is_cropped_and_otherwise_unchanged(orientation, tmp_path):
-    """The body spans y 4..33 and x 5..39; 10 mm are 5 voxels around it."""
+    """The body and the organs span y 6..33 and x 8..35; 10 mm are 5 voxels around the body."""
     add_case(tmp_path / "source", orientation=orientation)
     assert convert(tmp_path / "source", tmp_path / "out", "--spacing", *SPACING_MM) == 0
     case, (scan, label) = stored(tmp_path / "out"), body()
     about = case.attributes
-    assert (about["crop_start"], about["crop_stop"]) == ([0, 0, 0], [16, 39, 44])
+    assert (about["crop_start"], about["crop_stop"]) == ([0, 1, 3], [16, 39, 41])
+    scan, label = scan[:, 1:39, 3:41], label[:, 1:39, 3:41]
     assert case.image.dtype == np.int16 and case.label.dtype == np.uint8
-    assert np.array_equal(case.image[...], scan[:, :39]) and np.array_equal(case.label[...], label[:, :39])
+    assert np.array_equal(case.image[...], scan) and np.array_equal(case.label[...], label)
     assert (about["name"], about["modality"], about["scaling"]) == ("amos_0001", "ct", None)
     assert about["labelled"] == list(range(1, 16)) and about["source_orientation"] == orientation
     assert about["source_shape"] == list(SHAPE) and about["source_image"] == "amos_0001.nii.gz"
     np.testing.assert_allclose(about["source_spacing_mm"], SPACING_MM)
     np.testing.assert_allclose(case.spacing_mm, SPACING_MM)
-    np.testing.assert_allclose(np.array(about["affine"])[:3, 3], ORIGIN_MM)
+    np.testing.assert_allclose(np.array(about["affine"])[:3, 3], np.add(ORIGIN_MM, (3 * 2, 1 * 2, 0)))
     assert about["voxels"] == {str(n): int(np.count_nonzero(label == n)) for n in BOXES}
     assert set(case.index_names) == {"boundary"} | {f"{k}_{n}" for k in ("class", "boundary") for n in BOXES}
     for n in BOXES:
@@ -235,7 +237,7 @@ def test_entry_of_the_notes(amos, tmp_path):
     entry = notes["cases"][0]
     assert entry["name"] == "amos_0001" and entry["labelled"] == [1, 2, 3, 6, 11, 12]
     assert entry["organ_ml"]["1"] == 7.2 and entry["organ_ml"]["11"] == 0.24, "360 and 12 voxels of 20 mm^3"
-    assert entry["shape"] == list(stored(tmp_path / "out").shape) == [40, 52, 59]
+    assert entry["shape"] == list(stored(tmp_path / "out").shape) == [40, 51, 51]
     assert entry["settings"]["spacing_mm"] == [2.0, 1.5, 1.5] and len(entry["stamp"]) == 2
     with (tmp_path / "out/cases.csv").open() as file:
         assert [row["organs"] for row in csv.DictReader(file)] == ["6", "6", "6"]
@@ -298,6 +300,11 @@ def test_mr_of_few_grey_levels_or_beyond_int16_stays_float(factor, dtype, tmp_pa
     case = stored(tmp_path / "out", "amos_0601")
     assert case.image.dtype == dtype
     assert case.image[...].max() == pytest.approx(mr_scaling(scan).high, rel=1e-3)
+
+
+def test_grey_values_are_rounded_not_cut_off():
+    values = np.array([0.6, -0.6, 1.4], np.float32)
+    assert stored_values(values, "ct", (-1024, 1500)).tolist() == [1, -1, 1]
 
 
 @pytest.mark.parametrize(
@@ -610,6 +617,12 @@ def test_statistics_by_hand(amos, tmp_path):
         assert [int(row["organ"]) for row in csv.DictReader(file)] == list(range(1, 16))
 
 
+def test_grey_values_of_mr_are_no_hu(tmp_path):
+    add_case(tmp_path / "source", "amos_0601", modality="mr")
+    assert measure(tmp_path / "source", "--out", tmp_path / "out") == 0
+    assert organ_rows(tmp_path / "out")[6]["hu_p50"] is None
+
+
 @pytest.mark.parametrize("flag, group", [(74.9, "medium"), (75.1, "small")])
 def test_thresholds(flag, group):
     assert stats.size_group(75.0, flag, 190.0) == group
@@ -675,21 +688,21 @@ def test_real_label_survives_the_round_trip(real_abdomen):
     assert min(dice[n] for n in (11, 12)) >= 0.90 and min(dice.values()) >= 0.90
 
 
-def test_real_labels_on_a_flipped_grid_are_refused(real_abdomen, tmp_path, capsys):
-    """A published label of the shape of its scan but flipped: RAS of both differ by its origin."""
-    flipped = REAL_DATA / "odd_headers/label_flipped_grid_for_amos_0004.nii.gz"
-    for kind, path in (("imagesTr", real_abdomen / "imagesTr/amos_0004.nii.gz"), ("labelsTr", flipped)):
-        (tmp_path / kind).mkdir()
-        shutil.copy(path, tmp_path / kind / "amos_0004.nii.gz")
-    assert check(tmp_path) == 1
-    printed = capsys.readouterr().out
-    assert "label value(s)" in printed
-    assert load_nifti(tmp_path / "imagesTr/amos_0004.nii.gz").array.shape == load_label(flipped).array.shape
-
-
 def test_real_mr_is_refused_as_ct_and_taken_as_mr(tmp_path):
-    source = REAL_DATA / "abdomen_mr_chaos"
-    if not source.is_dir():
+    chaos = REAL_DATA / "abdomen_mr_chaos"
+    if not chaos.is_dir():
         pytest.skip("the real scans are not on this machine")
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / "source" / kind).mkdir(parents=True)
+        shutil.copy(chaos / kind / "amos_0602.nii.gz", tmp_path / "source" / kind)
     with pytest.raises(SystemExit, match="no case is left to convert; give another --modality"):
-        convert(source, tmp_path / "out")
+        convert(tmp_path / "source", tmp_path / "out")
+    flags = ["--modality", "mr", "--labelled", 1, 2, 3, 6, "--spacing", "median"]
+    assert convert(tmp_path / "source", tmp_path / "out", *flags) == 0
+    case = stored(tmp_path / "out", "amos_0602")
+    assert case.shape == (31, 256, 256) and case.image.dtype == np.int16, "at its own spacing, whole"
+    label = load_label(chaos / "labelsTr/amos_0602.nii.gz")
+    assert np.array_equal(case.label[...], label.array) and case.attributes["labelled"] == [1, 2, 3, 6]
+    scan, scaling = load_nifti(chaos / "imagesTr/amos_0602.nii.gz").array, case.attributes["scaling"]
+    assert scaling == pytest.approx(list(mr_scaling(scan)))
+    assert np.array_equal(case.image[...], scan.clip(round(scaling[0]), round(scaling[1])))
