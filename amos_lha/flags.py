@@ -3,7 +3,8 @@
 from argparse import ArgumentParser
 
 from amos_lha.dataset import MODALITIES
-from amos_lha.networks import CHECKPOINTING, FEATURE_SIZES, HEADS, MODELS, PRESETS
+from amos_lha.lha_net import CHECKPOINTING, PRESETS
+from amos_lha.networks import FEATURE_SIZES, HEADS, MODELS
 from amos_lha.sampling import SAMPLING
 from common.config import Switch, add_run_flags, fraction, non_negative_int, positive_float, positive_int
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from amos_lha.organs import GROUPS, NUM_CLASSES
 from common.layers import (
+    Conv3d,
     ConvNormAct,
     InstanceNorm,
     check_image,
@@ -102,7 +103,7 @@ class Gates(nn.Module):
         super().__init__()
         hidden = max(4, channels // 4)
         self.channel = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
-        self.voxel = nn.Conv3d(2, 1, 3, padding=1)
+        self.voxel = Conv3d(2, 1, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, b, d, h, w) -> the same shape."""

@@ -48,7 +48,7 @@ def merge_unlabelled(logits: Tensor, labelled: Tensor) -> Tensor:
 
 
 def segmentation_loss(
-    output: TrainingOutput | Tensor,
+    output: TrainingOutput | list[Tensor] | Tensor,
     target: Tensor,
     labelled: Tensor | None = None,
     weights: Tensor | None = None,
@@ -56,24 +56,30 @@ def segmentation_loss(
     """Dice + weighted cross-entropy of every level, each coarser one counting half of the one before.
 
     Args:
-        output: of a network in training: logits (N, 16, d, h, w), or those of several levels with those of
+        output: of a network in training: logits (N, 16, d, h, w), those of several levels, or also those of
             the router.
         target: (N, d, h, w) organ numbers.
         labelled: as for `merge_unlabelled`; None = all.
         weights: (16,) of the classes in the cross-entropy; None = equal.
     """
-    if isinstance(output, Tensor):
-        output = TrainingOutput([output], None)
+    levels, router = levels_and_router(output)
     total, shares = target.new_zeros((), dtype=torch.float32), 0.0
-    for level, logits in enumerate(output.levels):
+    for level, logits in enumerate(levels):
         if labelled is not None:
             logits = merge_unlabelled(logits, labelled)
         loss = dice_ce_loss(logits, nearest(target, logits.shape[2:]), class_weights=weights)
         total, shares = total + 0.5**level * loss, shares + 0.5**level
     total = total / shares
-    if output.router is not None:
-        total = total + ROUTER_WEIGHT * router_loss(output.router, target)
+    if router is not None:
+        total = total + ROUTER_WEIGHT * router_loss(router, target)
     return total
+
+
+def levels_and_router(output: TrainingOutput | list[Tensor] | Tensor) -> TrainingOutput:
+    """What any network returns in training, in one form."""
+    if isinstance(output, TrainingOutput):
+        return output
+    return TrainingOutput(output if isinstance(output, list) else [output], None)
 
 
 def router_loss(router: Tensor, target: Tensor) -> Tensor:
@@ -101,13 +107,13 @@ def nearest(target: Tensor, size: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def patch_errors(output: TrainingOutput | Tensor, target: Tensor, labelled: Tensor) -> Tensor:
+def patch_errors(output: TrainingOutput | list[Tensor] | Tensor, target: Tensor, labelled: Tensor) -> Tensor:
     """1 - soft Dice of each class in each patch, (N, 16), from every second voxel along each axis.
 
     NaN for the background, for classes that are not in the patch and for those that are not labelled.
     """
-    logits = output if isinstance(output, Tensor) else output.levels[0]
-    logits, target = logits[..., ::2, ::2, ::2], target[..., ::2, ::2, ::2]
+    levels, _ = levels_and_router(output)
+    logits, target = levels[0][..., ::2, ::2, ::2], target[..., ::2, ::2, ::2]
     probs = merge_unlabelled(logits.float(), labelled).softmax(dim=1).flatten(2)
     onehot = F.one_hot(target.flatten(1).long(), NUM_CLASSES).movedim(1, 2).to(probs.dtype)
     voxels = onehot.sum(2)

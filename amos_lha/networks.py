@@ -1,5 +1,6 @@
 """Networks of this task by name, and a trained network with what it needs to predict."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,15 +25,16 @@ ARCHITECTURE = (
     "attention",
     "router",
     "deep_supervision",
-    "strides",
     "feature_size",
 )
+HEADS = ("size_aware", "shared")  # of LHANet
+FEATURE_SIZES = (12, 24, 48)  # of SwinUNetR
 SEGRESNET_WIDTH = 16
 THICK = 2.5  # z is halved only while its spacing is below so many times that within the slice
 
 
-def get_model(config: dict) -> nn.Module:
-    """The network that `config` (flag values, as in a checkpoint) names.
+def get_model(config: dict, spacing_mm: Sequence[float]) -> nn.Module:
+    """The network that `config` (flag values, as in a checkpoint) names, for voxels of `spacing_mm` (z y x).
 
     It takes (N, 1, d, h, w) of any size and gives logits (N, 16, d, h, w); in training with deep supervision
     LHANet, UNet and ResEncUNet give a list, see there.
@@ -46,7 +48,7 @@ def get_model(config: dict) -> nn.Module:
             router=config["router"],
             deep_supervision=config["deep_supervision"],
             checkpointing=policy,
-            strides=config["strides"],
+            strides=strides_for(spacing_mm),
         )
     again = policy not in (False, "none")  # the others have one policy
     if name in ("UNet", "ResEncUNet"):
@@ -54,7 +56,7 @@ def get_model(config: dict) -> nn.Module:
         return network(
             1,
             NUM_CLASSES,
-            strides=config["strides"],
+            strides=strides_for(spacing_mm),
             deep_supervision=config["deep_supervision"],
             checkpointing=again,
         )
@@ -67,7 +69,7 @@ def get_model(config: dict) -> nn.Module:
     raise ValueError(f"unknown model {name!r}; take one of {', '.join(MODELS)}")
 
 
-def strides_for(spacing_mm: tuple[float, float, float]) -> list[list[int]]:
+def strides_for(spacing_mm: Sequence[float]) -> list[list[int]]:
     """Strides z y x of the four steps down for voxels of `spacing_mm` (z y x).
 
     Thick slices are left alone until the voxels are less than 2.5 times as thick as they are wide.
@@ -92,6 +94,6 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
         config, found = checkpoint["config"], checkpoint.get("stage", "another task")
         if found != "amos_lha" or config.get("model") not in MODELS:
             raise ValueError(f"not weights of amos_lha/train.py but of {found}; swapped?")
-        return get_model(config)
+        return get_model(config, checkpoint["preprocessing"]["spacing_mm"])
 
     return checkpoints.load_trained(weights, device, precision, make_network)

@@ -9,7 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d without a fault of PyTorch's, seen in 2.13 on a CPU in bfloat16.
+
+    Where the kernel is deeper than an image of two voxels or more, gradients of the weights hold memory that
+    nobody wrote to, often NaN. Such images are tiny: they are computed in float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and 1 < x.shape[2] < self.kernel_size[0]:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+        return super().forward(x)
+
+
+CONV = {2: nn.Conv2d, 3: Conv3d}
 CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -179,7 +194,7 @@ class ConvNormAct(nn.Sequential):
     ) -> None:
         padding = tuple(side // 2 for side in kernel)
         super().__init__(
-            nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding, bias=False),
+            Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding, bias=False),
             InstanceNorm(out_channels),
             nn.LeakyReLU(0.01, inplace=True),
         )

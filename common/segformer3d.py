@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, make_norm, padded_to_multiple, stage_runner
+from common.layers import Conv3d, check_image, make_norm, padded_to_multiple, stage_runner
 
 
 class ReducedAttention(nn.Module):
@@ -73,7 +73,7 @@ class TransformerStage(nn.Module):
         self, in_channels: int, channels: int, kernel: int, stride: int, blocks: list[TransformerBlock]
     ) -> None:
         super().__init__()
-        self.embed = nn.Conv3d(in_channels, channels, kernel, stride=stride, padding=kernel // 2)
+        self.embed = Conv3d(in_channels, channels, kernel, stride=stride, padding=kernel // 2)
         self.embed_norm = nn.LayerNorm(channels)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(channels)

@@ -3,13 +3,13 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, make_norm, padded_to_multiple, stage_runner
+from common.layers import Conv3d, check_image, make_norm, padded_to_multiple, stage_runner
 
 ENCODER_BLOCKS = (1, 2, 2, 4)  # residual blocks of the four levels
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Conv3d:
-    return nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return Conv3d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
 class PreActivationBlock(nn.Module):

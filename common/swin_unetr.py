@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, padded_to_multiple, stage_runner
+from common.layers import Conv3d, check_image, padded_to_multiple, stage_runner
 
 WINDOW = 7  # side of an attention window, in voxels of the stage's grid
 DEPTH = 2  # blocks in each stage; the second one shifts its windows
@@ -127,8 +127,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv1 = Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = Conv3d(out_channels, out_channels, 3, padding=1, bias=False)
         self.conv3 = (
             nn.Conv3d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
         )

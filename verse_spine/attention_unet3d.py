@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, make_norm, padded_to_multiple, stage_runner
+from common.layers import Conv3d, check_image, make_norm, padded_to_multiple, stage_runner
 
 CHANNELS = (16, 32, 64, 128, 256, 512)  # of the six levels
 REDUCTION = 16  # by how much SCA's hidden layer is narrower than its input
@@ -13,10 +13,10 @@ REDUCTION = 16  # by how much SCA's hidden layer is narrower than its input
 def _double_conv(in_channels: int, mid_channels: int, out_channels: int) -> nn.Sequential:
     """(3x3x3 convolution without bias, ReLU, group norm) twice: the norm comes last."""
     return nn.Sequential(
-        nn.Conv3d(in_channels, mid_channels, 3, padding=1, bias=False),
+        Conv3d(in_channels, mid_channels, 3, padding=1, bias=False),
         nn.ReLU(inplace=True),
         make_norm("group", mid_channels, 3),
-        nn.Conv3d(mid_channels, out_channels, 3, padding=1, bias=False),
+        Conv3d(mid_channels, out_channels, 3, padding=1, bias=False),
         nn.ReLU(inplace=True),
         make_norm("group", out_channels, 3),
     )

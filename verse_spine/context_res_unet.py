@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, make_norm, padded_to_multiple, stage_runner
+from common.layers import Conv3d, check_image, make_norm, padded_to_multiple, stage_runner
 
 CHANNELS = (16, 32, 64)  # of the first three levels
 BOTTLENECK = 128  # channels of the fourth
@@ -18,10 +18,10 @@ class ProjectedResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.main = nn.Sequential(
-            nn.Conv3d(in_channels, out_channels, 3, padding=1),
+            Conv3d(in_channels, out_channels, 3, padding=1),
             make_norm("instance", out_channels, 3),
             nn.ReLU(inplace=True),
-            nn.Conv3d(out_channels, out_channels, 3, padding=1),
+            Conv3d(out_channels, out_channels, 3, padding=1),
             make_norm("instance", out_channels, 3),
         )
         self.shortcut = nn.Sequential(
@@ -38,7 +38,7 @@ class DilatedContext(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            nn.Conv3d(in_channels, out_channels, 3, padding=d, dilation=d) for d in DILATIONS
+            Conv3d(in_channels, out_channels, 3, padding=d, dilation=d) for d in DILATIONS
         )
         concatenated = len(DILATIONS) * out_channels
         self.mix = nn.Sequential(

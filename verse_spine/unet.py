@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, make_norm, padded_to_multiple, stage_runner
+from common.layers import Conv3d, check_image, make_norm, padded_to_multiple, stage_runner
 
 CHANNELS = (16, 32, 64, 128, 256)  # of the five levels
 
@@ -66,10 +66,10 @@ class StridedUNet(nn.Module):
         c = CHANNELS
         inputs = (in_channels, *c[:3])
         self.down = nn.ModuleList(
-            nn.Sequential(*stage(nn.Conv3d(i, o, 3, stride=s, padding=1)))
+            nn.Sequential(*stage(Conv3d(i, o, 3, stride=s, padding=1)))
             for i, o, s in zip(inputs, c[:4], strides, strict=True)
         )
-        self.bottom = nn.Sequential(*stage(nn.Conv3d(c[3], c[4], 3, padding=1)))
+        self.bottom = nn.Sequential(*stage(Conv3d(c[3], c[4], 3, padding=1)))
         self.up = nn.ModuleList(  # from the coarsest to the finest
             [
                 _Merge(*stage(_upsampling(c[3] + c[4], c[2], strides[3]))),
@@ -138,7 +138,7 @@ class _AttentionUp(nn.Module):
         )
         self.gate = _AdditiveGate(out_channels, norm)
         self.merge = _Merge(
-            nn.Conv3d(2 * out_channels, out_channels, 3, padding=1),
+            Conv3d(2 * out_channels, out_channels, 3, padding=1),
             nn.InstanceNorm3d(out_channels),
             nn.PReLU(),
         )
@@ -175,10 +175,10 @@ class StridedAttentionUNet(nn.Module):
 
         def stage(i: int, o: int, stride: int) -> nn.Sequential:
             return nn.Sequential(
-                nn.Conv3d(i, o, 3, stride=stride, padding=1),
+                Conv3d(i, o, 3, stride=stride, padding=1),
                 make_norm(norm, o, 3),
                 nn.ReLU(inplace=True),
-                nn.Conv3d(o, o, 3, padding=1),
+                Conv3d(o, o, 3, padding=1),
                 make_norm(norm, o, 3),
                 nn.ReLU(inplace=True),
             )
