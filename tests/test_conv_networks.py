@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.layers import (
+    Conv3d,
     InstanceNorm,
     check_image,
     kernels_of_levels,
@@ -367,7 +368,7 @@ def test_dilated_branches_reach_1_2_4_and_8_voxels():
 def test_thesis_variant_norms_after_the_relu():
     net = on_meta(AttentionUNet3D)
     kinds = [type(m) for m in net.down[0]]
-    assert kinds == [nn.Conv3d, nn.ReLU, nn.GroupNorm] * 2
+    assert kinds == [Conv3d, nn.ReLU, nn.GroupNorm] * 2
     assert all(m.num_groups == 8 for m in net.modules() if isinstance(m, nn.GroupNorm))
 
 

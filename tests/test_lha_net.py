@@ -14,6 +14,8 @@ from common.losses import dice_ce_loss
 from common.memory import training_peak_mib
 
 THICK_SLICES = [[1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
+CUBES = [[2, 2, 2]] * 4
+SPACING, THICK_SPACING = (2.0, 1.5, 1.5), (7.7, 1.2, 1.2)  # mm, of the strides CUBES and THICK_SLICES
 CONFIG = {
     "model": "LHANet",
     "preset": "tiny",
@@ -22,7 +24,6 @@ CONFIG = {
     "router": False,
     "deep_supervision": False,
     "checkpointing": "none",
-    "strides": [[2, 2, 2]] * 4,
     "feature_size": 24,
 }
 
@@ -45,9 +46,9 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def on_meta(**changes):
+def on_meta(spacing_mm=SPACING, **changes):
     with torch.device("meta"):
-        return get_model(CONFIG | changes)
+        return get_model(CONFIG | changes, spacing_mm)
 
 
 # ---- size ----
@@ -66,7 +67,7 @@ def on_meta(**changes):
         # Thick slices: 18 weights less in a kernel of levels 0 and 1 on both sides and in two heads, 4 less
         # in their transposed convolutions.
         (
-            {"preset": "small", "strides": THICK_SLICES},
+            {"preset": "small", "spacing_mm": THICK_SPACING},
             2_058_937
             - 18 * (16 + 16 * 32 + 32 * 32 + 16 * 16 + 32 * 32 + 16 * 8 + 32 * 16)
             - 4 * (32 * 16 + 64 * 32),
@@ -86,14 +87,14 @@ def test_every_option_but_checkpointing_decides_the_shape_of_the_weights():
     assert set(ARCHITECTURE) == set(CONFIG) - {"checkpointing"}
 
 
-@pytest.mark.parametrize(
-    "shape, strides", [((96, 96, 96), CONFIG["strides"]), ((32, 128, 128), THICK_SLICES)]
-)
+@pytest.mark.parametrize("shape, spacing_mm", [((96, 96, 96), SPACING), ((32, 128, 128), THICK_SPACING)])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_small_takes_at_most_half_the_memory_of_a_plain_unet(shape, strides, dtype):
+def test_small_takes_at_most_half_the_memory_of_a_plain_unet(shape, spacing_mm, dtype):
     def peak_mib(**changes):
-        config = CONFIG | {"preset": "small", "strides": strides} | changes
-        return training_peak_mib(lambda: get_model(config), dice_ce_loss, (1, 1, *shape), dtype=dtype)
+        config = CONFIG | {"preset": "small"} | changes
+        return training_peak_mib(
+            lambda: get_model(config, spacing_mm), dice_ce_loss, (1, 1, *shape), dtype=dtype
+        )
 
     plain = peak_mib()
     assert plain <= peak_mib(model="UNet") / 2
@@ -104,7 +105,7 @@ def test_small_takes_at_most_half_the_memory_of_a_plain_unet(shape, strides, dty
 # ---- shapes ----
 
 
-@pytest.mark.parametrize("strides", [CONFIG["strides"], THICK_SLICES])
+@pytest.mark.parametrize("strides", [CUBES, THICK_SLICES])
 @pytest.mark.parametrize("shape", [(16, 32, 32), (1, 1, 1), (5, 40, 3), (17, 31, 9), (16, 16, 16)])
 def test_any_size(strides, shape):
     network = tiny(strides=strides)
@@ -116,14 +117,14 @@ def test_any_size(strides, shape):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_takes_any_size(model):
-    network = get_model(CONFIG | {"model": model, "feature_size": 12}).eval()
+    network = get_model(CONFIG | {"model": model, "feature_size": 12}, SPACING).eval()
     with torch.no_grad():
         assert network(noise(1, 1, 17, 32, 35)).shape == (1, 16, 17, 32, 35)
 
 
 def test_unknown_model():
     with pytest.raises(ValueError, match="unknown model 'VNet'; take one of LHANet, UNet"):
-        get_model(CONFIG | {"model": "VNet"})
+        get_model(CONFIG | {"model": "VNet"}, SPACING)
 
 
 @pytest.mark.parametrize("model", ["LHANet", "UNet", "ResEncUNet"])
@@ -131,7 +132,7 @@ def test_deep_supervision_is_a_list_on_coarser_grids_in_training_only(model):
     if model == "LHANet":
         network = tiny(strides=THICK_SLICES, deep_supervision=True)
     else:
-        network = on_meta(model=model, strides=THICK_SLICES, deep_supervision=True)
+        network = on_meta(THICK_SPACING, model=model, deep_supervision=True)
     image = torch.zeros(1, 1, 16, 64, 64, device=network.head.weight.device if model != "LHANet" else "cpu")
     with torch.no_grad():
         levels = network(image)
@@ -346,7 +347,7 @@ def test_a_few_steps_learn_two_boxes():
 
 def test_load_trained(tmp_path):
     torch.manual_seed(0)
-    network = get_model(CONFIG)
+    network = get_model(CONFIG, SPACING)
     state = {
         "stage": "amos_lha",
         "config": CONFIG,
