@@ -6,7 +6,15 @@ from amos_lha.dataset import MODALITIES
 from amos_lha.lha_net import CHECKPOINTING, PRESETS
 from amos_lha.networks import FEATURE_SIZES, HEADS, MODELS
 from amos_lha.sampling import SAMPLING
-from common.config import Switch, add_run_flags, fraction, non_negative_int, positive_float, positive_int
+from common.config import Switch, add_run_flags, fraction, positive_float, positive_int
+from common.flags import (
+    add_augmentation_flags,
+    add_ema_flags,
+    add_evaluate_flag,
+    add_fold_flags,
+    add_update_flags,
+    add_validation_flags,
+)
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("warmup_cosine", "poly", "constant")
@@ -18,7 +26,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
     data.add_argument(
         "--data_path",
         nargs="+",
-        required=True,
+        default=["data/amos"],
         help="folder that preprocess.py wrote, or demo for phantoms that are made on the spot; several "
         "folders, whose cases may have labels of different organs, train one network together",
     )
@@ -28,17 +36,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
         default="both",
         help="scans to train on: ct, mr, or both = whatever the folder holds",
     )
-    data.add_argument(
-        "--folds",
-        type=positive_int,
-        help="number of parts, 3 or more, into which cross-validation divides the patients; give --fold as "
-        "well",
-    )
-    data.add_argument(
-        "--fold",
-        type=non_negative_int,
-        help="part to hold out in this run, 0 to folds - 1",
-    )
+    add_fold_flags(data)
     data.add_argument(
         "--validation",
         action=Switch,
@@ -70,21 +68,8 @@ def add_training_flags(parser: ArgumentParser) -> None:
     )
     add_network_flags(parser)
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=1,
-        help="number of patches that each process computes at a time; if memory runs out, halve it and "
-        "double --accumulate, which keeps the effective batch",
-    )
-    optim.add_argument(
-        "--accumulate",
-        type=positive_int,
-        default=2,
-        help="number of batches whose gradients are added up for one update of the weights, so that a "
-        "small card trains with a large effective batch: this times --batch_size times the number of "
-        "processes",
-    )
+    add_update_flags(optim, "patches", batch_size=1, accumulate=2, weight_decay=1e-4)
+    add_ema_flags(optim, ema=True, decay=0.999)
     optim.add_argument(
         "--optimizer",
         choices=OPTIMIZERS,
@@ -101,41 +86,15 @@ def add_training_flags(parser: ArgumentParser) -> None:
         "a cosine, poly = as (1 - share of the run) to the power 0.9, constant = it does not fall",
     )
     optim.add_argument(
-        "--weight_decay",
-        type=float,
-        default=1e-4,
-        help="share of each weight, times the learning rate, that is taken away at every update; keeps the "
-        "weights small; norms and biases are left alone",
-    )
-    optim.add_argument(
-        "--grad_clip",
-        type=float,
-        default=1.0,
-        help="largest norm of the gradient of an update; a larger gradient is scaled down to it, so that "
-        "one odd batch does little harm; 0 = no limit",
-    )
-    optim.add_argument(
         "--class_weights",
         action=Switch,
         default=True,
         help="count rare classes more in the cross-entropy, by the square root of their rarity and at most "
         "fourfold",
     )
-    optim.add_argument(
-        "--ema",
-        type=fraction,
-        default=0.999,
-        help="validate and keep a moving average of the weights, of which this share stays at each update; "
-        "0 = the weights themselves",
-    )
     augment = parser.add_argument_group("augmentation")
-    augment.add_argument(
-        "--augment",
-        action=Switch,
-        default=True,
-        help="change training patches at random (position, shape, grey values), anew in each epoch; "
-        "--no-augment trains on them as they are",
-    )
+    rotation = "30 degrees in the axial plane and 15 about the other axes"
+    add_augmentation_flags(augment, "training patches", rotation=rotation, shares=(0.3, 0.1, 0.15))
     augment.add_argument(
         "--flip_sides",
         type=fraction,
@@ -143,46 +102,10 @@ def add_training_flags(parser: ArgumentParser) -> None:
         help="probability, 0 to 1, that left and right are swapped, the labels of kidneys and adrenal glands "
         "with them; above 0 the network can no longer tell the sides by where liver and spleen lie",
     )
-    augment.add_argument(
-        "--rotate_scale",
-        type=fraction,
-        default=0.3,
-        help="probability, 0 to 1, of a rotation by up to 30 degrees in the axial plane and 15 about the "
-        "other axes, together with a change of size by up to 15 %%",
-    )
-    augment.add_argument(
-        "--low_resolution",
-        type=fraction,
-        default=0.1,
-        help="probability, 0 to 1, that thick slices are simulated",
-    )
-    augment.add_argument(
-        "--grey_values",
-        type=fraction,
-        default=0.15,
-        help="probability, 0 to 1, of each of noise, blur, brightness, contrast and gamma",
-    )
     val = parser.add_argument_group("validation")
-    val.add_argument(
-        "--val_every",
-        type=positive_int,
-        default=10,
-        help="number of epochs from one validation to the next; the last epoch is validated too",
-    )
-    val.add_argument(
-        "--val_cases",
-        type=positive_int,
-        default=10,
-        help="largest number of whole scans that a validation predicts; fewer are faster and tell less",
-    )
-    val.add_argument(
-        "--evaluate",
-        action=Switch,
-        default=True,
-        help="after training score best.pt on the test scans, or on all validation scans if there are no "
-        "test scans",
-    )
-    add_run_flags(parser, epochs=200, early_stopping=0, out="runs/amos_lha")
+    add_validation_flags(val, every=10, cases=10)
+    add_evaluate_flag(val)
+    add_run_flags(parser, epochs=200, early_stopping=0, model_name="lha_net", out="runs/amos_lha")
 
 
 def add_network_flags(parser: ArgumentParser) -> None:

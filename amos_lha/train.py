@@ -42,8 +42,9 @@ from amos_lha.training import (
 from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
-from common.config import make_parser, resolved_config, run_script
+from common.config import make_parser, parse_args, resolved_config, run_script
 from common.ema import WeightAverage
+from common.flags import check_fold_flags
 from common.memory import Plan, set_up_step
 from common.plots import save_curves
 from common.schedules import learning_rate
@@ -66,9 +67,11 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[list[dict], dict[str, str]]:
-    """One run, new or `resumed` from a checkpoint; returns the rows of its evaluation and
-    {case that failed: reason}."""
+def train(
+    args: Namespace, resumed: dict | None, folder: Path | None, resume_words: list[str] | None = None
+) -> tuple[list[dict], dict[str, str], str]:
+    """One run, new or `resumed` from a checkpoint; returns the rows of its evaluation, {case that failed:
+    reason} and its precision."""
     device = hardware.start_device(args.device, distributed.local_rank())
     runs.seed_everything(args.seed, args.deterministic)
 
@@ -101,7 +104,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[l
     augmentation = get_augmentation(args)
     optimizer = get_optimizer(args, network)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
-    average = WeightAverage(network, args.ema) if args.ema else None
+    average = WeightAverage(network, args.ema_decay) if args.ema else None
     validated = deepcopy(network) if average else network  # the network that best.pt keeps
     trained = TrainedModel(validated, config, device, precision, notes, split)
     parts = {"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average}
@@ -121,6 +124,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[l
         time_budget_s=args.time_budget,
         patience=args.early_stopping,
         resumed=resumed,
+        resume_words=resume_words,
         wandb_project="amos_lha" if args.use_wandb else None,
     )
     for line in [*setup.lines, *data_lines(data, num_patches, len(loader))]:
@@ -163,7 +167,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[l
             if distributed.is_main():
                 save_curves(run.folder / "training_curves.png", run.history, CURVES)
             run.log_epoch(epoch_text(scores, drawn))
-    return score_best(run, trained, data, evaluate=args.evaluate)
+    return *score_best(run, trained, data, evaluate=args.evaluate), precision.amp
 
 
 def validate(run: Run, trained: TrainedModel, data: Amos, args: Namespace) -> dict[str, float]:
@@ -202,10 +206,33 @@ def score_best(
 
 
 def main(argv: list[str] | None = None) -> int:
+    parser, argv = build_parser(), sys.argv[1:] if argv is None else argv
     with distributed.session():
-        args, resumed, folder = runs.resume(build_parser(), argv, same=UNCHANGEABLE, stage="amos_lha")
-        _, failed = train(args, resumed, folder)
+        args = parse_args(parser, argv)
+        check_fold_flags(args.folds, args.fold, args.resume)
+        if args.fold == "all":
+            failed = cross_validate(parser, args, argv)
+        else:
+            found = runs.resume(parser, argv, same=UNCHANGEABLE, name=run_name(args), stage="amos_lha")
+            _, failed, _ = train(*found)
         return batch.exit_code(failed)
+
+
+def cross_validate(parser: ArgumentParser, args: Namespace, argv: list[str]) -> dict[str, str]:
+    """One run for each fold and a report of all held-out cases; returns {case that failed: reason}."""
+    rows, failed, amp = [], {}, args.amp
+    for fold in range(args.folds):
+        found = runs.resume_fold(
+            parser, argv, fold, args.model_name, amp, same=UNCHANGEABLE, stage="amos_lha"
+        )
+        fold_rows, fold_failed, amp = train(*found, resume_words=runs.with_resume(sys.argv))
+        rows += fold_rows
+        failed |= fold_failed
+    if distributed.is_main():
+        out = runs.new_run_dir(args.out, f"{args.model_name}_all_folds")
+        title = f"all {args.folds} folds, each case scored by a model that never saw it"
+        write_report(rows, out, title, failed)
+    return failed
 
 
 if __name__ == "__main__":

@@ -32,10 +32,8 @@ def demo_dataset(folder: Path = Path("data/demo/amos_lha")) -> Path:
 
 def open_data(args: Namespace) -> Amos:
     """The data sets that the flags name."""
-    if (args.folds is None) != (args.fold is None):
-        raise ValueError("--folds N and --fold K belong together")
     paths = [demo_dataset() if path == "demo" else path for path in args.data_path]
-    folds = {"folds": args.folds, "fold": args.fold}
+    folds = {"folds": args.folds, "fold": None if args.fold is None else int(args.fold)}
     return Amos(paths, args.modality, seed=args.seed, validation=args.validation, **folds)
 
 

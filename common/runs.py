@@ -241,6 +241,25 @@ def resume(
     return args, checkpoint, folder
 
 
+def resume_fold(
+    parser: ArgumentParser,
+    argv: Sequence[str],
+    fold: int,
+    model_name: str,
+    amp: str,
+    *,
+    same: Sequence[str],
+    stage: str | None = None,
+) -> tuple[Namespace, dict | None, Path | None]:
+    """As `resume`, for one fold of --fold all, which may have been stopped before this fold began.
+
+    Args:
+        amp: precision of the first fold, which is that of all: timed anew, another fold might get another.
+    """
+    one_fold, name = [*argv, "--fold", str(fold), "--amp", amp], f"{model_name}_fold{fold}"
+    return resume(parser, one_fold, same=same, name=name, stage=stage, may_be_missing=True)
+
+
 def with_resume(words: Sequence[str]) -> list[str]:
     """The words of a command with a bare --resume at the end, whatever --resume it had."""
     rest = []

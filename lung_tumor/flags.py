@@ -3,6 +3,7 @@
 import argparse
 
 from common.config import Switch, add_run_flags, fraction, non_negative_int, positive_int
+from common.flags import add_ema_flags, add_fold_flags, add_update_flags
 from common.schedules import SCHEDULES
 from lung_tumor.model import LOSSES, MODELS
 
@@ -60,16 +61,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "quarter of memory and time, but where the median slice does not fit all slices are shrunk "
         "and small tumours are lost",
     )
-    data.add_argument(
-        "--folds",
-        type=positive_int,
-        help="number of parts, 3 or more, into which cross-validation divides the patients; give --fold as "
-        "well",
-    )
-    data.add_argument(
-        "--fold",
-        help="part to hold out in this run, 0 to folds - 1; all = one run after the other, for every part",
-    )
+    add_fold_flags(data)
     model = parser.add_argument_group("model")
     add_network_flags(model, base_features=64)
     model.add_argument(
@@ -87,40 +79,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "less memory and about a third more time",
     )
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=2,
-        help="number of slices that each process computes at a time; if memory runs out, halve it and "
-        "double --accumulate, which keeps the effective batch",
-    )
-    optim.add_argument(
-        "--accumulate",
-        type=positive_int,
-        default=16,
-        help="number of batches whose gradients are added up for one update of the weights, so that a "
-        "small card trains with a large effective batch: this times --batch_size times the number of "
-        "processes",
-    )
+    add_update_flags(optim, "slices", batch_size=2, accumulate=16, weight_decay=1e-4)
     optim.add_argument(
         "--lr",
         type=float,
         default=5e-5,
         help="highest learning rate of the run, for AdamW; the default fits an effective batch of 32",
-    )
-    optim.add_argument(
-        "--weight_decay",
-        type=float,
-        default=1e-4,
-        help="share of each weight, times the learning rate, that is taken away at every update; keeps the "
-        "weights small",
-    )
-    optim.add_argument(
-        "--grad_clip",
-        type=float,
-        default=1.0,
-        help="largest norm of the gradient of an update; a larger gradient is scaled down to it, so that "
-        "one odd batch does little harm; 0 = no limit",
     )
     optim.add_argument(
         "--schedule",
@@ -176,20 +140,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="share, 0 to 1, that the tumour pixels of a slice together have in the class-balanced "
         "cross-entropy, however few they are; a larger one finds more tumour and more false alarms",
     )
-    optim.add_argument(
-        "--ema",
-        action=Switch,
-        default=False,
-        help="validate and save a moving average of the weights instead of the latest ones; its scores "
-        "swing less from epoch to epoch",
-    )
-    optim.add_argument(
-        "--ema_decay",
-        type=fraction,
-        default=0.99,
-        help="share of the old average, 0 to 1, that an update leaves: 0.99 averages about the last 100 "
-        "updates",
-    )
+    add_ema_flags(optim, ema=False, decay=0.99)
     augment = parser.add_argument_group("augmentation")
     augment.add_argument(
         "--augment",

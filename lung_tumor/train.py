@@ -23,6 +23,7 @@ from common import batch, distributed, hardware, runs
 from common.checkpoints import TrainedModel
 from common.config import make_parser, parse_args, resolved_config, run_script
 from common.ema import WeightAverage
+from common.flags import check_fold_flags
 from common.memory import Plan, set_up_step
 from common.plots import save_curves
 from common.schedules import learning_rate, plateau_drops
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser, argv = build_parser(), sys.argv[1:] if argv is None else argv
     with distributed.session():
         args = parse_args(parser, argv)
-        check_fold_flags(args)
+        check_fold_flags(args.folds, args.fold, args.resume)
         if args.fold == "all":
             failed = cross_validate(parser, args, argv)
         else:
@@ -211,11 +212,7 @@ def cross_validate(parser: ArgumentParser, args: Namespace, argv: list[str]) -> 
     """One run for each fold and a report of all held-out volumes; returns {volume that failed: reason}."""
     rows, failed, amp = [], {}, args.amp
     for fold in range(args.folds):
-        one_fold = [*argv, "--fold", str(fold), "--amp", amp]
-        name = f"{args.model_name}_fold{fold}"
-        # A cross-validation may have been stopped before this fold began.
-        found = runs.resume(parser, one_fold, same=UNCHANGEABLE, name=name, may_be_missing=True)
-        # The first fold's precision is that of all: timed anew, another fold might get another one.
+        found = runs.resume_fold(parser, argv, fold, args.model_name, amp, same=UNCHANGEABLE)
         fold_rows, fold_failed, amp = train(*found, resume_words=runs.with_resume(sys.argv))
         rows += fold_rows
         failed |= fold_failed
@@ -224,20 +221,6 @@ def cross_validate(parser: ArgumentParser, args: Namespace, argv: list[str]) -> 
         title = f"all {args.folds} folds, each volume scored by a model that never saw it"
         write_report(rows, out, title, failed)
     return failed
-
-
-def check_fold_flags(args: Namespace) -> None:
-    """Refuse flags of a cross-validation that do not fit together.
-
-    Raises:
-        ValueError: --folds without --fold or the reverse, or a --fold that is neither a number nor all.
-    """
-    if (args.folds is None) != (args.fold is None):
-        raise ValueError("--folds N and --fold K (or --fold all) belong together")
-    if args.fold not in (None, "all") and not args.fold.isdecimal():
-        raise ValueError(f"--fold {args.fold}: a number from 0 on, or all")
-    if args.fold == "all" and args.resume not in (None, "last"):
-        raise ValueError("--fold all goes on with a bare --resume, which finds the last run of each fold")
 
 
 if __name__ == "__main__":

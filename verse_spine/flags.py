@@ -3,6 +3,7 @@
 from argparse import ArgumentParser
 
 from common.config import Switch, add_run_flags, fraction, positive_int
+from common.flags import add_augmentation_flags, add_evaluate_flag, add_update_flags
 from verse_spine.networks import FEATURE_SIZES, MODELS
 from verse_spine.training import DEFAULT_LR
 
@@ -74,21 +75,8 @@ def add_training_flags(parser: ArgumentParser, *, patch_size: tuple[int, int, in
         "GB without it)",
     )
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=1,
-        help="number of patches, or in the first stage of whole scans, that each process computes at a "
-        "time; if memory runs out, halve it and double --accumulate, which keeps the effective batch",
-    )
-    optim.add_argument(
-        "--accumulate",
-        type=positive_int,
-        default=1,
-        help="number of batches whose gradients are added up for one update of the weights, so that a "
-        "small card trains with a large effective batch: this times --batch_size times the number of "
-        "processes",
-    )
+    things = "patches, or in the first stage whole scans,"
+    add_update_flags(optim, things, batch_size=1, accumulate=1, weight_decay=0.0)
     optim.add_argument(
         "--optimizer",
         choices=list(DEFAULT_LR),
@@ -102,27 +90,12 @@ def add_training_flags(parser: ArgumentParser, *, patch_size: tuple[int, int, in
         help="highest learning rate of the run; leave it at 1.0 for prodigy, where it is a factor on the "
         "step size; with adamw 1.0 means 0.001, with sgd 0.01",
     )
-    optim.add_argument(
-        "--weight_decay",
-        type=float,
-        default=0.0,
-        help="share of each weight, times the learning rate, that is taken away at every update; keeps the "
-        "weights small",
-    )
-    optim.add_argument(
-        "--grad_clip",
-        type=float,
-        default=1.0,
-        help="largest norm of the gradient of an update; a larger gradient is scaled down to it, so that "
-        "one odd batch does little harm; 0 = no limit",
-    )
     augment = parser.add_argument_group("augmentation")
-    augment.add_argument(
-        "--augment",
-        action=Switch,
-        default=True,
-        help="change training patches, or in the first stage whole scans, at random (position, shape, grey "
-        "values), anew in each epoch; --no-augment trains on them as they are",
+    add_augmentation_flags(
+        augment,
+        "training patches, or in the first stage whole scans,",
+        rotation="15 degrees about each axis",
+        shares=(0.5, 0.2, 0.15),
     )
     augment.add_argument(
         "--flip",
@@ -131,35 +104,10 @@ def add_training_flags(parser: ArgumentParser, *, patch_size: tuple[int, int, in
         help="probability, 0 to 1, that left and right are swapped; vertebrae have no sides",
     )
     augment.add_argument(
-        "--rotate_scale",
-        type=fraction,
-        default=0.5,
-        help="probability, 0 to 1, of a rotation by up to 15 degrees about each axis together with a "
-        "change of size by up to 15 %%",
-    )
-    augment.add_argument(
         "--elastic",
         type=fraction,
         default=0.2,
         help="probability, 0 to 1, of a smooth deformation by up to 7.5 mm",
     )
-    augment.add_argument(
-        "--low_resolution",
-        type=fraction,
-        default=0.2,
-        help="probability, 0 to 1, that thick slices are simulated",
-    )
-    augment.add_argument(
-        "--grey_values",
-        type=fraction,
-        default=0.15,
-        help="probability, 0 to 1, of each of noise, blur, brightness, contrast and gamma",
-    )
-    parser.add_argument(
-        "--evaluate",
-        action=Switch,
-        default=True,
-        help="after training score best.pt on the test scans, or on the validation scans if there are no "
-        "test scans",
-    )
+    add_evaluate_flag(parser)
     add_run_flags(parser, epochs=200, early_stopping=30, out="runs/verse_spine")

@@ -25,6 +25,7 @@ from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
 from common.config import make_parser, positive_int, resolved_config, run_script
+from common.flags import add_validation_flags
 from common.losses import dice_ce_loss
 from common.patches import histogram
 from common.plots import save_curves
@@ -83,18 +84,7 @@ def build_parser() -> ArgumentParser:
         default=250,
         help="number of patches in an epoch, shared evenly by the training scans, and at least one of each",
     )
-    stage.add_argument(
-        "--val_every",
-        type=positive_int,
-        default=5,
-        help="number of epochs from one validation to the next; the last epoch is validated too",
-    )
-    stage.add_argument(
-        "--val_cases",
-        type=positive_int,
-        default=20,
-        help="largest number of whole scans that a validation predicts; fewer are faster and tell less",
-    )
+    add_validation_flags(stage, every=5, cases=20)
     return parser
 
 

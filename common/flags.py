@@ -1,0 +1,157 @@
+"""Flags that the train scripts of several tasks have, with one meaning; see also `add_run_flags`."""
+
+import argparse
+
+from common.config import Switch, fraction, positive_int
+
+
+def add_fold_flags(group: argparse._ArgumentGroup) -> None:
+    """--folds and --fold; see `check_fold_flags`."""
+    group.add_argument(
+        "--folds",
+        type=positive_int,
+        help="number of parts, 3 or more, into which cross-validation divides the patients; give --fold as "
+        "well",
+    )
+    group.add_argument(
+        "--fold",
+        help="part to hold out in this run, 0 to folds - 1; all = one run after the other, for every part",
+    )
+
+
+def add_update_flags(
+    group: argparse._ArgumentGroup, things: str, *, batch_size: int, accumulate: int, weight_decay: float
+) -> None:
+    """--batch_size, --accumulate, --weight_decay and --grad_clip.
+
+    Args:
+        things: what a batch is made of, such as "patches".
+        batch_size, accumulate, weight_decay: defaults.
+    """
+    group.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=batch_size,
+        help=f"number of {things} that each process computes at a time; if memory runs out, halve it and "
+        "double --accumulate, which keeps the effective batch",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=positive_int,
+        default=accumulate,
+        help="number of batches whose gradients are added up for one update of the weights, so that a "
+        "small card trains with a large effective batch: this times --batch_size times the number of "
+        "processes",
+    )
+    group.add_argument(
+        "--weight_decay",
+        type=float,
+        default=weight_decay,
+        help="share of each weight, times the learning rate, that is taken away at every update; keeps the "
+        "weights small",
+    )
+    group.add_argument(
+        "--grad_clip",
+        type=float,
+        default=1.0,
+        help="largest norm of the gradient of an update; a larger gradient is scaled down to it, so that "
+        "one odd batch does little harm; 0 = no limit",
+    )
+
+
+def add_ema_flags(group: argparse._ArgumentGroup, *, ema: bool, decay: float) -> None:
+    """--ema and --ema_decay, with these defaults."""
+    group.add_argument(
+        "--ema",
+        action=Switch,
+        default=ema,
+        help="validate and save a moving average of the weights instead of the latest ones; its scores "
+        "swing less from epoch to epoch",
+    )
+    group.add_argument(
+        "--ema_decay",
+        type=fraction,
+        default=decay,
+        help=f"share of the old average, 0 to 1, that an update leaves: {decay:g} averages about the last "
+        f"{round(1 / (1 - decay)):,} updates",
+    )
+
+
+def add_augmentation_flags(
+    group: argparse._ArgumentGroup, things: str, *, rotation: str, shares: tuple[float, float, float]
+) -> None:
+    """--augment, --rotate_scale, --low_resolution and --grey_values, for `Augmentation3d`.
+
+    Args:
+        things: what is changed, such as "training patches".
+        rotation: largest angles in words.
+        shares: defaults of the latter three.
+    """
+    group.add_argument(
+        "--augment",
+        action=Switch,
+        default=True,
+        help=f"change {things} at random (position, shape, grey values), anew in each epoch; --no-augment "
+        "trains on them as they are",
+    )
+    group.add_argument(
+        "--rotate_scale",
+        type=fraction,
+        default=shares[0],
+        help=f"probability, 0 to 1, of a rotation by up to {rotation}, together with a change of size by up "
+        "to 15 %%",
+    )
+    group.add_argument(
+        "--low_resolution",
+        type=fraction,
+        default=shares[1],
+        help="probability, 0 to 1, that thick slices are simulated",
+    )
+    group.add_argument(
+        "--grey_values",
+        type=fraction,
+        default=shares[2],
+        help="probability, 0 to 1, of each of noise, blur, brightness, contrast and gamma",
+    )
+
+
+def add_validation_flags(group: argparse._ArgumentGroup, *, every: int, cases: int) -> None:
+    """--val_every and --val_cases, with these defaults, for scripts that validate on whole scans."""
+    group.add_argument(
+        "--val_every",
+        type=positive_int,
+        default=every,
+        help="number of epochs from one validation to the next; the last epoch is validated too",
+    )
+    group.add_argument(
+        "--val_cases",
+        type=positive_int,
+        default=cases,
+        help="largest number of whole scans that a validation predicts; fewer are faster and tell less",
+    )
+
+
+def add_evaluate_flag(group: argparse._ArgumentGroup) -> None:
+    """--evaluate."""
+    group.add_argument(
+        "--evaluate",
+        action=Switch,
+        default=True,
+        help="after training score best.pt on the test scans, or on the validation scans if there are no "
+        "test scans",
+    )
+
+
+def check_fold_flags(folds: int | None, fold: str | None, resume: str | None = None) -> None:
+    """Refuse flags of a cross-validation that do not fit together.
+
+    Raises:
+        ValueError: --folds without --fold or the reverse, a --fold that is neither a number nor all, or
+            --fold all with the --resume of a single run.
+    """
+    if (folds is None) != (fold is None):
+        raise ValueError("--folds N and --fold K (or --fold all) belong together")
+    if fold not in (None, "all") and not fold.isdecimal():
+        raise ValueError(f"--fold {fold}: a number from 0 on, or all")
+    if fold == "all" and resume not in (None, "last"):
+        raise ValueError("--fold all goes on with a bare --resume, which finds the last run of each fold")
