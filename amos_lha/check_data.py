@@ -116,9 +116,7 @@ def wrong_sides(measures: dict[int, LabelMeasure], affine: np.ndarray) -> list[s
     listed = ", ".join(f"{ORGANS[a]} left of {ORGANS[b]}" for a, b in wrong)
     cause = "two labels are exchanged"
     if len(wrong) == len(pairs):
-        cause = (
-            "the file is mirrored or its labels are exchanged; in rare patients it is true (situs inversus)"
-        )
+        cause = "the file is mirrored, its labels are exchanged, or the patient has situs inversus"
     return [f"on the wrong side: {listed}: {cause}"]
 
 
@@ -145,7 +143,7 @@ def note_duplicates(results: dict[Case, dict]) -> None:
 
 def print_summary(results: dict[Case, dict]) -> None:
     """Counts, voxel sizes and presence of organs."""
-    counts = Counter(f"{case.part} {(case.modality or '(CT or MR)').upper()}" for case in results)
+    counts = Counter(f"{case.part} {case.modality.upper() if case.modality else ''}" for case in results)
     print(f"{', '.join(f'{n} {what}' for what, n in counts.items())} ({AMOS22})")
     rows = [r["row"] for r in results.values() if r["row"]["shape_z"]]
     if rows:

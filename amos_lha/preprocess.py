@@ -90,11 +90,13 @@ def choose_cases(cases: list[Case], modality: str | None) -> list[Case]:
         else:
             left_out.append(case.name)
     print(f"found: {', '.join(f'{n} {what}' for what, n in counts.items())} ({AMOS22})")
+    other = "mr" if "ct" in wanted else "ct"
     if left_out:
-        other = "MR" if "ct" in wanted else "CT"
-        print(f"left out: {len(left_out)} {other} ({_listed(left_out)}); --modality both converts them too")
+        listed = f"{len(left_out)} {other.upper()} ({_listed(left_out)})"
+        print(f"left out: {listed}; --modality both converts them too")
     if not chosen:
-        raise ValueError("no case is left to convert" + ("; give another --modality" if left_out else ""))
+        hint = f"; --modality {other} converts those left out" if left_out else ""
+        raise ValueError(f"no labelled {' or '.join(wanted).upper()} case to convert{hint}")
     return chosen
 
 

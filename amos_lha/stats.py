@@ -3,8 +3,8 @@
     python amos_lha/stats.py --data_path data/amos
     python amos_lha/stats.py --data_path ../shared/data/abdomen_ct/label_only --round_trip light
 
-Takes a folder of preprocess.py, a data set in AMOS22's layout (of both the training cases), or a folder of
-label maps alone. Writes statistics.csv with a row for each organ, and statistics.json.
+Takes a folder of preprocess.py or a data set in AMOS22's layout, of which the training cases count, or a
+folder of label maps alone. Writes statistics.csv with a row for each organ, and statistics.json.
 """
 
 import math

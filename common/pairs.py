@@ -51,14 +51,14 @@ def median_spacing(images: Sequence[Path]) -> tuple[float, float, float]:
     Raises:
         ValueError: none can be read.
     """
-    spacings = []
+    spacings, problems = [], []
     for path in images:
         try:
             spacings.append(open_nifti(path).spacing_mm)
-        except (ValueError, OSError):
-            continue
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
     if not spacings:
-        raise ValueError("none of the scans can be read")
+        raise ValueError(f"none of {len(images)} scan(s) can be read: {'; '.join(problems[:3])}")
     z, y, x = np.median(spacings, axis=0).round(3).tolist()
     return z, y, x
 

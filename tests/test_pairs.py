@@ -57,7 +57,7 @@ def test_median_spacing_by_hand(tmp_path):
     ]
     (tmp_path / "broken.nii").write_bytes(b"nothing")
     assert median_spacing([*paths, tmp_path / "broken.nii", tmp_path / "none.nii"]) == (2.0, 2.0, 1.0)
-    with pytest.raises(ValueError, match="none of the scans can be read"):
+    with pytest.raises(ValueError, match=r"none of 1 scan\(s\) can be read: .*broken.nii: not a readable"):
         median_spacing([tmp_path / "broken.nii"])
 
 
