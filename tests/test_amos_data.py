@@ -197,9 +197,7 @@ def test_mr_is_left_out_of_a_ct_run_and_counted(amos, tmp_path, capsys):
     shutil.rmtree(amos / "imagesVa"), shutil.rmtree(amos / "labelsVa")
     for name in ("amos_0001", "amos_0004"):
         (amos / f"imagesTr/{name}.nii.gz").unlink(), (amos / f"labelsTr/{name}.nii.gz").unlink()
-    with pytest.raises(
-        SystemExit, match="no labelled CT case to convert; --modality mr converts those left out"
-    ):
+    with pytest.raises(SystemExit, match="no labelled CT case to convert; --modality mr converts"):
         convert(amos, tmp_path / "none")
 
 
@@ -697,9 +695,7 @@ def test_real_mr_is_refused_as_ct_and_taken_as_mr(tmp_path):
     for kind in ("imagesTr", "labelsTr"):
         (tmp_path / "source" / kind).mkdir(parents=True)
         shutil.copy(chaos / kind / "amos_0602.nii.gz", tmp_path / "source" / kind)
-    with pytest.raises(
-        SystemExit, match="no labelled CT case to convert; --modality mr converts those left out"
-    ):
+    with pytest.raises(SystemExit, match="no labelled CT case to convert; --modality mr converts"):
         convert(tmp_path / "source", tmp_path / "out")
     flags = ["--modality", "mr", "--labelled", 1, 2, 3, 6, "--spacing", "median"]
     assert convert(tmp_path / "source", tmp_path / "out", *flags) == 0
