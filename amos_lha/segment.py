@@ -15,6 +15,7 @@ AIR_BELOW_HU = -500  # windows of a CT without a brighter voxel hold no body
 FLIPS = ((), (0,), (1,), (2,))  # of --tta: as it is, upside down, back to front, left to right
 COMPACT = (1, 2, 3, 4, 6, 11, 12, 14, 15)  # organs of which only the largest component stays
 HOLLOW = (7, 13)  # stomach and duodenum: gas and food part them, so that small pieces are often right
+MIN_CUT_SHARE = 0.01  # of the largest, from which on another piece that touches the scan's border stays
 MIN_SHARE = 0.05  # of the largest component: smaller ones of the other organs, long and thin, are removed
 LIVER, SPLEEN = 6, 1
 
@@ -89,11 +90,12 @@ def clean_up(
 ) -> tuple[np.ndarray, dict[int, dict]]:
     """Remove stray pieces of each organ; returns a copy of the labels and what was removed.
 
-    Of compact organs only the largest component stays, of oesophagus, aorta, vena cava and pancreas also what
-    has at least 5 % of its volume. Each organ is looked at in its own box only.
+    Of compact organs only the largest component stays, and what has at least 1 % of its volume and touches
+    the border of the scan, which may have cut the organ in two; of oesophagus, aorta, vena cava and pancreas
+    all that has at least 5 %. Each organ is looked at in its own box only.
 
     Args:
-        labels: (z, y, x) uint8 organ numbers.
+        labels: (z, y, x) uint8 organ numbers of a whole scan, since its borders count.
         hollow: treat stomach and duodenum like the pancreas; otherwise they stay as they are.
         voxel_mm3: volume of a voxel; None = the product of the spacings, wrong for a sheared grid.
 
@@ -116,7 +118,13 @@ def clean_up(
         largest = sizes.argmax()
         goes = sizes < sizes[largest] * MIN_SHARE
         if organ in COMPACT:
-            goes[:] = True
+            is_cut = np.zeros(num + 1, bool)
+            for k, part in enumerate(ndimage.find_objects(components), start=1):
+                is_cut[k] = any(
+                    whole.start + side.start == 0 or whole.start + side.stop == size
+                    for whole, side, size in zip(box, part, labels.shape, strict=True)
+                )
+            goes = ~is_cut | (sizes < sizes[largest] * MIN_CUT_SHARE)
         goes[[0, largest]] = False
         if goes.any():
             view[goes[components]] = 0

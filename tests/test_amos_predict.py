@@ -102,6 +102,17 @@ def test_of_a_long_organ_pieces_below_5_percent_go(organ, hollow, goes):
     assert report == ({organ: {"removed_ml": pytest.approx(0.004), "components": 1}} if goes else {})
 
 
+def test_a_piece_of_a_compact_organ_that_the_scan_cuts_stays():
+    """1000 voxels in the middle; pieces of 10 and 9 voxels at the border, and one of 10 beside it."""
+    labels = np.zeros((20, 20, 20), np.uint8)
+    labels[5:15, 5:15, 5:15] = LIVER
+    for start, number in (((19, 5, 2), 10), ((0, 5, 2), 9), ((18, 10, 2), 10)):
+        labels[start[0], start[1], start[2] : start[2] + number] = LIVER
+    cleaned, report = clean_up(labels, (1, 1, 1))
+    assert report[LIVER]["components"] == 2 and (cleaned == LIVER).sum() == 1010
+    assert cleaned[19, 5, 2] == LIVER and not cleaned[0].any() and not cleaned[18].any()
+
+
 def test_clean_up_of_nothing_and_of_every_organ_whole():
     empty = np.zeros((4, 4, 4), np.uint8)
     assert clean_up(empty, (1, 1, 1))[1] == {}
@@ -255,6 +266,39 @@ def test_what_clean_up_removes_is_reported_and_can_be_kept(tmp_path, monkeypatch
     kept = load_label(tmp_path / "out/case_mask.nii.gz").array
     assert (kept > 0).sum() == (labels > 0).sum() + 8
     assert not (tmp_path / "out/case_preview.png").exists()
+
+
+def test_pieces_of_the_stomach_stay_unless_asked_for(tmp_path, monkeypatch):
+    image, _ = body()
+    image[20:22, 20:22, 20:22] = 200  # 8 voxels beside 216
+    write_nifti(tmp_path / "case.nii.gz", image, (2, 2, 2))
+    network = Bands({0: 0.0, LIVER: 1.0, STOMACH: 2.0})
+    flags = (tmp_path / "case.nii.gz", tmp_path / "out", "--save_preview", "False")
+    for more, number in (((), 216 + 8), (("--clean_hollow",), 216)):
+        assert run(monkeypatch, model(network), *flags, *more) == 0
+        assert (load_label(tmp_path / "out/case_mask.nii.gz").array == STOMACH).sum() == number
+
+
+def test_nothing_is_predicted_outside_of_the_body(tmp_path, monkeypatch):
+    """A network that takes air for liver; the box of the body with its margin of 5 voxels."""
+    write_nifti(tmp_path / "case.nii.gz", body()[0], (2, 2, 2))
+    network = Bands({0: 0.0, LIVER: -1.0})
+    flags = (tmp_path / "case.nii.gz", tmp_path / "out", "--save_preview", "False")
+    assert run(monkeypatch, model(network), *flags) == 0
+    found = load_label(tmp_path / "out/case_mask.nii.gz").array == LIVER
+    inside = np.zeros(found.shape, bool)
+    inside[:, 1:39, 1:49] = True
+    assert found[inside].any() and not found[~inside].any()
+    assert run(monkeypatch, model(network), *flags, "--no_roi") == 0
+    assert (load_label(tmp_path / "out/case_mask.nii.gz").array == LIVER)[~inside].any()
+
+
+def test_dark_windows_are_air_in_a_ct_only():
+    image = np.full((16, 16, 16), -800, np.int16)
+    network = model(Bands({LIVER: -1.0}))
+    scaling = Scaling(-900.0, -700.0, -700.0, 100.0)  # -800 becomes -1
+    assert not segment(network, image, (2, 2, 2), scaling, "ct").any()
+    assert (segment(network, image, (2, 2, 2), scaling, "mr") == LIVER).all()
 
 
 def test_mirrored_scans_and_empty_masks_are_told(tmp_path, monkeypatch, capsys):

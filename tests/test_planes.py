@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from common import planes
-from common.planes import color_overlay, error_picture, grey_picture, middle, plane, save_planes, true_plane
+from common.planes import (
+    color_overlay,
+    contour_pictures,
+    error_picture,
+    grey_picture,
+    middle,
+    plane,
+    save_planes,
+    true_plane,
+)
 
 COLORS = np.array([[230, 30, 30], [30, 160, 230], [60, 190, 60], [240, 180, 20]], np.uint8)
 
@@ -75,3 +84,24 @@ def test_panels(with_target, tmp_path, monkeypatch):
     assert all(len(row) == len(names) for row, names in zip(rows, titles, strict=True))
     coloured = (rows[0][-2 if with_target else -1].std(axis=-1) > 0).sum()
     assert coloured == 24, "the prediction is drawn: 4 x 6 pixels"
+
+
+def test_contours_around_one_label():
+    """Cubes of 20 voxels of 1 mm and a margin of 10 mm: 40 mm on 40 pixels, so that a pixel is a voxel."""
+    image, target, pred = np.full((60, 60, 60), 50), *np.zeros((2, 60, 60, 60), np.uint8)
+    target[20:40, 20:40, 20:40], pred[20:40, 20:40, 20:40] = 2, 2
+    target[0:5] = 1  # more than 10 mm away: not seen
+    look = {"palette": COLORS, "value_range": (0, 255), "margin_mm": 10.0, "side": 40}
+    pictures = contour_pictures(image, (1, 1, 1), pred * 0, target, 2, **look)
+    assert [picture.shape for picture in pictures] == [(40, 40, 3)] * 4
+    border = np.zeros((40, 40), bool)
+    border[10:30, 10:30] = True
+    border[11:29, 11:29] = False
+    for picture in pictures[:3]:
+        np.testing.assert_array_equal((picture == COLORS[1]).all(axis=-1), border)
+        assert (picture[~border] == 50).all()
+    only_pred = contour_pictures(image, (1, 1, 1), pred, target * 0, 2, **look)
+    drawn = (only_pred[0] == COLORS[1]).all(axis=-1)
+    assert (drawn & ~border).sum() == 0 and 0.4 < drawn.sum() / border.sum() < 0.6, "dashed"
+    assert pictures[3][20, 20, 2] > 180 > pictures[3][20, 20, 0], "all of it is missed: blue"
+    assert only_pred[3][20, 20, 0] > 180 > only_pred[3][20, 20, 2], "all of it is too much: orange"
