@@ -251,7 +251,7 @@ def abdomen_phantom(
 
 
 def write_amos_phantoms(
-    folder: str | Path, num_train: int = 9, num_val: int = 3, seed: int = 0, *, in_plane_mm: float = 2.2
+    folder: str | Path, num_train: int = 9, num_val: int = 3, seed: int = 0, *, in_plane_mm: float = 2.8
 ) -> Path:
     """Write abdomen phantoms as AMOS22 lays out its scans, and return the folder.
 

@@ -18,7 +18,7 @@ from amos_lha.cases import Case
 from amos_lha.organs import ORGANS
 from common.files import read_json
 from common.hardware import Precision, autocast
-from common.nifti import load_label, load_nifti, save_label, to_ras
+from common.nifti import load_label, save_label
 from common.runs import seed_everything
 from common.schedules import learning_rate
 
@@ -113,11 +113,11 @@ def train_monai(
     Returns:
         iterations, train_s, parameters.
     """
-    from monai.data import CacheDataset, DataLoader, decollate_batch, list_data_collate
+    from monai.data import CacheDataset, DataLoader, MetaTensor, decollate_batch, list_data_collate
     from monai.inferers import sliding_window_inference
     from monai.losses import DiceCELoss
     from monai.networks.nets import BasicUNet
-    from monai.transforms import Invertd
+    from monai.transforms import Invertd, SaveImage
     from monai.utils import set_determinism
 
     set_determinism(seed)
@@ -151,6 +151,7 @@ def train_monai(
 
     network.eval()
     prepare = monai_transforms(modality, spacing_mm)
+    save = SaveImage(pred, "", output_dtype=np.uint8, resample=False, separate_folder=False, print_log=False)
     back = Invertd("logits", prepare, "image", nearest_interp=False)
     for case in test:
         item = prepare({"image": str(case.image)})
@@ -159,15 +160,10 @@ def train_monai(
                 item["image"][None], patch_size[::-1], batch_size, network, 0.5, "gaussian"
             )
         item["logits"] = decollate_batch(logits.float())[0]
-        channel = back(item)["logits"].argmax(0).numpy()
-        scan = load_nifti(case.image)
-        save_label(pred / f"{case.name}{FILE_ENDING}", as_organs(to_ras(channel, scan), labels), scan)
+        found = back(item)["logits"]  # (1 + labels, x, y, z) on the scan's own grid
+        organs = torch.tensor([0, *labels])[found.as_tensor().argmax(0, keepdim=True)]
+        save(MetaTensor(organs, meta=found.meta))
     return result
-
-
-def as_organs(channel: np.ndarray, labels: list[int]) -> np.ndarray:
-    """Output channels, 0 = background -> organ numbers, uint8."""
-    return np.array([0, *labels], np.uint8)[channel]
 
 
 # ---- nnU-Net ----
@@ -257,11 +253,12 @@ def train_nnunet(
         "nnUNetTrainer",
         trainer.inference_allowed_mirroring_axes,
     )
+    organs = np.array([0, *labels], np.uint8)  # by output channel
     for case in test:
         with autocast(CPU, precision):
             predictor.predict_from_files_sequential([[str(case.image)]], [str(work / case.name)])
         found = load_label(work / f"{case.name}{FILE_ENDING}")
-        save_label(pred / f"{case.name}{FILE_ENDING}", as_organs(found.array, labels), found)
+        save_label(pred / f"{case.name}{FILE_ENDING}", organs[found.array], found)
     return result
 
 

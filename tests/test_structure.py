@@ -15,7 +15,9 @@ from conftest import ROOT
 TASKS = sorted(p.parent.name for p in ROOT.glob("*/preprocess.py"))
 MODULES = sorted(p for folder in ("common", "benchmarks", *TASKS) for p in (ROOT / folder).glob("*.py"))
 SCRIPTS = [p for p in MODULES if "__main__" in p.read_text(encoding="utf8")]
-TRAIN_SCRIPTS = [p for p in SCRIPTS if "train" in p.stem and p.parent.name in TASKS]
+TRAIN_SCRIPTS = [
+    p for p in SCRIPTS if p.parent.name in TASKS and "\ndef train(" in p.read_text(encoding="utf8")
+]
 BOOTSTRAP = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
 
 
