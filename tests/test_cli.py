@@ -120,6 +120,24 @@ def test_spine_demo(tmp_path):
     assert float(re.search(r"all vertebrae together: mean ([\d.]+)", done.stdout)[1]) >= 0.75
 
 
+@pytest.mark.slow
+def test_organ_demo(tmp_path):
+    """The demo as in the task's README, then the next command that its log names, and its evaluation."""
+    all_cores = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    config = ROOT / "amos_lha" / "demo.yaml"
+    done = run_script("amos_lha/train.py", "--config", config, cwd=tmp_path, env=all_cores)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert float(re.search(r"Dice of the val scans: ([\d.]+)", done.stdout)[1]) >= 0.75
+    command = re.search(r"next: python (\S+) (.*)$", done.stdout, re.M)
+    flags, source = command[2].split("--source")[0].split(), tmp_path / "data/demo/amos_lha/amos"
+    flags += ["--source", source / "imagesVa", "--out", tmp_path / "organs"]
+    done = run_script(command[1], *flags, cwd=tmp_path)
+    assert done.returncode == 0 and "3 of 3 scan(s) written" in done.stdout, done.stdout + done.stderr
+    flags = ["--pred", tmp_path / "organs", "--target", source / "labelsVa", "--out", tmp_path / "scores"]
+    done = run_script("amos_lha/evaluate.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_git_ignores_what_scripts_write():
     paths = ["data/x", "dataset/x", "runs/x/weights/best.pt", "exp/x", "log/x", "work_dir_1/x", "a.nii.gz"]
     done = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True)
