@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = ["--config", str(DEMO), "--model_name", "dummy", *(sys.argv[1:] if argv is None else argv)]
     with distributed.session():
         args, resumed, folder = runs.resume(build_parser(), flags, same=train.UNCHANGEABLE, stage="amos_lha")
-        rows, failed = train.train(args, resumed, folder)
+        rows, failed, _ = train.train(args, resumed, folder)
     dice = mean_dice(rows)
     passed = dice >= args.target and not failed
     print(f"{'passed' if passed else 'FAILED'}: Dice {dice:.3f} of whole scans, target {args.target:g}")
