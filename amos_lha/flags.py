@@ -17,7 +17,7 @@ from common.flags import (
 )
 
 OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("warmup_cosine", "poly", "constant")
+SCHEDULES = ("warmup_cosine", "cosine_annealing", "poly", "constant")
 
 
 def add_training_flags(parser: ArgumentParser) -> None:
@@ -83,7 +83,8 @@ def add_training_flags(parser: ArgumentParser) -> None:
         choices=SCHEDULES,
         default="warmup_cosine",
         help="how the learning rate falls: warmup_cosine = rises during the first 5 %% of the run, then half "
-        "a cosine, poly = as (1 - share of the run) to the power 0.9, constant = it does not fall",
+        "a cosine, cosine_annealing = without that rise, poly = as (1 - share of the run) to the power 0.9, "
+        "constant = it does not fall",
     )
     optim.add_argument(
         "--class_weights",

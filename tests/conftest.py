@@ -125,6 +125,39 @@ def verse_runs(verse_h5, tmp_path_factory) -> dict[str, Path]:
     return {stage: out / stage for stage in ("heatmap", "segmentation")}
 
 
+TINY_AMOS = ["--preset", "tiny", "--patch_size", "32", "32", "32", "--patches", "4", "--val_cases", "1"]
+TINY_AMOS += ["--val_every", "1", "--workers", "0", "--amp", "off", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def amos_source(tmp_path_factory) -> Path:
+    """Three training and two validation phantoms with coarse voxels."""
+    from amos_lha.phantoms import write_amos_phantoms
+
+    return write_amos_phantoms(tmp_path_factory.mktemp("amos") / "amos22", 3, 2, in_plane_mm=6)
+
+
+@pytest.fixture(scope="session")
+def amos_h5(amos_source, tmp_path_factory) -> Path:
+    from amos_lha import preprocess
+
+    out = tmp_path_factory.mktemp("amos_h5") / "h5"
+    words = [
+        "--data_path",
+        str(amos_source),
+        "--out",
+        str(out),
+        "--spacing",
+        "12",
+        "12",
+        "12",
+        "--workers",
+        "0",
+    ]
+    assert preprocess.main(words) == 0
+    return out
+
+
 @pytest.fixture(scope="session")
 def real_spine_ct() -> Path:
     """Three real CT with vertebra masks and centroids in VerSe's layout; skips where they are not."""

@@ -18,10 +18,11 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, TINY_HEATMAP, TINY_SEGMENTATION
+from conftest import ROOT, TINY, TINY_AMOS, TINY_HEATMAP, TINY_SEGMENTATION
 from torch import nn
 from torch.utils.data import Dataset
 
+from amos_lha import train as train_amos
 from common import distributed, hardware, runs, training
 from common.checkpoints import load_checkpoint
 from common.distributed import make_loader
@@ -321,7 +322,7 @@ class Script:
         return str(Path(self.module.__file__).relative_to(ROOT))
 
 
-def _nan(logits, target):
+def _nan(logits, target, *_):
     return (logits[0] if isinstance(logits, list) else logits).mean() * math.nan
 
 
@@ -347,6 +348,13 @@ SCRIPTS = {
         ["--labels", "region3"],
         lambda patch: patch.setattr(train_segmentation, "dice_ce_loss", _nan),
     ),
+    "amos": Script(
+        train_amos,
+        "amos_h5",
+        [*TINY_AMOS, "--accumulate", "3", "--ema_decay", "0.9", "--schedule", "cosine_annealing"],
+        ["--heads", "shared"],
+        lambda patch: patch.setattr(train_amos, "segmentation_loss", _nan),
+    ),
 }
 EPOCHS = 3
 
@@ -364,7 +372,7 @@ def data(script, request) -> Path:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch) -> None:
     """They and the evaluation take most of the time; tests of each task have both."""
-    for module in (train_lung, train_heatmap, train_segmentation):
+    for module in (train_amos, train_lung, train_heatmap, train_segmentation):
         for name in ("save_curves", "save_val_predictions", "save_preview", "save_case_preview"):
             monkeypatch.setattr(module, name, lambda *_: None, raising=False)
         monkeypatch.setattr(module, "score_best", lambda *_, **__: ([], {}))
@@ -523,7 +531,8 @@ def test_the_learning_rate_changes_with_every_update(script, data, tmp_path, mon
     monkeypatch.setattr(script.module, "optimizer_step", watched)
     position = last_of(start(script, data, tmp_path))["position"]
     args = script.module.build_parser().parse_args(["--data_path", "x", "--model_name", "y", *script.tiny])
-    lowest, count = getattr(args, "min_lr", 0.0), position["num_batches"]
+    lowest = getattr(args, "min_lr", getattr(script.module, "LEAST_LR", 0.0))
+    count = position["num_batches"]
     shares = [
         (epoch + k / count) / EPOCHS for epoch in range(EPOCHS) for k in range(0, count, args.accumulate)
     ]
