@@ -362,11 +362,11 @@ def test_an_mr_is_predicted_whole_with_its_own_scaling(tmp_path, monkeypatch):
 def test_a_checkpoint_is_enough(tmp_path):
     """A network of random weights, as train.py stores it, on a scan smaller than a patch."""
     config = {"model": "LHANet", "preset": "tiny", "heads": "size_aware", "attention": True, "router": False,
-              "deep_supervision": False, "checkpointing": "none", "strides": [[2, 2, 2]] * 4,
+              "deep_supervision": False, "checkpointing": "none",
               "feature_size": 24, "patch_size": [32, 32, 32]}  # fmt: skip
     torch.manual_seed(0)
     state = {
-        "model": get_model(config).state_dict(),
+        "model": get_model(config, (4.0, 4.0, 4.0)).state_dict(),
         "config": config,
         "stage": "amos_lha",
         "preprocessing": {"spacing_mm": [4.0, 4.0, 4.0], "modality": "both", "scaling": CT_SCALING},
