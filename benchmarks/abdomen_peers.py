@@ -130,7 +130,7 @@ def table_rows(runs: list[dict], organs: list[int]) -> list[dict]:
     rows = []
     for run in runs:
         means = {int(organ): dice for organ, dice in run["organs"].items()}
-        small = [dice for organ, dice in means.items() if group_of(organ) == "small"]
+        small = [dice for organ, dice in means.items() if group_of(organ) == "small" and not np.isnan(dice)]
         cells = {
             "run": run["name"],
             "data": run["data"],
@@ -141,7 +141,7 @@ def table_rows(runs: list[dict], organs: list[int]) -> list[dict]:
             "updates": run.get("iterations", ""),
             "precision": run.get("precision", ""),
             "Dice": f"{run['dice']:.3f}",
-            "small organs": f"{np.nanmean(small):.3f}" if small else "",
+            "small organs": f"{np.mean(small):.3f}" if small else "",
         }
         rows.append(cells | {str(organ): f"{means[organ]:.3f}" if organ in means else "" for organ in organs})
     return rows

@@ -195,3 +195,32 @@ def test_benchmarks_of_the_3d_core_write_their_table(tmp_path, name, flags):
     module.main([*flags, "--out", str(tmp_path)])
     content, table = read_results(tmp_path, name)
     assert table and content["command"].startswith(f"python benchmarks/{name}.py")
+
+
+def test_abdomen_peers_scores_label_files_and_adds_up_runs(tmp_path):
+    """Two of three voxels of a kidney, and a liver that nobody found; organs not asked for do not count."""
+    from common.nifti import write_nifti
+
+    module = importlib.import_module("benchmarks.abdomen_peers")
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[0, 0, :3], label[1], label[3] = 2, 6, 14
+    found = np.where(label == 2, label, 0)
+    found[0, 0, 2] = 14
+    (tmp_path / "pred").mkdir()
+    for folder, array in (("imagesTr", label.astype(np.int16)), ("labelsTr", label)):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        write_nifti(tmp_path / "set" / folder / "amos_0001.nii.gz", array, (5, 1, 1), orientation="LPS")
+    write_nifti(tmp_path / "pred" / "amos_0001.nii.gz", found, (5, 1, 1), orientation="LPS")
+    flags = ["--peer", "files", "--data_path", str(tmp_path / "set"), "--labels", "2", "4", "6"]
+    flags += ["--test", "amos_0001", "--pred", str(tmp_path / "pred"), "--out", str(tmp_path / "out")]
+    for name in ("first", "second"):
+        assert module.main([*flags, "--name", name]) == 0
+    content, table = read_results(tmp_path / "out", "abdomen_peers")
+    assert [run["name"] for run in content["runs"]] == ["first", "second"] and len(table) == 2
+    organs = content["runs"][1]["organs"]
+    assert organs["2"] == pytest.approx(2 * 2 / (2 + 3)) and organs["6"] == 0 and np.isnan(organs["4"])
+    assert content["runs"][1]["dice"] == pytest.approx(0.4), "an organ that nobody has counts nowhere"
+    with pytest.raises(SystemExit, match="no case amos_0007"):
+        module.main([*flags, "--train", "amos_0007"])
+    with pytest.raises(SystemExit, match="in --train and in --test"):
+        module.main([*flags, "--train", "amos_0001"])
