@@ -156,6 +156,9 @@ def fast_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
 
 
+MOST_IMAGES = 8  # of a batch that InstanceNorm takes one by one
+
+
 class InstanceNorm(nn.Module):
     """nn.InstanceNorm3d with learned scale and shift, in the `fast_layout` on a CPU; sums in float32.
 
@@ -170,7 +173,7 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> the same shape, dtype and layout."""
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or len(x) > MOST_IMAGES:
             return F.instance_norm(x, weight=self.weight, bias=self.bias)
         images = [
             F.batch_norm(image, None, None, self.weight, self.bias, training=True) for image in x.split(1)
