@@ -7,6 +7,7 @@ preprocessing.json, and cases.csv for the reader.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,8 +200,13 @@ def _attempt(convert: Callable[..., Any], case: Any, *arguments: Any) -> tuple[A
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C, which reaches all processes, to the main process; and do not outlive it."""
+    """Leave Ctrl-C, which reaches all processes, to the main one; do not outlive it; compute in one thread.
+
+    A forked process has no threads but thinks that its parent's are there, and would wait for them for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if torch := sys.modules.get("torch"):  # else no case needs it
+        torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -147,6 +147,31 @@ def test_what_workers_finish_after_ctrl_c_is_kept(tmp_path, monkeypatch):
     assert sorted(told) == sorted(begun) and 1 < len(told) < 40
 
 
+THREADS = """
+import torch
+from common.conversion import convert_cases
+
+def compute(case):
+    return torch.ones(2_000_000).add(case).sum().item()
+
+if __name__ == "__main__":
+    torch.set_num_threads(4)
+    assert compute(1) == 4e6  # the threads of this process are started
+    print([result for _, result, _ in convert_cases(compute, [2, 2, 2], workers=2)])
+"""
+
+
+def test_workers_do_not_wait_for_the_threads_of_their_parent(tmp_path):
+    """They are forked without them: a parallel computation in a worker would never end."""
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment, timeout=90
+    )
+    assert found.stdout.strip() == "[6000000.0, 6000000.0, 6000000.0]", found.stderr
+
+
 WAIT = """
 import os, time
 from common.conversion import convert_cases
