@@ -52,8 +52,8 @@ NETWORKS = {
     "SegFormer3D": {"model": "SegFormer3D"},
     "SwinUNetR 24": {"model": "SwinUNetR"},
 }
-CUBE = [[2, 2, 2]] * 4
-THICK_SLICES = [[1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
+CUBE = (2.0, 1.5, 1.5)  # mm, z y x: every step down halves all axes
+THICK_SLICES = (7.7, 1.2, 1.2)  # the first two leave z alone
 
 
 def build_parser() -> ArgumentParser:
@@ -99,9 +99,9 @@ def total_loss(output, target: Tensor) -> Tensor:
     return dice_ce_loss(levels[0], target) + extra
 
 
-def make_network(name: str, strides: list, checkpointing: str = "none") -> nn.Module:
-    """The network of a line in NETWORKS."""
-    return get_model(CONFIG | NETWORKS[name] | {"strides": strides, "checkpointing": checkpointing})
+def make_network(name: str, spacing_mm: tuple, checkpointing: str = "none") -> nn.Module:
+    """The network of a line in NETWORKS, for voxels of `spacing_mm` (z y x)."""
+    return get_model(CONFIG | NETWORKS[name] | {"checkpointing": checkpointing}, spacing_mm)
 
 
 def gflop(network: nn.Module, shape: tuple) -> float:
@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None) -> dict:
     dtype = DTYPES["fp32" if args.amp == "off" else args.amp]
     patches = {"cube": (tuple(args.cube), CUBE), "slab": (tuple(args.slab), THICK_SLICES)}
     times = {}
-    for patch, (shape, strides) in patches.items():
-        networks = {name: make_network(name, strides) for name in args.networks}
+    for patch, (shape, spacing_mm) in patches.items():
+        networks = {name: make_network(name, spacing_mm) for name in args.networks}
         steps = {name: training_step(network, shape, dtype) for name, network in networks.items()}
         times[patch] = step_seconds(steps, args.repeats)
     cells, rows = [], []
