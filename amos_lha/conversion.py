@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from amos_lha.cases import Case, load_case
-from amos_lha.intensity import mr_scaling, stored_range
 from amos_lha.organs import NUM_CLASSES, ORGANS
 from common.conversion import file_stamp
 from common.hdf5 import write_case
 from common.hu import why_not_hu
+from common.intensity import mr_scaling, stored_range
 from common.label_measures import label_counts
 from common.nifti import Scan
 from common.patches import location_index

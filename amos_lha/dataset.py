@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from amos_lha.intensity import Scaling, fingerprint
 from amos_lha.organs import NUM_CLASSES, ORGANS
 from amos_lha.sampling import Sampler
 from common.hdf5 import CaseFile
+from common.intensity import Scaling, fingerprint
 from common.preprocessed import choose_split, read_cases
 from common.splits import PARTS
 

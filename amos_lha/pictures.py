@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from amos_lha.intensity import Scaling, mr_scaling
 from amos_lha.organs import COLORS, ORGANS
 from amos_lha.scores import only_labelled
 from common.class_metrics import case_means
 from common.hu import why_not_hu
+from common.intensity import Scaling, mr_scaling
 from common.nifti import load_label, load_nifti, same_grid
 from common.planes import ERROR_TITLE, PLANES, contour_pictures, save_planes
 from common.plots import save_panels

@@ -5,9 +5,9 @@ from tqdm import tqdm
 
 from amos_lha.cases import modality_of_case
 from amos_lha.conversion import BODY_HU, BODY_MARGIN_MM
-from amos_lha.intensity import Scaling, mr_scaling
 from common.checkpoints import TrainedModel
 from common.hu import why_not_hu
+from common.intensity import Scaling, mr_scaling
 from common.nifti import NiftiFile, case_name
 from common.overview import find_body, read_overview
 from common.volumes import Box

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from amos_lha.intensity import Scaling, scale, stored_range
 from amos_lha.organs import NUM_CLASSES, SIDES
 from common.checkpoints import TrainedModel
 from common.inference import predict_labels
+from common.intensity import Scaling, scale, stored_range
 from common.volumes import Box
 
 AIR_BELOW_HU = -500  # windows of a CT without a brighter voxel hold no body

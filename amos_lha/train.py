@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from amos_lha.dataset import Amos, PatchDataset
 from amos_lha.evaluate import evaluate_cases, group_dice, mean_dice, write_report
 from amos_lha.flags import add_training_flags
-from amos_lha.intensity import scale
 from amos_lha.losses import class_weights, patch_errors, segmentation_loss
 from amos_lha.networks import ARCHITECTURE, get_model, load_trained
 from amos_lha.organs import GROUPS
@@ -45,6 +44,7 @@ from common.checkpoints import TrainedModel
 from common.config import make_parser, parse_args, resolved_config, run_script
 from common.ema import WeightAverage
 from common.flags import check_fold_flags
+from common.intensity import scale
 from common.memory import Plan, set_up_step
 from common.plots import save_curves
 from common.schedules import learning_rate

@@ -12,9 +12,9 @@ from conftest import REAL_DATA
 from amos_lha import check_data, preprocess, stats
 from amos_lha.cases import list_any, list_data_set
 from amos_lha.conversion import stored_values
-from amos_lha.intensity import mr_scaling
 from amos_lha.organs import ORGANS
 from common.hdf5 import CaseFile
+from common.intensity import mr_scaling
 from common.label_measures import round_trip
 from common.nifti import load_label, load_nifti, write_nifti
 

@@ -10,13 +10,13 @@ from PIL import Image
 
 from amos_lha import pictures, predict
 from amos_lha import segment as segment_module
-from amos_lha.intensity import Scaling, mr_scaling
 from amos_lha.networks import get_model
 from amos_lha.organs import COLORS, NUM_CLASSES, ORGANS, SIDES
 from amos_lha.region import find_region, scaling_of, scan_modality
 from amos_lha.segment import clean_up, looks_mirrored, mirrored_classes, segment
 from common.checkpoints import TrainedModel, save_checkpoint
 from common.hardware import Precision
+from common.intensity import Scaling, mr_scaling
 from common.nifti import load_label, load_nifti, open_nifti, write_nifti
 
 CPU = torch.device("cpu")

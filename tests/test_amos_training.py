@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from amos_lha.dataset import Amos, PatchDataset, case_scaling
-from amos_lha.intensity import CT_RANGE, Scaling, fingerprint, mr_scaling, scale, stored_range
 from amos_lha.lha_net import TrainingOutput
 from amos_lha.losses import (
     class_weights,
@@ -20,10 +19,11 @@ from amos_lha.losses import (
 from amos_lha.organs import COLORS, GROUPS, NUM_CLASSES, ORGANS, SIDES, TOLERANCES_MM
 from amos_lha.sampling import SAMPLING, STRATA, Difficulty, Sampler
 from common.hdf5 import CaseFile, write_case
+from common.intensity import fingerprint
 from common.losses import dice_ce_loss
 from common.patches import location_index
 
-# ---- organs, grey values ----
+# ---- organs ----
 
 
 def test_every_organ_has_a_group_a_colour_and_a_tolerance():
@@ -34,36 +34,6 @@ def test_every_organ_has_a_group_a_colour_and_a_tolerance():
     assert list(TOLERANCES_MM) == list(ORGANS)
     for right, left in SIDES:
         assert ORGANS[right].replace("right", "left") == ORGANS[left]
-
-
-def test_fingerprint_by_hand():
-    """0, 1, ..., 1000 in two cases: percentiles 5 and 995; cut there the mean is 500."""
-    found = fingerprint([np.arange(400), np.arange(400, 1001)])
-    assert found[:3] == pytest.approx((5, 995, 500))
-    assert found.sd == pytest.approx(np.clip(np.arange(1001), 5, 995).std())
-    with pytest.raises(ValueError, match="no training case has a labelled organ"):
-        fingerprint([])
-
-
-def test_scaling_of_an_mr_leaves_out_the_air():
-    """Seven parts of air with 0 to one part of body with 100 and 300."""
-    volume = np.zeros((8, 10, 10))
-    volume[0, :5], volume[0, 5:] = 100, 300
-    assert mr_scaling(volume) == pytest.approx((0, 300, 200, 100))
-    volume[1, 0, 0] = np.nan
-    assert mr_scaling(volume) == pytest.approx((0, 300, 200, 100)), "a voxel that is no number does not count"
-    assert mr_scaling(np.full((2, 2, 2), 7.0)).sd > 0
-    with pytest.raises(ValueError, match="no finite value"):
-        mr_scaling(np.full((2, 2, 2), np.inf))
-
-
-def test_scale_of_each_item_by_itself():
-    image = torch.tensor([-100.0, 0, 50, 1000]).view(1, 1, 1, 1, 4).repeat(2, 1, 1, 1, 1)
-    scaled = scale(image, torch.tensor([[-50.0, 150, 50, 100], [0, 2000, 0, 1000]]))
-    assert scaled[0].ravel().tolist() == [-1, -0.5, 0, 1]
-    assert scaled[1].ravel().tolist() == pytest.approx([0, 0, 0.05, 1])
-    assert torch.equal(scale(image.short(), Scaling(-50, 150, 50, 100))[0], scaled[0])
-    assert stored_range("ct", None) == CT_RANGE and stored_range("mr", Scaling(3, 9, 5, 1)) == (3, 9)
 
 
 # ---- sampling ----

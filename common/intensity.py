@@ -1,7 +1,7 @@
 """From stored grey values to the network's input, in training, validation and prediction alike.
 
 CT hold HU, which mean the same in every scan: all are scaled by one fingerprint of the training cases. MR
-have no unit: each scan is scaled by its own values.
+have no unit: each scan is scaled by its own values. A modality is "ct" or "mr".
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Scaling(NamedTuple):
 
 
 def fingerprint(samples: Sequence[np.ndarray]) -> Scaling:
-    """Scaling of CT from values inside the organs, one array for each training case.
+    """Scaling of CT from values inside of what is labelled, one array for each training case.
 
     Percentiles 0.5 and 99.5, then mean and standard deviation of what is cut to them.
 
@@ -34,16 +34,19 @@ def fingerprint(samples: Sequence[np.ndarray]) -> Scaling:
     """
     values = np.concatenate([np.ravel(s) for s in samples]).astype(np.float64) if samples else np.empty(0)
     if values.size == 0:
-        raise ValueError("no training case has a labelled organ, so there are no grey values to scale by")
+        raise ValueError("no training case has a labelled voxel, so there are no grey values to scale by")
     return _scaling(values, values)
 
 
 def mr_scaling(volume: np.ndarray) -> Scaling:
-    """Scaling of one MR scan (z, y, x) by its own values.
+    """Scaling of one MR scan (z, y, x) by its own values; voxels that are NaN or infinite do not count.
 
     Percentiles 0.5 and 99.5 of the whole scan; mean and standard deviation of what is brighter than the
     scan's mean, which leaves out the air.
     Of a large scan every second, third, ... voxel along each axis is looked at.
+
+    Raises:
+        ValueError: no finite value.
     """
     step = max(1, round((volume.size / MR_SAMPLE) ** (1 / 3)))
     values = np.asarray(volume[::step, ::step, ::step], np.float64)
