@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from amos_lha.dataset import Amos, PatchDataset
 from amos_lha.evaluate import evaluate_cases, group_dice, mean_dice, write_report
 from amos_lha.flags import add_training_flags
-from amos_lha.losses import class_weights, patch_errors, segmentation_loss
+from amos_lha.losses import levels_and_router, segmentation_loss
 from amos_lha.networks import ARCHITECTURE, get_model, load_trained
 from amos_lha.organs import GROUPS
 from amos_lha.sampling import SAMPLING, STRATA
@@ -45,6 +45,7 @@ from common.config import make_parser, parse_args, resolved_config, run_script
 from common.ema import WeightAverage
 from common.flags import check_fold_flags
 from common.intensity import scale
+from common.losses import class_weights, patch_errors
 from common.memory import Plan, set_up_step
 from common.plots import save_curves
 from common.schedules import learning_rate
@@ -151,7 +152,8 @@ def train(
                             output = model(image)
                         loss = segmentation_loss(output, label.long(), labelled, weights)
                         scaler.scale(loss / size).backward()
-                    difficulty.add(patch["case"], patch_errors(output, label, labelled))
+                    finest = levels_and_router(output).levels[0]
+                    difficulty.add(patch["case"], patch_errors(finest, label, labelled))
                     run.count(loss)
                 optimizer_step(network, optimizer, scaler, lr, args.grad_clip, average)
 

@@ -4,11 +4,14 @@ logits are (N, C, *spatial) before softmax, targets (N, *spatial) int64 in [0, C
 `dice_ce_loss` also take the single logit of a binary network, (N, 1, *spatial) before the sigmoid.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SMOOTH = 1e-5  # voxels, of the Dice over a batch
+LOWEST_WEIGHT, HIGHEST_WEIGHT = 0.5, 4.0  # of a class in the cross-entropy
 
 
 def _check(logits: Tensor, target: Tensor, least_classes: int = 2) -> None:
@@ -143,3 +146,95 @@ def dice_ce_loss(
         return dice_weight * dice - ce_weight * of_target.mean()
     weights = class_weights.to(of_target)[target]
     return dice_weight * dice - ce_weight * (weights * of_target).sum() / weights.sum()
+
+
+def class_weights(frequency: Tensor) -> Tensor:
+    """Weights of the classes in the cross-entropy: square root of median / own frequency, from 0.5 to 4.
+
+    Args:
+        frequency: (C,) share of the voxels of the cases that have labels for the class; 0 for a class that
+            never occurs, which gets the weight 1.
+    """
+    occurs = frequency > 0
+    weights = (frequency[occurs].median() / frequency).sqrt().clamp(LOWEST_WEIGHT, HIGHEST_WEIGHT)
+    return torch.where(occurs, weights, torch.ones_like(weights))
+
+
+# ---- several levels, cases that lack labels of some classes ----
+
+
+def merge_unlabelled(logits: Tensor, labelled: Tensor) -> Tensor:
+    """Marginal softmax: what is not labelled in a case counts as its background, because there it is.
+
+    The background's logit becomes the log of the summed exponentials of itself and of the classes without
+    labels, and theirs becomes -inf: the probabilities of the labelled classes stay as they are.
+
+    Args:
+        logits: (N, C, *spatial).
+        labelled: (N, C) bool, whether the case has labels for the class; True for the background.
+
+    Source: Shi et al. 2021, Marginal loss and exclusion loss for partially supervised multi-organ
+    segmentation, doi:10.1016/j.media.2021.101979.
+    """
+    if labelled.all():
+        return logits
+    missing = ~labelled.view(*labelled.shape, *(1,) * (logits.ndim - 2))
+    logits = logits.float()
+    others = logits.masked_fill(~missing, -torch.inf)
+    others[:, :1] = logits[:, :1]
+    merged = logits.masked_fill(missing, -torch.inf)
+    return torch.cat([others.logsumexp(dim=1, keepdim=True), merged[:, 1:]], dim=1)
+
+
+def coarser_target(target: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels (N, *spatial) on a grid of `size` with the same field of view: each takes the nearest one."""
+    for axis, (have, want) in enumerate(zip(target.shape[1:], size, strict=True), start=1):
+        if have != want:
+            index = ((torch.arange(want, device=target.device) + 0.5) * have / want).long()
+            target = target.index_select(axis, index)
+    return target
+
+
+def deep_supervision_loss(
+    levels: Sequence[Tensor],
+    target: Tensor,
+    *,
+    labelled: Tensor | None = None,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """`dice_ce_loss` of every level, each coarser one counting half of the one before, divided by the shares.
+
+    Args:
+        levels: logits (N, C, *spatial) on the grid of the target, then on coarser ones; one is enough.
+        target: (N, *spatial) class indices.
+        labelled: as of `merge_unlabelled`; None = all.
+        class_weights: as of `dice_ce_loss`.
+    """
+    total, shares = target.new_zeros((), dtype=torch.float32), 0.0
+    for level, logits in enumerate(levels):
+        if labelled is not None:
+            logits = merge_unlabelled(logits, labelled)
+        loss = dice_ce_loss(logits, coarser_target(target, logits.shape[2:]), class_weights=class_weights)
+        total, shares = total + 0.5**level * loss, shares + 0.5**level
+    return total / shares
+
+
+@torch.no_grad()
+def patch_errors(logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
+    """1 - soft Dice of each class in each patch, (N, C), from every second voxel along each axis.
+
+    NaN for the background, for classes that are not in the patch and for those that are not labelled.
+
+    Args:
+        logits: (N, C, d, h, w).
+        target: (N, d, h, w) integers.
+        labelled: as of `merge_unlabelled`.
+    """
+    logits, target = logits[..., ::2, ::2, ::2], target[..., ::2, ::2, ::2]
+    probs = merge_unlabelled(logits.float(), labelled).softmax(dim=1).flatten(2)
+    onehot = F.one_hot(target.flatten(1).long(), logits.shape[1]).movedim(1, 2).to(probs.dtype)
+    voxels = onehot.sum(2)
+    errors = 1 - 2 * (probs * onehot).sum(2) / (probs.sum(2) + voxels)
+    errors[(voxels == 0) | ~labelled] = torch.nan
+    errors[:, 0] = torch.nan
+    return errors

@@ -8,19 +8,11 @@ import torch
 
 from amos_lha.dataset import Amos, PatchDataset, case_scaling
 from amos_lha.lha_net import TrainingOutput
-from amos_lha.losses import (
-    class_weights,
-    merge_unlabelled,
-    nearest,
-    patch_errors,
-    router_loss,
-    segmentation_loss,
-)
+from amos_lha.losses import router_loss, segmentation_loss
 from amos_lha.organs import COLORS, GROUPS, NUM_CLASSES, ORGANS, SIDES, TOLERANCES_MM
 from amos_lha.sampling import SAMPLING, STRATA, Difficulty, Sampler
 from common.hdf5 import CaseFile, write_case
 from common.intensity import fingerprint
-from common.losses import dice_ce_loss
 from common.patches import location_index
 
 # ---- organs ----
@@ -179,67 +171,6 @@ def test_drawing_does_not_depend_on_the_size_of_the_volume(tmp_path):
 # ---- loss ----
 
 
-def test_marginal_softmax_adds_what_is_not_labelled_to_the_background():
-    logits = torch.randn(2, NUM_CLASSES, 2, 3, 4)
-    labelled = torch.ones(2, NUM_CLASSES, dtype=torch.bool)
-    assert merge_unlabelled(logits, labelled) is logits
-    labelled[1, [4, 5]] = False
-    before = logits.softmax(1)
-    after = merge_unlabelled(logits, labelled).softmax(1)
-    torch.testing.assert_close(after[0], before[0])
-    torch.testing.assert_close(after[1, 0], before[1, [0, 4, 5]].sum(0))
-    assert after[1, [4, 5]].abs().max() == 0
-    rest = [c for c in range(1, NUM_CLASSES) if c not in (4, 5)]
-    torch.testing.assert_close(after[1, rest], before[1, rest])
-
-
-def test_organs_without_labels_get_no_gradient_to_leave_the_background():
-    """Where the target is background, the sum of background and unlabelled organ counts, not their ratio."""
-    logits = torch.zeros(1, NUM_CLASSES, 2, 2, 2)
-    logits[:, 0], logits[:, 7] = 1.0, 3.0
-    logits.requires_grad_()
-    target = torch.zeros(1, 2, 2, 2, dtype=torch.long)
-    labelled = torch.ones(1, NUM_CLASSES, dtype=torch.bool)
-    labelled[:, 7] = False
-    segmentation_loss(logits, target, labelled).backward()
-    assert logits.grad[:, 7].max() < 0, "rises as the background does, for it may be there"
-    assert logits.grad[:, 8].min() > 0
-    logits.grad = None
-    segmentation_loss(logits, target).backward()
-    assert logits.grad[:, 7].min() > 0, "with labels it would be an error"
-
-
-def test_a_labelled_organ_is_learned_from_the_case_that_has_it():
-    """Of two cases only the first has labels of organ 3: the Dice of 3 is that of the first case alone."""
-    logits = torch.randn(2, NUM_CLASSES, 4, 4, 4)
-    target = torch.randint(0, 3, (2, 4, 4, 4))
-    target[0, :2] = 3
-    labelled = torch.ones(2, NUM_CLASSES, dtype=torch.bool)
-    labelled[1, 3] = False
-    loss = segmentation_loss(logits, target, labelled)
-    merged = merge_unlabelled(logits, labelled)
-    assert loss.item() == pytest.approx(dice_ce_loss(merged, target).item())
-    assert torch.isfinite(loss)
-
-
-def test_levels_count_half_of_the_one_before():
-    target = torch.randint(0, NUM_CLASSES, (1, 8, 8, 8))
-    levels = [torch.randn(1, NUM_CLASSES, n, n, n) for n in (8, 4, 2)]
-    each = [
-        dice_ce_loss(levels[0], target),
-        dice_ce_loss(levels[1], target[:, 1::2, 1::2, 1::2]),
-        dice_ce_loss(levels[2], target[:, 2::4, 2::4, 2::4]),
-    ]
-    expected = (each[0] + each[1] / 2 + each[2] / 4) / 1.75
-    assert segmentation_loss(TrainingOutput(levels, None), target).item() == pytest.approx(expected.item())
-
-
-def test_coarser_targets():
-    target = torch.arange(12).view(1, 2, 6, 1)
-    assert nearest(target, (1, 3, 1)).ravel().tolist() == [7, 9, 11]
-    assert nearest(target, (2, 6, 1)) is target
-
-
 def test_router_learns_the_group_of_an_organ():
     """Voxels of the liver (large, the last of the three) and of background, which does not count."""
     target = torch.tensor([6, 0]).view(1, 1, 1, 2)
@@ -249,35 +180,16 @@ def test_router_learns_the_group_of_an_organ():
     assert router_loss(router, target).item() == pytest.approx(expected.item())
     assert router_loss(router, torch.zeros_like(target)).item() == 0
     logits = torch.randn(1, NUM_CLASSES, 1, 1, 2)
+    alone = segmentation_loss(logits, target)
+    assert (
+        alone
+        == segmentation_loss([logits], target)
+        == segmentation_loss(TrainingOutput([logits], None), target)
+    )
     with_router = segmentation_loss(TrainingOutput([logits], router), target)
     assert with_router.item() == pytest.approx(
         segmentation_loss(logits, target).item() + 0.1 * expected.item()
     )
-
-
-def test_class_weights_by_hand():
-    frequency = torch.zeros(NUM_CLASSES)
-    frequency[[0, 1, 2, 3, 4]] = torch.tensor([0.9, 0.04, 0.01, 0.0025, 0.00001])
-    weights = class_weights(frequency)
-    assert weights[:5].tolist() == pytest.approx([0.5, 0.5, 1, 2, 4]) and weights[5:].eq(1).all()
-    logits, target = torch.randn(1, NUM_CLASSES, 2, 2, 2), torch.randint(0, 5, (1, 2, 2, 2))
-    expected = torch.nn.functional.cross_entropy(logits, target, weights)
-    only_ce = dice_ce_loss(logits, target, dice_weight=0, class_weights=weights)
-    assert only_ce.item() == pytest.approx(expected.item())
-
-
-def test_errors_of_patches_by_hand():
-    """Every second voxel is looked at: a prediction that is sure and right in half of an organ's voxels."""
-    target = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
-    target[:, :, :, :2] = 6
-    logits = torch.zeros(1, NUM_CLASSES, 4, 4, 4)
-    logits[:, 0] = 50
-    logits[:, 6, :2, :, :2] = 100
-    labelled = torch.ones(1, NUM_CLASSES, dtype=torch.bool)
-    errors = patch_errors(logits, target, labelled)
-    assert errors[0, 6].item() == pytest.approx(1 - 2 * 2 / (2 + 4)) and errors.isnan().sum() == 15
-    labelled[0, 6] = False
-    assert patch_errors(TrainingOutput([logits], None), target, labelled).isnan().all()
 
 
 # ---- data sets ----

@@ -9,10 +9,15 @@ import torch.nn.functional as F
 from common.losses import (
     balanced_cross_entropy,
     batch_dice_loss,
+    class_weights,
+    coarser_target,
     cross_entropy,
+    deep_supervision_loss,
     dice_ce_loss,
     dice_loss,
     focal_tversky_loss,
+    merge_unlabelled,
+    patch_errors,
 )
 
 LOSSES = [dice_loss, balanced_cross_entropy, cross_entropy, focal_tversky_loss]
@@ -369,3 +374,95 @@ def test_focal_tversky_equals_monai(shape):
         logits, target = random_pair(shape, seed)
         expected = (peer(logits, target.unsqueeze(1)) ** 0.75).mean()
         assert focal_tversky_loss(logits, target).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+# ---- several levels, cases that lack labels of some classes ----
+
+
+C = 16  # classes
+
+
+def test_marginal_softmax_adds_what_is_not_labelled_to_the_background():
+    logits = torch.randn(2, C, 2, 3, 4)
+    labelled = torch.ones(2, C, dtype=torch.bool)
+    assert merge_unlabelled(logits, labelled) is logits
+    labelled[1, [4, 5]] = False
+    before = logits.softmax(1)
+    after = merge_unlabelled(logits, labelled).softmax(1)
+    torch.testing.assert_close(after[0], before[0])
+    torch.testing.assert_close(after[1, 0], before[1, [0, 4, 5]].sum(0))
+    assert after[1, [4, 5]].abs().max() == 0
+    rest = [c for c in range(1, C) if c not in (4, 5)]
+    torch.testing.assert_close(after[1, rest], before[1, rest])
+
+
+def test_classes_without_labels_get_no_gradient_to_leave_the_background():
+    """Where the target is background, the sum of background and unlabelled class counts, not their ratio."""
+    logits = torch.zeros(1, C, 2, 2, 2)
+    logits[:, 0], logits[:, 7] = 1.0, 3.0
+    logits.requires_grad_()
+    target = torch.zeros(1, 2, 2, 2, dtype=torch.long)
+    labelled = torch.ones(1, C, dtype=torch.bool)
+    labelled[:, 7] = False
+    deep_supervision_loss([logits], target, labelled=labelled).backward()
+    assert logits.grad[:, 7].max() < 0, "rises as the background does, for it may be there"
+    assert logits.grad[:, 8].min() > 0
+    logits.grad = None
+    deep_supervision_loss([logits], target).backward()
+    assert logits.grad[:, 7].min() > 0, "with labels it would be an error"
+
+
+def test_a_labelled_class_is_learned_from_the_case_that_has_it():
+    """Of two cases only the first has labels of class 3: the Dice of 3 is that of the first case alone."""
+    logits = torch.randn(2, C, 4, 4, 4)
+    target = torch.randint(0, 3, (2, 4, 4, 4))
+    target[0, :2] = 3
+    labelled = torch.ones(2, C, dtype=torch.bool)
+    labelled[1, 3] = False
+    loss = deep_supervision_loss([logits], target, labelled=labelled)
+    merged = merge_unlabelled(logits, labelled)
+    assert loss.item() == pytest.approx(dice_ce_loss(merged, target).item())
+    assert torch.isfinite(loss)
+
+
+def test_levels_count_half_of_the_one_before():
+    target = torch.randint(0, C, (1, 8, 8, 8))
+    levels = [torch.randn(1, C, n, n, n) for n in (8, 4, 2)]
+    each = [
+        dice_ce_loss(levels[0], target),
+        dice_ce_loss(levels[1], target[:, 1::2, 1::2, 1::2]),
+        dice_ce_loss(levels[2], target[:, 2::4, 2::4, 2::4]),
+    ]
+    expected = (each[0] + each[1] / 2 + each[2] / 4) / 1.75
+    assert deep_supervision_loss(levels, target).item() == pytest.approx(expected.item())
+
+
+def test_coarser_targets():
+    target = torch.arange(12).view(1, 2, 6, 1)
+    assert coarser_target(target, (1, 3, 1)).ravel().tolist() == [7, 9, 11]
+    assert coarser_target(target, (2, 6, 1)) is target
+
+
+def test_class_weights_by_hand():
+    frequency = torch.zeros(C)
+    frequency[[0, 1, 2, 3, 4]] = torch.tensor([0.9, 0.04, 0.01, 0.0025, 0.00001])
+    weights = class_weights(frequency)
+    assert weights[:5].tolist() == pytest.approx([0.5, 0.5, 1, 2, 4]) and weights[5:].eq(1).all()
+    logits, target = torch.randn(1, C, 2, 2, 2), torch.randint(0, 5, (1, 2, 2, 2))
+    expected = torch.nn.functional.cross_entropy(logits, target, weights)
+    only_ce = dice_ce_loss(logits, target, dice_weight=0, class_weights=weights)
+    assert only_ce.item() == pytest.approx(expected.item())
+
+
+def test_errors_of_patches_by_hand():
+    """Every second voxel is looked at: a prediction that is sure and right in half of a class's voxels."""
+    target = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
+    target[:, :, :, :2] = 6
+    logits = torch.zeros(1, C, 4, 4, 4)
+    logits[:, 0] = 50
+    logits[:, 6, :2, :, :2] = 100
+    labelled = torch.ones(1, C, dtype=torch.bool)
+    errors = patch_errors(logits, target, labelled)
+    assert errors[0, 6].item() == pytest.approx(1 - 2 * 2 / (2 + 4)) and errors.isnan().sum() == 15
+    labelled[0, 6] = False
+    assert patch_errors(logits, target, labelled).isnan().all()
