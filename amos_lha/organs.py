@@ -21,6 +21,8 @@ ORGANS = {
     15: "prostate/uterus",
 }
 NUM_CLASSES = 1 + len(ORGANS)  # with the background
+SPLEEN, LIVER = 1, 6
+WINDOW_HU = (-160, 240)  # of pictures: soft tissue, level 40, width 400
 
 # By size and difficulty: what has a median volume below 75 mL, or of 190 mL and more; the kidneys, a little
 # smaller, are as easy as what is large.
@@ -32,6 +34,11 @@ GROUPS = {
 
 # Labels that change places when left and right are exchanged.
 SIDES = ((2, 3), (11, 12))
+
+# Of the first only the largest piece is right; the second are long and thin, so that networks tear them.
+# Neither holds stomach (7) and duodenum (13), which gas and food part: small pieces are often right.
+COMPACT = (1, 2, 3, 4, 6, 11, 12, 14, 15)
+PARTED = (5, 8, 9, 10)
 
 # Surface distance in mm that counts as agreement: those of the FLARE challenge; bladder and prostate/uterus,
 # which FLARE does not have, are ours.

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.grids import WorkingGrid, native_rows, read_rows
 from common.hardware import Precision, autocast
@@ -274,6 +275,12 @@ def predict_labels(
             crop(array, *read)[...] = 0
             crop(array, *box)[...] = of_box
     return labels
+
+
+def warn_of_memory(line: str) -> None:
+    """For `on_message`: prints only the lines about a lack of memory."""
+    if "out of memory" in line:
+        tqdm.write(f"warning: {line}")
 
 
 def _repeat_edges(image: Tensor, before: Sequence[int], size: Sequence[int]) -> None:

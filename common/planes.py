@@ -82,6 +82,12 @@ def color_overlay(
     return rgb.round().astype(np.uint8)
 
 
+def legend_of(labels: np.ndarray, names: Mapping[int, str], colors: np.ndarray) -> dict[str, tuple]:
+    """{name: RGB} of the labels above 0 that are in a map; `colors` are those of the labels from 0 on."""
+    present = np.unique(labels[labels > 0]).tolist()
+    return {names[n]: tuple(colors[n].tolist()) for n in present}
+
+
 def save_planes(
     path: Path,
     image: np.ndarray,

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import math
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,13 +15,16 @@ import torch
 from tqdm import tqdm
 
 from common import batch, distributed
+from common.checkpoints import TrainedModel
 from common.config import Switch, fraction, positive_int
 from common.files import make_folder
-from common.nifti import NIFTI_SUFFIXES, NiftiFile, case_name
-from common.volumes import Box, Triple
+from common.hardware import describe_device, peak_memory_mib
+from common.nifti import NIFTI_SUFFIXES, NiftiFile, case_name, save_probability
+from common.volumes import Box, Triple, crop
 from common.windows import MIB, PredictionPeak, prediction_peak_mib, reading_box
 
 ROWS_PRINTED = 20
+PROBABILITIES = "probabilities"  # folder of the maps, apart from the masks
 
 
 def add_scan_flags(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +58,17 @@ def add_window_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_picture_flags(parser: argparse.ArgumentParser, what: str, views: str) -> None:
+    """--save_preview and --save_3d; `what` is segmented, such as "organs", `views` what --save_3d writes."""
+    parser.add_argument(
+        "--save_preview",
+        action=Switch,
+        default=True,
+        help=f"write a picture of each scan with three planes through the {what}",
+    )
+    parser.add_argument("--save_3d", action=Switch, default=False, help=f"also write {views}")
+
+
 class Reading(NamedTuple):
     """The part of a scan that is read to predict a region of it.
 
@@ -68,6 +84,12 @@ class Reading(NamedTuple):
     stop: Triple
     region: Box
     need: PredictionPeak
+
+    def on_scan(self, labels: np.ndarray, file: NiftiFile) -> np.ndarray:
+        """uint8 labels of `image` -> those of the whole scan, 0 where it was not read."""
+        whole = np.zeros(file.shape, np.uint8)
+        crop(whole, self.start, self.stop)[...] = labels
+        return whole
 
 
 def read_region(
@@ -105,6 +127,22 @@ def read_region(
 
 
 @contextlib.contextmanager
+def probability_maps(
+    out: Path, classes: Sequence[int], file: NiftiFile, reading: Reading
+) -> Iterator[dict[int, np.ndarray]]:
+    """Yields {class: array on disk} for `predict_labels` to fill, a byte for each voxel of the image; then
+    writes <out>/probabilities/<name>_<class>.nii.gz of each on the scan's grid."""
+    with tempfile.TemporaryDirectory(dir=out, prefix=".maps_") as folder:
+        maps = {
+            n: np.memmap(Path(folder) / str(n), np.uint8, "w+", shape=reading.image.shape) for n in classes
+        }
+        yield maps
+        for n in classes:
+            path = make_folder(out / PROBABILITIES) / f"{case_name(file.path)}_{n:02d}.nii.gz"
+            save_probability(path, reading.on_scan(maps.pop(n), file), file)
+
+
+@contextlib.contextmanager
 def window_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """Bar of the windows of a scan, on a terminal; yields what `predict_labels` takes as `progress`."""
     with tqdm(desc=name, unit="window", disable=None, leave=False) as bar:
@@ -116,6 +154,24 @@ def window_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
+def prediction_notes(path: Path, model: TrainedModel, need: PredictionPeak, started_s: float) -> dict:
+    """What the JSON file of every predicted scan holds: scan, seconds, memory, device and precision.
+
+    Args:
+        need: memory as predicted, of `Reading`.
+        started_s: `time.perf_counter()` when the scan was begun.
+    """
+    memory = peak_memory_mib(model.device)
+    return {
+        "scan": str(path),
+        "seconds": time.perf_counter() - started_s,
+        "predicted_mib": {"host": need.host_mib, "device": need.device_mib},
+        "peak_mib": None if math.isnan(memory) else memory,
+        "device": describe_device(model.device),
+        "precision": model.precision.name,
+    }
+
+
 def predict_scans(
     predict: Callable[[Path], dict],
     source: str | Path,
@@ -125,14 +181,20 @@ def predict_scans(
     recursive: bool,
     table: str,
     machine: str,
-) -> tuple[list[dict], dict[Path, str]]:
-    """Call `predict` for each scan of `source`, shared over the processes; rows and failures as of `each`.
+    found: Callable[[dict], str],
+) -> dict[Path, str]:
+    """Call `predict` for each scan of `source`, shared over the processes, and print what came of it.
 
     Args:
-        predict: writes the results of a scan to `out`, with the scan's name in front, and returns its row.
+        predict: writes the results of a scan to `out`, with the scan's name in front, and returns its row
+            with at least "scan" (its path) and "seconds".
         own_names: as of `find_sources`.
         table: name of the CSV file of the rows in `out`.
         machine: what it runs on, for the line that is printed first.
+        found: row -> what was found, for the scan's line; only 20 lines are printed.
+
+    Returns:
+        {scan that failed: reason}, the same in every process.
 
     Raises:
         FileNotFoundError: no scan.
@@ -147,15 +209,13 @@ def predict_scans(
     clashes = batch.name_clashes({path: out / case_name(path) for path in scans})
     todo = [path for path in scans if path not in clashes]
     rows, failed = batch.each(predict, todo, unit="scan", table=out / table)
-    return rows, clashes | failed
-
-
-def print_written(lines: Sequence[str], failed: dict[Path, str], out: Path, table: str) -> None:
-    """Print a line for each scan that was written, the first 20, and what failed."""
-    for line in lines[:ROWS_PRINTED]:
-        print(f"  {line}")
-    if len(lines) > ROWS_PRINTED:
-        print(f"  ... {len(lines) - ROWS_PRINTED} more in {table}")
-    print(f"{len(lines)} of {len(lines) + len(failed)} scan(s) written to {out}")
-    for line in batch.failed_lines(failed):
-        print(line)
+    failed = clashes | failed
+    if distributed.is_main():
+        for row in rows[:ROWS_PRINTED]:
+            print(f"  {Path(row['scan']).name}: {found(row)}, {row['seconds']:.1f} s")
+        if len(rows) > ROWS_PRINTED:
+            print(f"  ... {len(rows) - ROWS_PRINTED} more in {table}")
+        print(f"{len(rows)} of {len(scans)} scan(s) written to {out}")
+        for line in batch.failed_lines(failed):
+            print(line)
+    return failed

@@ -119,6 +119,32 @@ def save_turntable(
         )
 
 
+def save_views(
+    stem: Path,
+    labels: np.ndarray,
+    spacing_mm: Sequence[float],
+    *,
+    colors: np.ndarray,
+    height: int = 800,
+    frames: int = 36,
+    size: tuple[int, int] = (420, 240),
+) -> list[Path]:
+    """Write <stem>_3d.png of `save_sides` and <stem>_turntable.gif of `save_turntable`, neither if all is 0.
+
+    Args:
+        stem: path with the beginning of the names, such as out/case for out/case_3d.png.
+
+    Returns:
+        The files written.
+    """
+    if not labels.any():
+        return []
+    sides, turntable = (stem.with_name(f"{stem.name}_{kind}") for kind in ("3d.png", "turntable.gif"))
+    save_sides(sides, labels, spacing_mm, colors=colors, height=height)
+    save_turntable(turntable, labels, spacing_mm, colors=colors, frames=frames, size=size)
+    return [sides, turntable]
+
+
 def save_triptych(
     path: str | Path,
     target: np.ndarray,

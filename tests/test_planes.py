@@ -105,3 +105,14 @@ def test_contours_around_one_label():
     assert (drawn & ~border).sum() == 0 and 0.4 < drawn.sum() / border.sum() < 0.6, "dashed"
     assert pictures[3][20, 20, 2] > 180 > pictures[3][20, 20, 0], "all of it is missed: blue"
     assert only_pred[3][20, 20, 0] > 180 > only_pred[3][20, 20, 2], "all of it is too much: orange"
+
+
+def test_the_legend_names_what_is_there():
+    labels = np.zeros((3, 3, 3), np.uint8)
+    labels[0], labels[1] = 15, 2
+    colors = np.arange(48, dtype=np.uint8).reshape(16, 3)
+    assert planes.legend_of(labels, {2: "kidney", 3: "liver", 15: "uterus"}, colors) == {
+        "kidney": (6, 7, 8),
+        "uterus": (45, 46, 47),
+    }
+    assert planes.legend_of(labels * 0, {}, colors) == {}

@@ -1,13 +1,19 @@
 """common/prediction.py, overview.py and report.py: what is read, which scans, what is printed."""
 
+import json
+import time
+import types
+
 import numpy as np
 import pytest
 import torch
 
 from common import report
-from common.nifti import open_nifti, write_nifti
+from common.hardware import Precision
+from common.nifti import load_nifti, open_nifti, write_nifti
 from common.overview import find_body, read_overview
-from common.prediction import predict_scans, print_written, read_region
+from common.prediction import predict_scans, prediction_notes, probability_maps, read_region
+from common.windows import PredictionPeak
 
 
 def scan(path, shape=(20, 30, 40), spacing_mm=(2.0, 2.0, 2.0)):
@@ -30,33 +36,77 @@ def test_a_region_smaller_than_a_patch_is_read_with_its_surroundings(tmp_path, c
     assert 0 < reading.need.host_mib < 5 and reading.need.device_mib == 0
 
 
+def options_of(**more):
+    return {
+        "own_names": ("_mask",),
+        "recursive": False,
+        "table": "table.csv",
+        "machine": "a toaster",
+        "found": lambda row: f"{row['seconds'] + 1:.0f} lumps",
+    } | more
+
+
 def test_scans_in_turn(tmp_path, capsys):
     for name in ("b10.nii.gz", "b9.nii.gz", "b9.nii", "b9_mask.nii.gz"):
         scan(tmp_path / name)
     seen = []
 
     def predict(path):
-        seen.append(path.name)
+        seen.append(path)
         if path.name == "b10.nii.gz":
             raise ValueError("too dark")
-        return {"scan": path.name}
+        return {"scan": str(path), "seconds": 1.25}
 
     out = tmp_path / "out"
-    options = {"own_names": ("_mask",), "recursive": False, "table": "table.csv", "machine": "a toaster"}
-    rows, failed = predict_scans(predict, tmp_path, out, **options)
-    assert len(seen) == 2 and "b10.nii.gz" in seen and len(rows) == 1, "b9 twice would be one result"
-    assert sorted(path.name for path in failed) in (["b10.nii.gz", "b9.nii"], ["b10.nii.gz", "b9.nii.gz"])
-    assert (out / "table.csv").read_text().splitlines() == ["scan", rows[0]["scan"]]
-    assert capsys.readouterr().out == "3 scan(s) on a toaster\n"
+    failed = predict_scans(predict, tmp_path, out, **options_of())
+    good, bad = sorted(seen, key=lambda path: path.name == "b10.nii.gz")
+    assert good.name in ("b9.nii", "b9.nii.gz") and bad.name == "b10.nii.gz", "b9 twice would be one result"
+    assert len(failed) == 2 and bad in failed and good not in failed
+    assert (out / "table.csv").read_text().splitlines() == ["scan,seconds", f"{good},1.25"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["3 scan(s) on a toaster", f"  {good.name}: 2 lumps, 1.2 s"]
+    assert lines[2] == f"1 of 3 scan(s) written to {out}"
+    assert f"failed: {bad}: too dark" in lines[3:] and len(lines) == 5
     with pytest.raises(FileNotFoundError, match="no NIfTI scan in it"):
-        predict_scans(predict, out, tmp_path, **options)
+        predict_scans(predict, out, tmp_path, **options_of())
 
 
 def test_at_most_20_lines_are_printed(tmp_path, capsys):
-    print_written([f"scan {n}" for n in range(22)], {"x": "broken"}, tmp_path, "table.csv")
+    for number in range(22):
+        (tmp_path / f"s{number}.nii").touch()
+    predict_scans(lambda path: {"scan": str(path), "seconds": 0}, tmp_path, tmp_path / "out", **options_of())
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "  scan 0" and lines[19:21] == ["  scan 19", "  ... 2 more in table.csv"]
-    assert lines[21:] == [f"22 of 23 scan(s) written to {tmp_path}", "failed: x: broken"]
+    assert lines[1] == "  s0.nii: 1 lumps, 0.0 s" and lines[20].startswith("  s19.nii")
+    assert lines[21:] == ["  ... 2 more in table.csv", f"22 of 22 scan(s) written to {tmp_path / 'out'}"]
+
+
+def test_maps_and_labels_of_a_region_lie_on_the_scans_grid(tmp_path):
+    _, file = scan(tmp_path / "case.nii.gz")
+    options = {"batch_size": 1, "device": torch.device("cpu"), "source": "body"}
+    reading = read_region(file, ((4, 4, 0), (20, 24, 16)), (2, 2, 2), (16, 16, 16), 3, **options)
+    labels = reading.on_scan(np.full((16, 20, 16), 7), file)
+    inside = (slice(4, 20), slice(4, 24), slice(0, 16))
+    assert labels.dtype == np.uint8 and (labels[inside] == 7).all() and labels.sum() == 7 * 16 * 20 * 16
+    with probability_maps(tmp_path, [2, 11], file, reading) as maps:
+        maps[2][...] = 255
+        maps[11][0, 0, 0] = 51
+    found = [load_nifti(tmp_path / f"probabilities/case_{n}.nii.gz").array for n in ("02", "11")]
+    assert found[0].sum() == pytest.approx(16 * 20 * 16, rel=1e-5) and found[0][4, 4, 0] == pytest.approx(1)
+    assert found[1].sum() == found[1][4, 4, 0] == pytest.approx(0.2)
+    assert not list(tmp_path.glob(".maps*"))
+    with probability_maps(tmp_path, [], file, reading) as maps:
+        assert maps == {}
+
+
+def test_notes_of_a_predicted_scan(tmp_path):
+    model = types.SimpleNamespace(
+        device=torch.device("cpu"), precision=Precision("fp32", None, False, "test")
+    )
+    notes = prediction_notes(tmp_path / "a.nii", model, PredictionPeak(30.0, 4.0), time.perf_counter() - 2)
+    assert notes["scan"] == str(tmp_path / "a.nii") and 2 <= notes["seconds"] < 60
+    assert notes["predicted_mib"] == {"host": 30, "device": 4} and notes["precision"] == "fp32"
+    assert notes["peak_mib"] is None or notes["peak_mib"] > 0
+    json.dumps(notes, allow_nan=False)
 
 
 def test_overview_and_body_by_hand(tmp_path):

@@ -495,7 +495,7 @@ def test_levels_and_their_centres(phantom, tmp_path, monkeypatch):
     }
     assert results(tmp_path / "out")[0]["labels"] == " ".join(content["volume_ml"])
     assert content["classes"][1] == "C1" and content["labels"] == "levels26"
-    assert content["seconds"]["all"] >= content["seconds"]["region"] >= 0
+    assert content["seconds"] >= content["region"]["seconds"] >= 0
     assert content["predicted_mib"]["host"] > 0 and content["precision"] == "fp32"
     assert content["region"]["stop"] == list(label.shape) and content["clean_up"]["removed_ml"] == 0
     with (tmp_path / "out" / "s_preview.png").open("rb") as file:

@@ -21,20 +21,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import batch, distributed
+from common import batch, distributed, prediction
 from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
 from common.files import write_json
-from common.hardware import choose_precision, describe_device, peak_memory_mib, start_device
+from common.hardware import choose_precision, describe_device, start_device
 from common.nifti import case_name, open_nifti, save_label
 from common.planes import save_planes
-from common.prediction import (
-    add_scan_flags,
-    add_window_flags,
-    predict_scans,
-    print_written,
-    read_region,
-    window_bar,
-)
 from common.runs import run_dir_of
 from common.volumes import crop
 from verse_spine.labels import class_names, num_outputs, unmap_labels, write_centroids
@@ -61,7 +53,7 @@ def build_parser() -> ArgumentParser:
         "train_heatmap.py; with it only the box around the spine is segmented, which is faster and "
         "gives fewer false alarms",
     )
-    add_scan_flags(parser)
+    prediction.add_scan_flags(parser)
     parser.add_argument(
         "--no_roi",
         action="store_true",
@@ -79,7 +71,7 @@ def build_parser() -> ArgumentParser:
         default=False,
         help="average the prediction with that of the scan mirrored left to right; takes twice as long",
     )
-    add_window_flags(parser)
+    prediction.add_window_flags(parser)
     parser.add_argument(
         "--clean_up",
         action=Switch,
@@ -87,17 +79,8 @@ def build_parser() -> ArgumentParser:
         help="remove pieces that are small or far from the spine, and fill small holes; --no-clean_up "
         "keeps the mask as the network gave it",
     )
-    parser.add_argument(
-        "--save_preview",
-        action=Switch,
-        default=True,
-        help="write a picture of each scan with three planes through the spine",
-    )
-    parser.add_argument(
-        "--save_3d",
-        action=Switch,
-        default=False,
-        help="also write pictures of the surface, and a page that shows it in a browser",
+    prediction.add_picture_flags(
+        parser, "spine", "pictures of the surface, and a page that shows it in a browser"
     )
     add_prediction_flags(parser)
     return parser
@@ -112,7 +95,7 @@ def predict_scan(
     name = case_name(path)
     region = find_region(file, heatmap, roi=args.roi, whole_scan=args.no_roi)
     found_s = time.perf_counter() - started
-    reading = read_region(
+    reading = prediction.read_region(
         file,
         region.box,
         model.preprocessing["spacing_mm"],
@@ -122,8 +105,8 @@ def predict_scan(
         device=model.device,
         source=region.source,
     )
-    image, start, stop, need = reading.image, reading.start, reading.stop, reading.need
-    with window_bar(path.name) as progress:
+    image = reading.image
+    with prediction.window_bar(path.name) as progress:
         inside = segment(
             model,
             image,
@@ -134,8 +117,7 @@ def predict_scan(
             batch_size=args.batch_size,
             progress=progress,
         )
-    mask = np.zeros(file.shape, np.uint8)
-    crop(mask, start, stop)[...] = inside
+    mask = reading.on_scan(inside, file)
     del inside
     report = {"removed_ml": 0.0, "filled_ml": 0.0}
     if args.clean_up:
@@ -151,7 +133,7 @@ def predict_scan(
     # Without levels the bodies are only counted: another file name, so that nobody takes 1, 2 for C1, C2.
     ending = "ctd" if labels == "levels26" else "bodies"
     write_centroids(out / f"{name}_{ending}.json", mask_centroids(mask, file, labels))
-    inside = crop(mask, start, stop)
+    inside = crop(mask, reading.start, reading.stop)
     if args.save_preview:
         save_planes(
             out / f"{name}_preview.png",
@@ -166,38 +148,30 @@ def predict_scan(
         from verse_spine.views import save_views
 
         save_views(out / name, inside, file.spacing_mm, image=image)
-    seconds = time.perf_counter() - started
-    memory = peak_memory_mib(model.device)
-    write_json(
-        out / f"{name}.json",
-        {
-            "scan": str(path),
-            "labels": labels,
-            "classes": class_names(labels),
-            "volume_ml": volumes,
-            "region": {
-                "source": region.source,
-                "start": list(region.box[0]),
-                "stop": list(region.box[1]),
-                "axes": "z y x, voxels of the scan in RAS",
-                "max_heat": None if math.isnan(region.heat) else region.heat,
-            },
-            "clean_up": report,
-            "seconds": {"region": found_s, "all": seconds},
-            "predicted_mib": {"host": need.host_mib, "device": need.device_mib},
-            "peak_mib": None if math.isnan(memory) else memory,
-            "device": describe_device(model.device),
-            "precision": model.precision.name,
+    notes = prediction.prediction_notes(path, model, reading.need, started)
+    notes |= {
+        "labels": labels,
+        "classes": class_names(labels),
+        "volume_ml": volumes,
+        "region": {
+            "source": region.source,
+            "start": list(region.box[0]),
+            "stop": list(region.box[1]),
+            "axes": "z y x, voxels of the scan in RAS",
+            "max_heat": None if math.isnan(region.heat) else region.heat,
+            "seconds": found_s,
         },
-    )
+        "clean_up": report,
+    }
+    write_json(out / f"{name}.json", notes)
     return {
         "scan": str(path),
         "region": region.source,
         "volume_ml": sum(volumes.values()),
         "labels": " ".join(map(str, volumes)),
         "removed_ml": report["removed_ml"],
-        "seconds": seconds,
-        "peak_mib": memory,
+        "seconds": notes["seconds"],
+        "peak_mib": notes["peak_mib"],
     }
 
 
@@ -217,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         def predict(path: Path) -> dict:
             return predict_scan(model, heatmap, path, out, args)
 
-        rows, failed = predict_scans(
+        failed = prediction.predict_scans(
             predict,
             args.source,
             out,
@@ -225,13 +199,8 @@ def main(argv: list[str] | None = None) -> int:
             recursive=args.recursive,
             table=TABLE,
             machine=f"{describe_device(device)}, {precision.name}",
+            found=lambda row: f"{row['volume_ml']:.1f} mL of vertebrae",
         )
-        if distributed.is_main():
-            lines = [
-                f"{Path(row['scan']).name}: {row['volume_ml']:.1f} mL of vertebrae, {row['seconds']:.1f} s"
-                for row in rows
-            ]
-            print_written(lines, failed, out, TABLE)
         return batch.exit_code(failed)
 
 

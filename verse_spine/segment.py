@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.hardware import autocast
-from common.inference import predict_labels
+from common.inference import predict_labels, warn_of_memory
 from common.nifti import NiftiFile
 from common.volumes import box_of, crop, expand_box
 from verse_spine.heatmap import HU_RANGE, MARGIN_MM, SmallGrid, heatmap_box, scan_box
@@ -114,15 +113,9 @@ def segment(
         air_below=AIR_BELOW_HU,
         precision=model.precision,
         progress=progress,
-        on_message=_tell_trouble,
+        on_message=warn_of_memory,
         box=start_stop,
     )
-
-
-def _tell_trouble(line: str) -> None:
-    """Print only the messages about a lack of memory; what a prediction needs is printed by the caller."""
-    if "out of memory" in line:
-        tqdm.write(f"warning: {line}")
 
 
 def clean_up(

@@ -18,13 +18,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import views
 from common.config import make_parser, parse_args, run_script
 from common.files import make_folder
 from common.mesh import save_html, split_mesh, surface_mesh
 from common.nifti import case_name, load_label, load_nifti, same_grid
 from common.planes import color_overlay, grey_picture
 from common.render import label_colors
-from common.views import save_pictures, save_sides, save_triptych, save_turntable
 from verse_spine.curved import curved_planar
 from verse_spine.labels import LABEL_NAMES, body_centres
 from verse_spine.pictures import LABEL_COLORS, WINDOW_HU
@@ -70,23 +70,21 @@ def save_views(
         The files written. For an empty mask only the error is drawn; the curve needs at least two bodies.
     """
     stem = Path(stem)
-    paths = {
-        kind: stem.with_name(f"{stem.name}_{kind}")
-        for kind in ("3d.png", "turntable.gif", "mesh.html", "error.png", "curved.png")
-    }
+    paths = {kind: stem.with_name(f"{stem.name}_{kind}") for kind in ("mesh.html", "error.png", "curved.png")}
     written = []
     if labels.any():
         colors = label_colors(labels, LABEL_COLORS)
-        save_sides(paths["3d.png"], labels, spacing_mm, colors=colors, height=HEIGHT)
-        size = (HEIGHT // 2, HEIGHT * 3 // 10)
-        save_turntable(paths["turntable.gif"], labels, spacing_mm, colors=colors, frames=FRAMES, size=size)
+        size = (HEIGHT // 2, HEIGHT * 3 // 10)  # of the turntable
+        written += views.save_views(
+            stem, labels, spacing_mm, colors=colors, height=HEIGHT, frames=FRAMES, size=size
+        )
         parts = split_mesh(*surface_mesh(labels, spacing_mm))
         meshes = [(_name(n, labels), colors[n], *mesh) for n, mesh in parts.items()]
         save_html(paths["mesh.html"], meshes, stem.name)
-        written += [paths["3d.png"], paths["turntable.gif"], paths["mesh.html"]]
+        written.append(paths["mesh.html"])
     if target is not None and (target.any() or labels.any()):
         colors = label_colors(max(labels, target, key=np.max), LABEL_COLORS)
-        save_triptych(paths["error.png"], target, labels, spacing_mm, colors=colors, height=HEIGHT)
+        views.save_triptych(paths["error.png"], target, labels, spacing_mm, colors=colors, height=HEIGHT)
         written.append(paths["error.png"])
     if image is not None and len(points := body_points(labels, spacing_mm)) > 1:
         save_curved(paths["curved.png"], image, labels, points, spacing_mm)
@@ -142,7 +140,7 @@ def save_curved(
         grey = grey_picture(straight, WINDOW_HU)
         pictures += [np.repeat(grey[..., None], 3, -1), color_overlay(grey, mask, LABEL_COLORS, 0.45)]
         titles += [f"{plane}, straightened", "with the mask"]
-    save_pictures(path, pictures, titles)
+    views.save_pictures(path, pictures, titles)
 
 
 def main(argv: list[str] | None = None) -> int:
