@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from common.class_metrics import Structures
+
 # AMOS's numbers. Its dataset.json spells 8 "arota" and calls 9 "postcava".
 ORGANS = {
     1: "spleen",
@@ -82,6 +84,9 @@ COLORS = np.array(
     ],
     np.uint8,
 )
+
+
+STRUCTURES = Structures(ORGANS, COLORS, GROUPS, TOLERANCES_MM)
 
 
 def group_of(organ: int) -> str:

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha.dataset import Amos, PatchDataset
-from amos_lha.evaluate import evaluate_cases, group_dice, mean_dice, write_report
+from amos_lha.evaluate import evaluate_cases, group_dice, mean_dice
 from amos_lha.flags import add_training_flags
 from amos_lha.losses import levels_and_router, segmentation_loss
 from amos_lha.networks import ARCHITECTURE, get_model, load_trained
@@ -48,6 +48,7 @@ from common.intensity import scale
 from common.losses import class_weights, patch_errors
 from common.memory import Plan, set_up_step
 from common.plots import save_curves
+from common.report import write_report
 from common.schedules import learning_rate
 from common.training import Run, optimizer_step
 

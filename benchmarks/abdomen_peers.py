@@ -25,10 +25,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha.cases import Case, list_data_set
-from amos_lha.evaluate import score
-from amos_lha.organs import ORGANS, group_of
+from amos_lha.organs import ORGANS, STRUCTURES, group_of
 from benchmarks.abdomen_training import CPU, FILE_ENDING, train_monai, train_nnunet
 from benchmarks.lung_tumor_patches import write_results
+from common.class_metrics import score_structures
 from common.config import Switch, make_parser, parse_args, positive_float, positive_int, run_script
 from common.files import read_json
 from common.hardware import choose_precision
@@ -111,7 +111,8 @@ def score_files(test: list[Case], labels: list[int], pred: Path) -> list[dict]:
     for case in test:
         label = load_label(case.label)
         found = load_label(pred / f"{case.name}{FILE_ENDING}").array
-        for row in score(found, label.array, label.spacing_mm, labels, surfaces=False):
+        scores = score_structures(found, label.array, label.spacing_mm, STRUCTURES, labels, surfaces=False)
+        for row in scores:
             rows.append({"case": case.name, "organ": row["class"], "dice": row["dice"]})
     return rows
 

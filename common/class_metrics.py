@@ -3,7 +3,8 @@
 Empty masks are defined as in common/metrics.py for overlap, and as in common/surfaces.py for distances.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,22 @@ from common.metrics import dice_from_counts, iou_from_counts, presence, summary,
 from common.surfaces import check_grid, diagonal_mm, distances_between, share_within, summarise, surfels
 
 NOT_METRICS = ("case", "patient", "group", "class", "name", "status")  # columns without a metric
+
+
+class Structures(NamedTuple):
+    """What a task segments.
+
+    Attributes:
+        names: {label: name}, without the background.
+        colors: (1 + highest label, 3) uint8 RGB, that of the background first.
+        groups: {name of a group: its labels}, such as by size, each label in one; None for none.
+        tolerances_mm: {label: distance between surfaces that counts as agreement} of all; None for none.
+    """
+
+    names: Mapping[int, str]
+    colors: np.ndarray
+    groups: Mapping[str, Collection[int]] | None = None
+    tolerances_mm: Mapping[int, float] | None = None
 
 
 def case_metrics(
@@ -75,6 +92,74 @@ def case_metrics(
             }
         )
     return rows
+
+
+def score_structures(
+    pred: np.ndarray,
+    target: np.ndarray,
+    spacing_mm: Sequence[float],
+    structures: Structures,
+    labelled: Collection[int],
+    *,
+    surfaces: bool = True,
+    voxel_mm3: float | None = None,
+) -> list[dict]:
+    """Rows of `case_metrics` for the structures that the case has labels for; with groups also "group".
+
+    Args:
+        pred, target: (z, y, x) label maps. What they hold of structures that are not labelled counts as
+            background: it is neither right nor wrong.
+        labelled: their labels, present in the case or not.
+
+    Raises:
+        ValueError: as `case_metrics`; a label that is none of the structures' counts as one without a name.
+    """
+    pred, target = (only_labelled(labels, structures, labelled) for labels in (pred, target))
+    rows = case_metrics(
+        pred,
+        target,
+        spacing_mm,
+        {label: structures.names[label] for label in sorted(labelled)},
+        organ_tolerances_mm=structures.tolerances_mm,
+        surfaces=surfaces,
+        voxel_mm3=voxel_mm3,
+    )
+    if not structures.groups:
+        return rows
+    group_of = {label: group for group, labels in structures.groups.items() for label in labels}
+    return [{"group": group_of[row["class"]], **row} for row in rows]
+
+
+def only_labelled(labels: np.ndarray, structures: Structures, labelled: Collection[int]) -> np.ndarray:
+    """The label map with the structures that are not among `labelled` as background."""
+    others = sorted(structures.names.keys() - set(labelled))
+    if not others:
+        return labels
+    labels = labels.copy()
+    labels[np.isin(labels, others)] = 0
+    return labels
+
+
+def case_row(name: str, patient: str, rows: Sequence[dict], summary: Mapping[str, object]) -> dict:
+    """Row of a case for a table that grows case by case.
+
+    Args:
+        rows: its rows by class, which come under "classes", each with the case and the patient in front.
+        summary: further columns.
+    """
+    first = {"case": name, "patient": patient}
+    return {**first, **summary, "classes": [{**first, **row} for row in rows]}
+
+
+def case_summary(rows: Sequence[dict]) -> dict[str, float]:
+    """Mean Dice of a case over its classes that are not absent, and how many were missed and hallucinated."""
+    dice = [row["dice"] for row in rows if not np.isnan(row["dice"])]
+    status = [row["status"] for row in rows]
+    return {
+        "dice": float(np.mean(dice)) if dice else float("nan"),
+        "missed": status.count("missed"),
+        "hallucinated": status.count("hallucinated"),
+    }
 
 
 def _joint_counts(pred: np.ndarray, target: np.ndarray, classes: Sequence[int]) -> np.ndarray:

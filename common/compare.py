@@ -22,12 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.class_metrics import case_means, case_metrics, metric_columns
 from common.config import make_parser, parse_args, run_script
 from common.files import make_folder
+from common.mask_files import label_files, load_masks
 from common.metrics import holm, paired_wilcoxon, write_table
-from common.nifti import case_name, is_nifti, load_label, same_grid
 from common.splits import natural_key, patients_of
 
 RESULTS = "results.csv"
-SUFFIXES = ("_pred", "_prediction", "_seg", "_segmentation", "_mask", "_label", "_labels", "_gt")
 VOLUMES = ("target_mm3", "pred_mm3")  # columns that are not scores
 
 
@@ -98,22 +97,6 @@ def read_results(path: str | Path) -> list[dict]:
     return rows
 
 
-def label_files(folder: str | Path) -> dict[str, Path]:
-    """{case: file} of the NIfTI files of a folder; the case is the name without an ending such as _pred."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of label maps")
-    files: dict[str, Path] = {}
-    for path in sorted(filter(is_nifti, Path(folder).iterdir())):
-        case = case_name(path)
-        while ending := next((s for s in SUFFIXES if case.lower().endswith(s) and len(case) > len(s)), ""):
-            case = case[: -len(ending)]
-        if (other := files.setdefault(case, path)) != path:
-            raise ValueError(f"{folder}: {other.name} and {path.name} are the same case; move one away")
-    if not files:
-        raise ValueError(f"{folder}: no .nii or .nii.gz file")
-    return files
-
-
 def score_folders(
     folders: list[str], target: str, pattern: str | None
 ) -> tuple[list[list[dict]], dict[str, str]]:
@@ -126,11 +109,7 @@ def score_folders(
     patients, results, failed = patients_of(cases, pattern), [[], []], {}
     for case in tqdm(cases, "scoring", unit="case", disable=None, leave=False):
         try:
-            truth, *preds = (load_label(f[case]) for f in (targets, *files))
-            for pred in preds:
-                if not same_grid(pred, truth):
-                    shapes = f"{pred.array.shape} and {truth.array.shape}"
-                    raise ValueError(f"{pred.path} and {truth.path} lie on different grids (shapes {shapes})")
+            truth, *preds = load_masks(targets[case], *(of_run[case] for of_run in files))
             labels = sorted(set().union(*(np.unique(s.array).tolist() for s in (truth, *preds))) - {0})
             for rows, pred in zip(results, preds, strict=True):
                 if labels:

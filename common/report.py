@@ -6,9 +6,15 @@ from pathlib import Path
 
 from common import distributed
 from common.batch import failed_lines
+from common.class_metrics import class_table, group_table
 from common.files import make_folder, replacing
+from common.metrics import write_table
 
 SUMMARY = "summary.md"
+RESULTS, BY_CLASS, BY_GROUP = "results.csv", "summary.csv", "groups.csv"
+FILES = (RESULTS, BY_CLASS, BY_GROUP, SUMMARY)  # of `write_report`
+SHOWN = ("dice", "nsd_1mm", "nsd_2mm", "nsd_organ", "hd95_mm", "volume_similarity")
+ABOUT_GROUPS = "A group's mean is that of its classes' means over the cases."
 EXPLANATION = (
     "Means, with a 95 % bootstrap interval by patient where there are several; a missed class counts Dice 0, "
     "and so does one in a scan that does not have it (hallucinated)."
@@ -46,6 +52,54 @@ def mean_and_interval(entry: Mapping[str, float]) -> str:
     """0.853 (0.820-0.880) of a dict with mean, low and high; without an interval the mean alone."""
     interval = "" if math.isnan(entry["low"]) else f" ({entry['low']:.3f}-{entry['high']:.3f})"
     return f"{entry['mean']:.3f}{interval}"
+
+
+def group_lines(table: Sequence[dict], shown: Sequence[str]) -> list[str]:
+    """Markdown table with one line for each group of classes; `table` holds the rows of `group_table`."""
+    lines = [f"| group | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
+    for group in dict.fromkeys(row["group"] for row in table):
+        entries = {row["metric"]: row for row in table if row["group"] == group}
+        lines.append(f"| {group} | {' | '.join(mean_and_interval(entries[metric]) for metric in shown)} |")
+    return lines
+
+
+def write_report(
+    rows: Sequence[dict],
+    out: Path,
+    title: str,
+    failed: Mapping[str, str],
+    *,
+    notes: Sequence[str] = (),
+    shown: Sequence[str] = SHOWN,
+    more: Sequence[str] = (),
+) -> None:
+    """Write results.csv, summary.csv, groups.csv where classes have groups, and summary.md, which is printed.
+
+    Tables of an earlier evaluation go, also where there are no rows.
+
+    Args:
+        rows: of `case_metrics`, each with "case" and "patient" in front, and "group" or not.
+        failed: {case: reason}.
+        notes: what a reader of the scores must know.
+        shown: metrics of the summary, of those that the rows have.
+        more: lines for the end of the summary.
+    """
+    clear_report(out, FILES)
+    lines = [title, *(f"NOTE: {note}" for note in notes), ""]
+    if rows:
+        shown = [metric for metric in shown if metric in rows[0]]
+        table = class_table(rows)
+        write_table(out / RESULTS, list(rows))
+        if "group" in rows[0]:
+            table = [row for row in table if row["class"] != "all"]  # which stands among the groups
+            groups = group_table(rows)
+            write_table(out / BY_GROUP, groups)
+            about_groups = ["", *group_lines(groups, shown), "", EXPLANATION, ABOUT_GROUPS]
+        else:
+            about_groups = ["", EXPLANATION]
+        write_table(out / BY_CLASS, table)
+        lines += [*class_lines(table, shown), *about_groups, *more]
+    write_summary(out, lines, failed)
 
 
 def write_summary(out: Path, lines: Sequence[str], failed: Mapping[str, str]) -> None:

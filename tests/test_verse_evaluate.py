@@ -502,7 +502,7 @@ def test_cases_come_by_number_not_by_letter(tmp_path):
 def test_two_masks_of_one_case_are_refused(perfect, verse_source):
     first = sorted(perfect.iterdir())[0]
     shutil.copy(first, perfect / first.name.replace("_ct_mask", "_mask"))
-    with pytest.raises(ValueError, match="_mask.nii.gz: .* is a mask of the same case; keep one of the two"):
+    with pytest.raises(ValueError, match="_ct_mask.nii.gz and .*_mask.nii.gz are the same case"):
         evaluate.evaluate_files(perfect, verse_source, "levels26", "native")
 
 
@@ -556,7 +556,7 @@ def test_wrong_flags(verse_runs, verse_source, verse_h5, tmp_path):
         ([], "give either --weights"),
         (["--weights", seg, "--pred", tmp_path], "give either --weights"),
         (["--pred", tmp_path], "--pred needs --source"),
-        (["--pred", tmp_path / "empty", "--source", verse_source], "none of its 0 masks has the name"),
+        (["--pred", tmp_path / "empty", "--source", verse_source], "empty: no .nii or .nii.gz file"),
         (["--pred", tmp_path / "none", "--source", verse_source], "none: no such folder"),
         (["--weights", seg, "--region", "heatmap", *cpu], "--region heatmap needs --heatmap_weights"),
         (["--weights", heat, *cpu], "not weights of verse_spine/train_segmentation.py but of heatmap"),

@@ -19,23 +19,23 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed
+from common.class_metrics import case_row
 from common.config import add_prediction_flags, make_parser, parse_args, run_script
 from common.hardware import choose_precision, start_device
 from common.hdf5 import CaseFile
-from common.nifti import case_name, is_nifti, voxel_mm3
+from common.mask_files import ENDINGS, matching_files
+from common.nifti import voxel_mm3
 from common.runs import run_dir_of
-from common.splits import natural_key
 from verse_spine.cases import find_cases
 from verse_spine.dataset import SmallScan, VerSe, spine_box
 from verse_spine.heatmap import MARGIN_MM, box_recall
 from verse_spine.labels import MODES
 from verse_spine.networks import TrainedModel, load_trained
-from verse_spine.report import HEAT_MAP_FAINT, clear_report, write_report
+from verse_spine.report import CASES, HEAT_MAP_FAINT, clear_report, write_report
 from verse_spine.scores import score_case, score_files
 from verse_spine.segment import Region, clean_up, predict_heatmap, segment, spine_region
 
 REGIONS = ("none", "heatmap", "oracle")
-TABLE = "cases.csv"  # grows case by case
 
 
 def build_parser() -> ArgumentParser:
@@ -162,17 +162,11 @@ def evaluate_cases(
             summary["region"] = HEAT_MAP_FAINT if region == "heatmap" else "whole scan"
         if region != "none":
             summary["region_recall"] = 1.0 if box is None else box_recall(target > 0, box)
-        return case_row(name, verse.subjects[name], summary, classes)
+        return case_row(name, verse.subjects[name], classes, summary)
 
     if table:
         clear_report(table.parent)
     return batch.each(score, names, unit="case", table=table)
-
-
-def case_row(name: str, patient: str, summary: dict, classes: list[dict]) -> dict:
-    """Row of a case, with its rows by class; each begins with case and patient."""
-    first = {"case": name, "patient": patient}
-    return {**first, **summary, "classes": [{**first, **row} for row in classes]}
 
 
 def mean_dice(rows: list[dict]) -> float:
@@ -199,30 +193,15 @@ def evaluate_files(
         as `evaluate_cases`.
 
     Raises:
-        FileNotFoundError: no mask in `pred` belongs to a case of `source`.
-        ValueError: two masks of one case.
+        FileNotFoundError, ValueError: as `matching_files`.
     """
-    if not pred.is_dir():
-        raise FileNotFoundError(f"--pred {pred}: no such folder")
     cases = {c.name: c for c in find_cases(source) if c.mask is not None}
-    files: dict[str, Path] = {}
-    for path in sorted(pred.iterdir()):
-        if is_nifti(path):
-            name = case_name(path).removesuffix("_mask").removesuffix("_ct")
-            if files.setdefault(name, path) != path:
-                raise ValueError(
-                    f"{path}: {files[name].name} is a mask of the same case; keep one of the two"
-                )
-    names = sorted(cases.keys() & files.keys(), key=natural_key)
-    if not names:
-        raise FileNotFoundError(
-            f"{pred}: none of its {len(files)} masks has the name of one of the {len(cases)} cases of "
-            f"{source} (e.g. {next(iter(cases), 'sub-verse004')}_mask.nii.gz)"
-        )
+    files = matching_files(pred, cases, source, (*ENDINGS, "_ct"))
+    names = [name for name in files if name in cases]
 
     def score(name: str) -> dict:
         classes, summary = score_files(files[name], cases[name], labels, grid)
-        return case_row(name, cases[name].subject, summary, classes)
+        return case_row(name, cases[name].subject, classes, summary)
 
     if table:
         clear_report(table.parent)
@@ -259,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
 def score_masks(args: Namespace) -> dict[str, str]:
     """Evaluation of the masks in a folder; returns {failed case: reason}."""
     pred, source, out = Path(args.pred), Path(args.source), Path(args.out or args.pred)
-    rows, failed = evaluate_files(pred, source, args.labels, args.grid, table=out / TABLE)
+    rows, failed = evaluate_files(pred, source, args.labels, args.grid, table=out / CASES)
     if distributed.is_main():
         notes = missing_notes(source, [row["case"] for row in rows] + list(failed))
         title = f"{len(rows)} masks of {pred}, {args.grid} grid"
@@ -283,7 +262,7 @@ def score_weights(args: Namespace) -> dict[str, str]:
     if not names:
         raise ValueError(f"{verse.path}: no case in its part {part}; choose another --part")
     out = Path(args.out or run_dir_of(args.weights) / f"evaluation_{part}_{args.region}")
-    rows, failed = evaluate_cases(model, verse, names, region=args.region, heatmap=heatmap, table=out / TABLE)
+    rows, failed = evaluate_cases(model, verse, names, region=args.region, heatmap=heatmap, table=out / CASES)
     if distributed.is_main():
         notes = part_notes(part, {verse.subjects[name] for name in names}, model, verse)
         title = f"{len(rows)} {part} scans of {verse.path}, region: {args.region}, {precision.name}"

@@ -5,41 +5,34 @@ from pathlib import Path
 import numpy as np
 
 from common import report
-from common.class_metrics import class_table
-from common.files import make_folder
 from common.metrics import write_table
 
+CASES = "cases.csv"  # grows case by case
 HEAT_MAP_FAINT = "whole scan, heat map faint"  # in the column "region"
-FILES = ("results.csv", "cases.csv", "summary.csv", report.SUMMARY)
+SHOWN = ("dice", "nsd_1mm", "nsd_2mm", "hd95_mm", "assd_mm")
 
 
 def clear_report(out: Path) -> None:
     """Make the folder, and remove what an earlier evaluation left there."""
-    report.clear_report(out, FILES)
+    report.clear_report(out, (*report.FILES, CASES))
 
 
 def write_report(
     rows: list[dict], out: Path, title: str, failed: dict[str, str], notes: tuple[str, ...] = ()
 ) -> None:
-    """Write the four FILES; print the summary, `notes` and what failed."""
-    make_folder(out)
-    lines = [title, *(f"NOTE: {note}" for note in notes), ""]
-    if rows:
-        by_class = [r for row in rows for r in row["classes"]]
-        table = class_table(by_class)
-        write_table(out / "results.csv", by_class)
-        write_table(out / "cases.csv", [{k: v for k, v in row.items() if k != "classes"} for row in rows])
-        write_table(out / "summary.csv", table)
-        lines += summary_lines(rows, table)
-    else:
-        clear_report(out)  # tables of an earlier evaluation
-    report.write_summary(out, lines, failed)
+    """Write cases.csv and the files of the common `write_report`; print the summary, `notes`, what failed."""
+    cases = [{key: value for key, value in row.items() if key != "classes"} for row in rows]
+    by_class = [row for of_case in rows for row in of_case["classes"]]
+    clear_report(out)
+    if cases:
+        write_table(out / CASES, cases)
+    more = summary_lines(rows) if rows else []
+    report.write_report(by_class, out, title, failed, notes=notes, shown=SHOWN, more=more)
 
 
-def summary_lines(rows: list[dict], table: list[dict]) -> list[str]:
-    """Markdown: one line for each class, then what only whole cases tell."""
-    lines = report.class_lines(table, ("dice", "nsd_1mm", "nsd_2mm", "hd95_mm", "assd_mm"))
-    lines += ["", report.EXPLANATION]
+def summary_lines(rows: list[dict]) -> list[str]:
+    """What only whole cases tell."""
+    lines = []
     if without := sum(row.get("region") == HEAT_MAP_FAINT for row in rows):
         lines.append(f"In {without} scan(s) the heat map found no spine and the whole scan was searched.")
     if "hits" in rows[0]:

@@ -7,8 +7,9 @@ from scipy import ndimage
 
 from common.class_metrics import case_metrics
 from common.files import read_json
+from common.mask_files import load_masks
 from common.metrics import binary_counts, dice_from_counts
-from common.nifti import case_name, load_label, same_grid, voxel_mm3
+from common.nifti import case_name, voxel_mm3
 from common.volumes import resample_labels, resampled_affine, resampled_shape
 from verse_spine.cases import Case
 from verse_spine.labels import (
@@ -113,12 +114,7 @@ def score_files(pred: Path, case: Case, labels: str, grid: str) -> tuple[list[di
         ValueError: it lies on another grid than the true mask, or holds other labels than `labels`.
     """
     check_labels_flag(pred, labels)
-    found, truth = load_label(pred), load_label(case.mask)
-    if not same_grid(found, truth):
-        raise ValueError(
-            f"{pred}: lies on another grid than {case.mask.name} (shape {found.array.shape}, truth "
-            f"{truth.array.shape}); score masks that predict.py wrote for this very scan"
-        )
+    truth, found = load_masks(case.mask, pred)
     centres = {}
     if case.centroids is not None:
         centres = centroids_to_mm(read_centroids(case.centroids), truth)

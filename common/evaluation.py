@@ -1,0 +1,163 @@
+"""Masks in files scored against true ones: what evaluate.py of several tasks does with folders."""
+
+import argparse
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from common import batch, distributed, report
+from common.class_metrics import Structures, case_row, case_summary, score_structures
+from common.compare import compare, print_comparison
+from common.config import non_negative_int
+from common.mask_files import label_files, load_masks, matching_files
+from common.metrics import write_table
+from common.montage import save_worst_and_median
+from common.splits import natural_key, patients_of
+
+CASES = "cases.csv"  # grows case by case
+PICTURE, COMPARISON = "worst_and_median.png", "comparison.csv"
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser, labels: Collection[int]) -> None:
+    """The flags of `evaluate_folder`; `labels` are those of the task's structures."""
+    parser.add_argument(
+        "--pred", required=True, help="folder with the masks to score, such as predict.py writes"
+    )
+    parser.add_argument("--target", required=True, help="folder with the true masks, such as labelsVa")
+    parser.add_argument("--out", required=True, help="folder that tables and pictures are written to")
+    parser.add_argument(
+        "--images",
+        help="folder with the scans, which the picture of the worst and median cases then shows in grey",
+    )
+    parser.add_argument(
+        "--labelled",
+        type=int,
+        nargs="+",
+        choices=list(labels),
+        metavar="LABEL",
+        help=f"numbers of the structures that the true masks have labels for, if not all {len(labels)}; what "
+        "is predicted of others is not scored. Default: what dataset.json beside --target says",
+    )
+    parser.add_argument(
+        "--patient_pattern",
+        help="regular expression whose group finds the patient in the name of a case, such as 'p([0-9]+)'; "
+        "needed where a patient has several scans, which then count as one in intervals and tests",
+    )
+    parser.add_argument(
+        "--compare",
+        help="folder with the masks of a second run, which are scored in the same way and compared with "
+        "those of --pred by a paired test",
+    )
+    parser.add_argument(
+        "--num_pictures",
+        type=non_negative_int,
+        default=5,
+        help="number of the worst cases that are drawn, and of those around the median; 0 draws none",
+    )
+
+
+def score_files(
+    preds: Mapping[str, Path],
+    targets: Mapping[str, Path],
+    structures: Structures,
+    labelled: Mapping[str, Collection[int]],
+    patients: Mapping[str, str],
+    *,
+    table: Path | None = None,
+) -> tuple[list[dict], dict[str, str]]:
+    """Score masks in files on the scans' own grids, shared over the processes.
+
+    Args:
+        preds, targets: {case: file}; a case without a prediction has failed.
+        labelled, patients: {case: labels} and {case: patient}.
+        table: CSV file that gets a row for each case as soon as it is scored.
+
+    Returns:
+        (rows of `score_structures` with "case" and "patient" in front, in the order of `targets`; {failed
+        case: reason}), the same in every process.
+    """
+
+    def score(name: str) -> dict:
+        if name not in preds:
+            raise FileNotFoundError(f"no prediction for {targets[name]}")
+        target, pred = load_masks(targets[name], preds[name])
+        rows = score_structures(
+            pred.array,
+            target.array,
+            target.spacing_mm,
+            structures,
+            labelled[name],
+            voxel_mm3=target.voxel_mm3,
+        )
+        return case_row(name, patients[name], rows, case_summary(rows))
+
+    rows, failed = batch.each(score, list(targets), unit="case", table=table)
+    return [row for of_case in rows for row in of_case["classes"]], failed
+
+
+def evaluate_folder(
+    pred: str,
+    target: str,
+    out: Path,
+    structures: Structures,
+    labelled: Mapping[str, Collection[int]],
+    *,
+    images: str | None = None,
+    other: str | None = None,
+    patient_pattern: str | None = None,
+    num_pictures: int = 5,
+    window_hu: tuple[float, float],
+) -> dict[str, str]:
+    """Score a folder of masks against a folder of true ones; every file of `target` needs a prediction.
+
+    Writes cases.csv, what `write_report` writes and worst_and_median.png; with `other` also comparison.csv,
+    in which B is that folder.
+
+    Args:
+        labelled: {case: labels} for every case of `target`.
+        images: folder of the scans, for the picture.
+        other: folder with the masks of a second run.
+        patient_pattern: as of `patients_of`.
+        num_pictures, window_hu: as of `save_worst_and_median`.
+
+    Returns:
+        {case that failed: reason}, the same in every process.
+
+    Raises:
+        FileNotFoundError, ValueError: as `matching_files` and `patients_of`.
+    """
+    targets = label_files(target)
+    preds = matching_files(pred, targets, target)
+    second = matching_files(other, targets, target) if other else None
+    scans = label_files(images) if images else {}
+    patients = patients_of(list(targets), patient_pattern)
+    report.clear_report(out, (*report.FILES, CASES, PICTURE, COMPARISON))
+    rows, failed = score_files(preds, targets, structures, labelled, patients, table=out / CASES)
+    if distributed.is_main():
+        extra = sorted(preds.keys() - targets.keys(), key=natural_key)
+        notes = [f"without a true mask, not scored: {', '.join(extra)}"] if extra else []
+        title = f"{len(targets) - len(failed)} masks of {pred} against {target}"
+        report.write_report(rows, out, title, failed, notes=notes)
+    if second is not None:
+        rows_b, failed_b = score_files(second, targets, structures, labelled, patients)
+        failed |= {f"{name} of {other}": reason for name, reason in failed_b.items()}
+        if distributed.is_main():
+            for line in batch.failed_lines(failed_b):
+                print(line)
+            if rows and rows_b:
+                table = compare(rows, rows_b)
+                write_table(out / COMPARISON, table)
+                print(f"\nA: {pred}\nB: {other}")
+                print_comparison(table)
+    if rows and num_pictures and distributed.is_main():
+        save_worst_and_median(
+            out / PICTURE,
+            rows,
+            preds,
+            targets,
+            scans,
+            structures,
+            labelled=labelled,
+            number=num_pictures,
+            window_hu=window_hu,
+        )
+    return failed
