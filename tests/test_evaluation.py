@@ -1,4 +1,4 @@
-"""common/evaluation.py and montage.py: cases with few labels, folders of masks, tables, pictures, two runs."""
+"""common/evaluation.py and montage.py: partly labelled cases, folders of masks, pictures, two runs."""
 
 import csv
 import math
