@@ -3,10 +3,12 @@
 import csv
 import math
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
+from common import montage
 from common.class_metrics import (
     Structures,
     case_row,
@@ -203,6 +205,47 @@ def test_wrong_inputs_name_the_case_and_cost_no_other(folders, capsys):
             path.rename(path.with_name(f"x{path.name}"))
         run(folders)
     assert table(folders, "results.csv"), "a mistake in the names removes no table"
+
+
+def test_volumes_after_gantry_tilt(folders):
+    """Slices 2 mm apart along an axis that leans by 30 degrees: 1.73 mm^3 a voxel, not 2."""
+    affine = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 3**0.5, 0], [0, 0, 0, 1]])
+    for path in ("labels/p3.nii.gz", "pred/p3_mask.nii.gz"):
+        image = nibabel.Nifti1Image(truth().transpose(2, 1, 0), affine)
+        image.set_sform(affine, 1)
+        nibabel.save(image, folders / path)
+    run(folders, num_pictures=0)
+    (liver,) = (r for r in table(folders, "results.csv") if (r["case"], r["name"]) == ("p3", "liver"))
+    assert float(liver["target_mm3"]) == pytest.approx(400 * 3**0.5, rel=1e-4)
+
+
+def test_nothing_of_an_earlier_evaluation_stays(folders):
+    run(folders, other=folders / "pred")
+    (folders / "out/mine.txt").touch()
+    for path in (folders / "pred").iterdir():
+        path.rename(path.with_name(path.name.replace("case_1", "x").replace("case_2", "y")))
+    write_nifti(folders / "pred/p3_mask.nii.gz", truth()[1:], SPACING_MM)
+    assert len(run(folders)) == 3
+    assert sorted(path.name for path in (folders / "out").iterdir()) == ["mine.txt", "summary.md"]
+
+
+def test_scans_of_the_picture_lie_on_the_masks_grid_and_may_be_mr(folders, monkeypatch):
+    ranges = {}
+
+    def pictures(image, *_, value_range, **more):
+        ranges[int(image.max())] = tuple(value_range)
+        return contour_pictures(image, *_, value_range=value_range, **more)
+
+    contour_pictures = montage.contour_pictures
+    monkeypatch.setattr(montage, "contour_pictures", pictures)
+    mr = np.linspace(0, 2000, truth().size).reshape(truth().shape).astype(np.int16)
+    write_nifti(folders / "images/p3.nii.gz", mr, SPACING_MM, orientation="LPS")
+    (folders / "images/case_2.nii.gz").unlink()
+    assert run(folders, images=folders / "images") == {}
+    assert ranges == {60: (-160, 240), -160: (-160, 240), 2000: pytest.approx((10, 1990), abs=1)}
+    write_nifti(folders / "images/p3.nii.gz", mr[1:], SPACING_MM, orientation="LPS")
+    with pytest.raises(ValueError, match=r"p3.nii.gz \(11, 30, 40\) lies on another grid than"):
+        run(folders, images=folders / "images")
 
 
 def test_worst_and_median_cases():

@@ -146,3 +146,17 @@ def test_summary_lines_and_files(tmp_path, capsys):
     assert capsys.readouterr().out == f"title\nwritten to {out}\nfailed: c7: no mask\n"
     report.clear_report(out, ["a.csv", report.SUMMARY])
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_a_report_without_rows_leaves_no_table_of_an_earlier_one(tmp_path):
+    row = {"case": "a", "patient": "a", "class": 1, "name": "liver", "status": "ok", "dice": 0.5}
+    report.write_report([row], tmp_path, "title", {}, notes=["few"], more=["the end"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "summary.csv", "summary.md"]
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    assert lines[:3] == ["title", "NOTE: few", ""] and lines[-1] == "the end"
+    assert "| all classes | 0.500 | 1 | 0 | 0 |" in lines
+    report.write_report([{**row, "group": "large"}], tmp_path, "title", {})
+    assert (tmp_path / "groups.csv").is_file()
+    assert "all classes" not in (tmp_path / "summary.md").read_text(), "stands among the groups"
+    report.write_report([], tmp_path, "title", {"a": "broken"})
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.md"]
