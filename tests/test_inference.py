@@ -15,7 +15,7 @@ from torch import nn
 from common import grids, inference
 from common.hardware import Precision
 from common.hdf5 import CaseFile, write_case
-from common.inference import predict_labels, stream_scores
+from common.inference import predict_labels, stream_scores, warn_of_memory
 from common.memory import StorageCounter
 from common.patches import patch_start
 from common.windows import gaussian_weights, prediction_peak_mib, window_starts
@@ -596,3 +596,9 @@ def test_benchmark_script(tmp_path, monkeypatch, capsys):
     assert "| 20 x 24 x 24 | ours | 2 |" in (tmp_path / "sliding_window.md").read_text()
     with pytest.raises(ValueError, match=r"--repeats \[2\] does not fit"):
         sliding_window.main(["--slices", "1", "2", "--repeats", "2"])
+
+
+def test_only_a_lack_of_memory_is_told(capsys):
+    warn_of_memory("3 of 8 windows held only air and were skipped")
+    warn_of_memory("cuda is out of memory: going on with 2 windows at a time")
+    assert capsys.readouterr().out == "warning: cuda is out of memory: going on with 2 windows at a time\n"
