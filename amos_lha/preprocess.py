@@ -16,24 +16,15 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha.cases import AMOS22, Case, add_flags, list_data_set
-from amos_lha.conversion import convert_case, resolve_spacing, settings_of, stamp_of
+from amos_lha.conversion import PRESETS, convert_case, settings_of, stamp_of
 from amos_lha.organs import ORGANS
 from common.config import make_parser, parse_args, run_script
-from common.conversion import (
-    convert_cases,
-    finish_notes,
-    finished_entries,
-    ordered_entries,
-    print_failed,
-    write_notes,
-)
-from common.files import make_folder
+from common.conversion import convert_data_set, finish_notes, print_failed
 from common.pairs import median_spacing
+from common.working_case import resolve_spacing
 
 THICK = 2.5  # slices so many times as thick as the voxels wanted are pointed out
 
@@ -110,38 +101,32 @@ def convert(args: Namespace) -> dict[str, str]:
     if problems:
         raise ValueError("; ".join(problems))
     cases = choose_cases(cases, args.modality)
-    usual_mm = median_spacing([case.image for case in cases if case.image is not None])
-    spacing_mm = resolve_spacing(args.spacing, usual_mm)
+    median_mm = median_spacing([case.image for case in cases if case.image is not None])
+    spacing_mm = resolve_spacing(args.spacing, PRESETS, median_mm)
     print("voxels of {:g} x {:g} x {:g} mm (z y x)".format(*spacing_mm), end="; ")
-    print("the scans have {:g} x {:g} x {:g} mm in the median".format(*usual_mm))
-    if usual_mm[0] > THICK * spacing_mm[0]:
-        print(f"the slices are {usual_mm[0]:g} mm thick: --spacing median would save time and memory")
+    print("the scans have {:g} x {:g} x {:g} mm in the median".format(*median_mm))
+    if median_mm[0] > THICK * spacing_mm[0]:
+        print(f"the slices are {median_mm[0]:g} mm thick: --spacing median would save time and memory")
     out = Path(args.out)
-    make_folder(out / "cases")
     about_all = {"spacing_mm": list(spacing_mm), "organs": {str(n): name for n, name in ORGANS.items()}}
-    stamps = {case.name: stamp_of(case) for case in cases}
-    settings = {case.name: settings_of(case, spacing_mm) for case in cases}
-    done = finished_entries(out, stamps, settings)
-    todo = [case for case in cases if case.name not in done]
-    failed: dict[str, str] = {}
-    results = convert_cases(convert_case, todo, out, spacing_mm, workers=args.workers)
-    for case, entry, reason in tqdm(results, "converting", len(todo), unit="case", disable=None):
-        if entry is None:
-            failed[case.name] = reason
-        else:
-            done[case.name] = entry
-            write_notes(out, done, about_all)
-    for entry in ordered_entries(done):
+    entries, failed = convert_data_set(
+        convert_case,
+        {case.name: case for case in cases},
+        out,
+        spacing_mm,
+        stamps={case.name: stamp_of(case) for case in cases},
+        settings={case.name: settings_of(case, spacing_mm) for case in cases},
+        about_all=about_all,
+        workers=args.workers,
+    )
+    for entry in entries:
         if entry["notes"]:
             print(f"warning: {entry['name']}: {entry['notes']}")
     print_failed(failed)
     columns = ("name", "part", "modality", "shape", "compression", "notes")
-    rows = [
-        {k: entry[k] for k in columns} | {"organs": len(entry["organ_ml"])} for entry in ordered_entries(done)
-    ]
-    finish_notes(out, done, about_all, rows)
-    parts = Counter(f"{entry['part']} {entry['modality'].upper()}" for entry in ordered_entries(done))
-    print(f"{len(done)} cases in {out}: {', '.join(f'{n} {part}' for part, n in parts.items()) or 'none'}")
+    finish_notes(out, entries, about_all, columns, {"organs": "organ_ml"})
+    parts = Counter(f"{entry['part']} {entry['modality'].upper()}" for entry in entries)
+    print(f"{len(entries)} cases in {out}: {', '.join(f'{n} {part}' for part, n in parts.items()) or 'none'}")
     return failed
 
 

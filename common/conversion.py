@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.files import read_json, write_json
+from common.files import make_folder, read_json, write_json
 from common.hdf5 import CaseFile
 from common.metrics import write_table
 from common.splits import natural_key
@@ -154,11 +154,47 @@ def finished_entries(out: Path, stamps: Mapping[str, list], settings: Mapping[st
     return done
 
 
-def write_notes(out: Path, entries: Mapping[str, dict], about_all: dict) -> None:
-    """<out>/preprocessing.json: `about_all` and, under "cases", the entries by natural order of their names.
+def convert_data_set(
+    convert: Callable[..., dict],
+    cases: Mapping[str, Any],
+    out: Path,
+    *arguments: Any,
+    stamps: Mapping[str, list],
+    settings: Mapping[str, dict],
+    about_all: dict,
+    workers: int,
+) -> tuple[list[dict], dict[str, str]]:
+    """Convert what is not done yet with these settings from these files, with a progress bar on a terminal.
 
-    To be called after each case, so that a conversion that is interrupted can go on where it stopped.
+    The notes are written after each case, so that an interrupted conversion can go on where it stopped;
+    `finish_notes` comes last.
+
+    Args:
+        convert: a function of a module; convert(case, out, *arguments) writes <out>/cases/<name>.h5 and
+            returns its entry with "name", "stamp" and "settings".
+        cases: {name: case} of all that the data set is to hold.
+        stamps, settings: see `finished_entries`.
+        about_all: see `write_notes`.
+
+    Returns:
+        entries of all cases that are converted, by natural order of their names; {failed case: reason}.
     """
+    make_folder(out / "cases")
+    done = finished_entries(out, stamps, settings)
+    todo = {case: name for name, case in cases.items() if name not in done}
+    failed: dict[str, str] = {}
+    results = convert_cases(convert, list(todo), out, *arguments, workers=workers)
+    for case, entry, reason in tqdm(results, "converting", len(todo), unit="case", disable=None):
+        if entry is None:
+            failed[todo[case]] = reason
+        else:
+            done[todo[case]] = entry
+            write_notes(out, done, about_all)
+    return ordered_entries(done), failed
+
+
+def write_notes(out: Path, entries: Mapping[str, dict], about_all: dict) -> None:
+    """<out>/preprocessing.json: `about_all` and, under "cases", the entries in natural order of names."""
     write_json(out / NOTES, {**about_all, "cases": ordered_entries(entries)})
 
 
@@ -167,17 +203,27 @@ def ordered_entries(entries: Mapping[str, dict]) -> list[dict]:
     return [entries[name] for name in sorted(entries, key=natural_key)]
 
 
-def finish_notes(out: Path, entries: Mapping[str, dict], about_all: dict, rows: Sequence[dict]) -> None:
-    """The last notes of a conversion: preprocessing.json, and the rows as cases.csv.
+def finish_notes(
+    out: Path, entries: Sequence[dict], about_all: dict, columns: Sequence[str], counted: Mapping[str, str]
+) -> None:
+    """The last notes of a conversion: preprocessing.json, and cases.csv with a row for each entry.
 
     Without any entry both are removed, since what an earlier conversion noted does not hold any more.
+
+    Args:
+        columns: keys of the entries that become columns.
+        counted: {further column: key of an entry whose elements it counts}.
     """
     if not entries:
         (out / NOTES).unlink(missing_ok=True)
         (out / "cases.csv").unlink(missing_ok=True)
         return
-    write_notes(out, entries, about_all)
-    write_table(out / "cases.csv", list(rows))
+    write_notes(out, {entry["name"]: entry for entry in entries}, about_all)
+    rows = []
+    for entry in entries:
+        counts = {column: len(entry[key]) for column, key in counted.items()}
+        rows.append({column: entry[column] for column in columns} | counts)
+    write_table(out / "cases.csv", rows)
 
 
 def print_failed(reasons: Mapping[str, str], what: str = "could not be converted") -> None:

@@ -4,6 +4,7 @@ AMOS22 has it too, with imagesVa/ and labelsVa/ for validation beside it.
 """
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +93,29 @@ def list_files(folder: str | Path, part: str) -> tuple[list[Case], list[str]]:
     return [Case(name, files[name].get("image"), files[name].get("label")) for name in names], problems
 
 
+def list_parts(folder: str | Path, parts: Mapping[str, str]) -> tuple[list[tuple[str, Case]], list[str]]:
+    """(part, case) for what `list_files` finds of each part, one part after the other.
+
+    Args:
+        parts: {ending of the folders' names: name of the part}, such as {"Tr": "train"}.
+
+    Returns:
+        the cases; problems: those of `list_files`, and a sentence for each name that stands in two parts.
+    """
+    cases, problems = [], []
+    part_of: dict[str, str] = {}
+    for ending, part in parts.items():
+        files, same = list_files(folder, ending)
+        problems += same
+        for case in files:
+            if (other := part_of.setdefault(case.case_id, part)) != part:
+                problems.append(
+                    f"{folder}: {case.case_id} is a case of {other} and of {part}; remove one of them"
+                )
+            cases.append((part, case))
+    return cases, problems
+
+
 def read_dataset_json(folder: str | Path) -> dict:
     """The content of the folder's dataset.json; {} if there is no such file.
 
@@ -122,3 +146,62 @@ def modality_of(notes: dict) -> str | None:
     if "CT" in text:
         return "ct"
     return "mr" if re.search("MR|T1|T2|FLAIR", text) else None
+
+
+def check_label_names(
+    notes: dict, names: Mapping[int, str], spellings: Mapping[int, Collection[str]], data_set: str, path: Path
+) -> None:
+    """Refuse a dataset.json that calls a number by another name than the data set whose layout it has.
+
+    Case, spaces and signs do not count. Numbers that `names` does not hold are passed over.
+
+    Args:
+        notes: its content; path: of the file, for error messages.
+        names: {number: name} in the data set; spellings: {number: other names for the same}.
+        data_set: its name, for error messages.
+
+    Raises:
+        ValueError: with the number, what it is called there, and what it is in the data set.
+    """
+    for number, name in label_names(notes).items():
+        if number not in names:
+            continue
+        if _letters(name) not in map(_letters, (names[number], *spellings.get(number, ()))):
+            raise ValueError(
+                f"{path}: calls label {number} {name!r}, which is the {names[number]} in {data_set}; give "
+                f"the labels {data_set}'s numbers, or correct the name in this file"
+            )
+
+
+def labelled_numbers(
+    case_id: str, notes: dict, flag: list[int] | None, known: Collection[int], path: Path
+) -> tuple[int, ...]:
+    """What a case of a partly labelled data set was annotated with, whether the scan has it or not.
+
+    Args:
+        notes: content of dataset.json; path: of the file, for error messages.
+        flag: numbers that --labelled gives for all cases. None: "labelled" of dataset.json, a list of numbers
+            or {case: list}; else the numbers that its "labels" name; else all that are known.
+        known: numbers of all labels that there may be.
+
+    Raises:
+        ValueError: no list of such numbers.
+    """
+    noted = notes.get("labelled")
+    if flag is not None:
+        numbers, where = flag, "--labelled"
+    elif isinstance(noted, dict):
+        numbers, where = noted.get(case_id), f'{path}: "labelled" of {case_id}'
+    elif noted is not None:
+        numbers, where = noted, f'{path}: "labelled"'
+    else:
+        numbers, where = [n for n in label_names(notes) if n in known] or list(known), str(path)
+    if not isinstance(numbers, list) or not numbers or not all(n in known for n in numbers):
+        raise ValueError(
+            f"{where}: expected numbers of labels from {min(known)} to {max(known)}, found {numbers}"
+        )
+    return tuple(sorted(set(numbers)))
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z]", "", name.lower())

@@ -1,8 +1,9 @@
-"""Flags that the train scripts of several tasks have, with one meaning; see also `add_run_flags`."""
+"""Flags that scripts of several tasks have, with one meaning; see also `add_run_flags`."""
 
 import argparse
+import os
 
-from common.config import Switch, fraction, positive_int
+from common.config import Switch, fraction, non_negative_int, positive_int
 
 
 def add_fold_flags(group: argparse._ArgumentGroup) -> None:
@@ -139,6 +140,17 @@ def add_evaluate_flag(group: argparse._ArgumentGroup) -> None:
         default=True,
         help="after training score best.pt on the test scans, or on the validation scans if there are no "
         "test scans",
+    )
+
+
+def add_workers_flag(parser: argparse.ArgumentParser) -> None:
+    """--workers of the scripts that read or convert whole scans, several at a time."""
+    parser.add_argument(
+        "--workers",
+        type=non_negative_int,
+        default=min(4, os.cpu_count() or 1),
+        help="number of processes that read scans; 0 = the main process does it itself; each may take 2 GB "
+        "for a long scan",
     )
 
 

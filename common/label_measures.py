@@ -1,13 +1,16 @@
-"""What is in a label map: how much of each label, where, in how many pieces; what a coarser grid leaves."""
+"""What is in a label map, and in many of them: how much of each label, where, in how many pieces; and what a
+coarser grid leaves of it."""
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
 from common.metrics import binary_counts, dice_from_counts
+from common.nifti import Scan
 from common.volumes import Box, resample_labels, resampled_shape
 
 
@@ -89,3 +92,92 @@ def round_trip(
     present = [n for n, box in enumerate(ndimage.find_objects(labels), 1) if box is not None]
     counts = {n: binary_counts(returned == n, labels == n) for n in present}
     return returned, {n: dice_from_counts(tp, fp, fn) for n, (tp, fp, fn, _) in counts.items()}
+
+
+def why_not_labels(labels: np.ndarray, names: Mapping[int, str], labelled: Collection[int]) -> str:
+    """A phrase about the numbers in a label map that do not belong there; "" if all do.
+
+    Args:
+        labels: (z, y, x) whole numbers; 0 is the background.
+        names: {number: name} of all labels of the data set.
+        labelled: those of them that this map was made with.
+    """
+    found = np.flatnonzero(label_counts(labels, int(labels.max()) + 1)).tolist()
+    if unknown := [str(n) for n in found if n and n not in names]:
+        return (
+            f"label value(s) {', '.join(unknown[:10])}; expected {min(names)} to {max(names)}. Is it a label "
+            "of another data set?"
+        )
+    if surplus := [f"{n} ({names[n]})" for n in found if n and n not in labelled]:
+        return (
+            f"holds {', '.join(surplus)}, which --labelled or dataset.json does not name as labelled; "
+            "correct the list of labels"
+        )
+    return ""
+
+
+# ---- statistics of a data set ----
+
+
+def describe_labels(
+    scan: Scan, image: np.ndarray | None = None, percentiles: Sequence[float] = (0.5, 50, 99.5)
+) -> dict[int, dict[str, float]]:
+    """{label: {"ml": volume, "extent_z_mm", "extent_y_mm", "extent_x_mm": sides of its box}} of one case.
+
+    Args:
+        scan: of whole numbers; 0 is the background.
+        image: (z, y, x) of the same shape; then also "p0.5" and so on, the `percentiles` of its values in
+            each label.
+    """
+    labels, described = scan.array, {}
+    for label, measure in measure_labels(labels).items():
+        described[label] = {"ml": measure.voxels * scan.voxel_mm3 / 1000}
+        extent_mm = measure.extent_mm(scan.spacing_mm)
+        described[label] |= {f"extent_{axis}_mm": mm for axis, mm in zip("zyx", extent_mm, strict=True)}
+        if image is not None:
+            box = tuple(slice(a, b) for a, b in zip(*measure.box, strict=True))
+            values = np.percentile(image[box][labels[box] == label], percentiles)
+            described[label] |= {f"p{p:g}": float(v) for p, v in zip(percentiles, values, strict=True)}
+    return described
+
+
+def label_rows(
+    described: Sequence[Mapping[int, Mapping[str, float]]],
+    names: Mapping[int, str],
+    labelled: Sequence[Collection[int]] | None = None,
+) -> list[dict]:
+    """A row for each label: how many cases have it, and what is usual of it among them.
+
+    Args:
+        described: {label: {quantity: number}} of each case, as of `describe_labels`; "ml" is in each.
+        names: {label: name}; the rows are in its order.
+        labelled: the labels that each case was annotated with; None: all of `names` in all cases.
+
+    Returns:
+        label, name, scans (that have the label), labelled (scans that were annotated with it), presence
+        (share of the former in the latter), mean_ml, sd_ml, and the median of each quantity under its own
+        name. NaN without a scan; sd_ml, of a sample, without two; a quantity that no scan of a label has is
+        NaN in its row.
+    """
+    quantities = {"ml": None} | dict.fromkeys(
+        key for case in described for values in case.values() for key in values
+    )
+    rows = []
+    for label, name in names.items():
+        found = [case[label] for case in described if label in case]
+        num_labelled = sum(label in case for case in labelled) if labelled is not None else len(described)
+        volumes_ml = [values["ml"] for values in found]
+        row = {
+            "label": label,
+            "name": name,
+            "scans": len(found),
+            "labelled": num_labelled,
+            "presence": len(found) / num_labelled if num_labelled else math.nan,
+            "mean_ml": float(np.mean(volumes_ml)) if found else math.nan,
+            "sd_ml": float(np.std(volumes_ml, ddof=1)) if len(found) > 1 else math.nan,
+        }
+        for quantity in quantities:
+            numbers = [values[quantity] for values in found if quantity in values]
+            row[quantity] = float(np.median(numbers)) if numbers else math.nan
+        rows.append(row)
+    return rows

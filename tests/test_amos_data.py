@@ -11,7 +11,6 @@ from conftest import REAL_DATA
 
 from amos_lha import check_data, preprocess, stats
 from amos_lha.cases import list_any, list_data_set
-from amos_lha.conversion import stored_values
 from amos_lha.organs import ORGANS
 from common.hdf5 import CaseFile
 from common.intensity import mr_scaling
@@ -144,12 +143,12 @@ def test_labelled_organs(notes, flag, expected, tmp_path):
         (
             {"labelled": {"b": [1]}},
             None,
-            '"labelled" of a: expected numbers of organs .* found None',
+            '"labelled" of a: expected numbers of labels .* found None',
         ),
-        ({"labelled": [0, 1]}, None, "expected numbers of organs"),
-        ({"labelled": "all"}, None, "expected numbers of organs"),
-        ({"labelled": []}, None, "expected numbers of organs"),
-        ({}, [16], "--labelled: expected numbers of organs from 1 to 15, found .16."),
+        ({"labelled": [0, 1]}, None, "expected numbers of labels"),
+        ({"labelled": "all"}, None, "expected numbers of labels"),
+        ({"labelled": []}, None, "expected numbers of labels"),
+        ({}, [16], "--labelled: expected numbers of labels from 1 to 15, found .16."),
         ({"labels": {"1": "liver", "2": "cancer"}}, None, "label 1 'liver', which is the spleen in AMOS"),
         ({"labels": {"2": "left kidney"}}, None, "label 2 'left kidney', which is the right kidney"),
     ],
@@ -163,7 +162,7 @@ def test_wrong_lists_of_organs(notes, flag, message, tmp_path):
 
 def test_spellings_of_amos_are_known(tmp_path):
     add_case(tmp_path)
-    names = dict(ORGANS) | {4: "gall bladder", 8: "arota", 9: "postcava", 5: "Oesophagus"}
+    names = dict(ORGANS) | {4: "Gall Bladder", 8: "arota", 9: "postcava", 5: "Oesophagus"}
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": names}))
     assert list_data_set(tmp_path)[0][0].labelled == tuple(range(1, 16))
 
@@ -302,11 +301,6 @@ def test_mr_of_few_grey_levels_or_beyond_int16_stays_float(factor, dtype, tmp_pa
     assert case.image[...].max() == pytest.approx(mr_scaling(scan).high, rel=1e-3)
 
 
-def test_grey_values_are_rounded_not_cut_off():
-    values = np.array([0.6, -0.6, 1.4], np.float32)
-    assert stored_values(values, "ct", (-1024, 1500)).tolist() == [1, -1, 1]
-
-
 @pytest.mark.parametrize(
     "words, expected",
     [
@@ -374,7 +368,7 @@ def test_bad_cases_are_named_and_cost_the_others_nothing(tmp_path, capsys):
         if line.startswith("  amos_"):
             printed[line.split(":")[0].strip()] = line
     for number, *words in (
-        (2, "labelsTr", "label value(s) 16; AMOS's organs are 1 to 15"),
+        (2, "labelsTr", "label value(s) 16; expected 1 to 15"),
         (3, "labelsTr", "is not a whole number"),
         (4, "labelsTr", "another grid", "(15, 40, 44)", "(16, 40, 44)"),
         (5, "labelsTr", "another grid"),
@@ -478,7 +472,7 @@ def test_a_good_data_set_passes_and_is_counted(amos, tmp_path, capsys):
         assert words in printed
     with (tmp_path / "check/check.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["case"] for row in rows][-1] == "amos_0010" and rows[0]["organs"] == "1 2 3 6 11 12"
+    assert [row["case"] for row in rows][-1] == "amos_0010" and rows[0]["labels"] == "1 2 3 6 11 12"
     assert {row["problems"] for row in rows} == {""}
 
 
@@ -525,7 +519,7 @@ def test_each_fault_is_found(tmp_path, capsys):
         "amos_0002 (train): ": "a scan without a label",
         "amos_0003 (train): ": "a label without a scan",
         "amos_0004 (train): ": "lies on another grid than amos_0004.nii.gz",
-        "amos_0005 (train): ": "label value(s) 17; AMOS's organs",
+        "amos_0005 (train): ": "label value(s) 17; expected 1 to 15",
         "amos_0006 (train): ": "its scan is the same as that of amos_0001 (train)",
         "amos_0008 (train): ": "its label is the same as that of amos_0007 (train)",
         "amos_0009 (train): ": "wrong side: right kidney left of left kidney: two labels are exchanged",
@@ -590,37 +584,37 @@ def test_labels_alone(tmp_path, capsys):
 
 
 def organ_rows(path: Path) -> dict[int, dict]:
-    return {row["organ"]: row for row in json.loads((path / "statistics.json").read_text())["organs"]}
+    with (path / "statistics.csv").open() as file:
+        return {int(row["label"]): row for row in csv.DictReader(file)}
 
 
 def measure(source: Path, *flags: object) -> int:
     return stats.main(["--data_path", str(source), "--workers", "0", *map(str, flags)])
 
 
-def test_statistics_by_hand(amos, tmp_path):
+def test_statistics_by_hand(amos, tmp_path, capsys):
     """Spleens of 432, 361 and (MR) 362 voxels of 20 mm^3; of the last two one or two lie in the corner."""
     label = np.where(body()[1] == 11, 0, body()[1]).astype(np.uint8)
     label[4:10, 20:22, 8:14] = 1  # amos_0001: 72 voxels more
     add_case(amos, "amos_0001", label=label)
     assert measure(amos, "--out", tmp_path / "out", "--small_ml", 0.5, "--large_ml", 7.24) == 0
+    assert " 1 spleen: 3 of 3, median 7.24 mL (large), 50 x 40 x 28 mm (z y x)\n" in capsys.readouterr().out
     rows = organ_rows(tmp_path / "out")
-    assert rows[1]["median_ml"] == pytest.approx(7.24) and rows[1]["max_ml"] == pytest.approx(8.64)
-    assert rows[1]["group_by_size"] == "large" and rows[1]["default_group"] == "large"
-    assert [rows[1][f"extent_{axis}_mm"] for axis in "zyx"] == [50.0, 40.0, 28.0]
-    assert [rows[6][f"extent_{axis}_mm"] for axis in "zyx"] == [35.0, 32.0, 24.0]
-    assert rows[11]["present"] == 2 and rows[11]["labelled"] == 3
-    assert rows[11]["presence"] == pytest.approx(2 / 3) and rows[11]["median_ml"] == pytest.approx(0.24)
+    assert list(rows) == list(range(1, 16))
+    assert float(rows[1]["ml"]) == pytest.approx(7.24)
+    assert rows[1]["group_by_size"] == "large" and rows[1]["group"] == "large"
+    assert [float(rows[6][f"extent_{axis}_mm"]) for axis in "zyx"] == [35.0, 32.0, 24.0]
+    assert (rows[11]["scans"], rows[11]["labelled"]) == ("2", "3")
+    assert float(rows[11]["presence"]) == pytest.approx(2 / 3, rel=1e-5)
     assert rows[11]["group_by_size"] == "small" and rows[2]["group_by_size"] == "medium"
-    assert rows[6]["hu_p50"] == pytest.approx(60, abs=1), "of the CT only"
-    assert rows[14]["present"] == 0 and rows[14]["median_ml"] is None and rows[14]["group_by_size"] == ""
-    with (tmp_path / "out/statistics.csv").open() as file:
-        assert [int(row["organ"]) for row in csv.DictReader(file)] == list(range(1, 16))
+    assert float(rows[6]["p50"]) == pytest.approx(60, abs=1), "of the CT only"
+    assert rows[14]["scans"] == "0" and rows[14]["ml"] == rows[14]["group_by_size"] == ""
 
 
 def test_grey_values_of_mr_are_no_hu(tmp_path):
     add_case(tmp_path / "source", "amos_0601", modality="mr")
     assert measure(tmp_path / "source", "--out", tmp_path / "out") == 0
-    assert organ_rows(tmp_path / "out")[6]["hu_p50"] is None
+    assert "p50" not in organ_rows(tmp_path / "out")[6]
 
 
 @pytest.mark.parametrize("flag, group", [(74.9, "medium"), (75.1, "small")])
@@ -629,23 +623,21 @@ def test_thresholds(flag, group):
     assert stats.size_group(190.0, flag, 190.0) == "large" and stats.size_group(float("nan"), 75, 190) == ""
 
 
-def test_statistics_of_a_cache_are_those_of_the_scans(amos, tmp_path):
-    convert(amos, tmp_path / "h5", "--spacing", *SPACING_MM)
-    assert measure(tmp_path / "h5") == 0
-    (amos / "imagesTr/amos_0507.nii.gz").unlink(), (amos / "labelsTr/amos_0507.nii.gz").unlink()
-    assert measure(amos, "--out", tmp_path / "raw") == 0
-    assert organ_rows(tmp_path / "h5") == organ_rows(tmp_path / "raw"), "written beside the cases"
-
-
 def test_statistics_of_labels_alone_and_unreadable_ones(amos, tmp_path, capsys):
     (amos / "labelsTr/amos_0004.nii.gz").write_bytes(b"")
     out = tmp_path / "out"
     assert measure(amos / "labelsTr", "--out", out, "--round_trip", *SPACING_MM) == 1
     assert "1 case(s) could not be measured:\n  amos_0004: " in capsys.readouterr().out
     rows = organ_rows(out)
-    assert rows[1]["present"] == 2 and rows[1]["hu_p50"] is None and rows[1]["round_trip_dice"] == 1.0
+    assert rows[1]["scans"] == "2" and "p50" not in rows[1] and float(rows[1]["round_trip_dice"]) == 1
     with pytest.raises(SystemExit, match="spacing median: expected light, fine, native, or three"):
         measure(amos / "labelsTr", "--out", out, "--round_trip", "median")
+
+
+def test_statistics_without_any_organ(tmp_path):
+    add_case(tmp_path / "source", label=np.zeros(SHAPE, np.uint8))
+    assert measure(tmp_path / "source", "--out", tmp_path / "out") == 0
+    assert {row["ml"] for row in organ_rows(tmp_path / "out").values()} == {""}
 
 
 # ---- real files ----

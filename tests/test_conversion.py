@@ -17,6 +17,7 @@ from conftest import ROOT
 
 from common.conversion import (
     convert_cases,
+    convert_data_set,
     each_case,
     failure_reason,
     file_stamp,
@@ -282,11 +283,40 @@ def test_what_is_finished_holds_until_files_or_settings_change(converted, tmp_pa
 
 def test_the_last_notes(converted):
     out, stamps, _ = converted
-    finish_notes(out, {"a2": {"name": "a2"}}, {"spacing_mm": [1]}, [{"name": "a2", "voxels": 60}])
-    assert (out / "cases.csv").read_text().split() == ["name,voxels", "a2,60"]
-    assert json.loads((out / "preprocessing.json").read_text())["cases"] == [{"name": "a2"}]
-    finish_notes(out, {}, {}, [])
+    entry = {"name": "a2", "voxels": 60, "organs": {"1": 3.5, "6": 1.0}}
+    finish_notes(out, [entry], {"spacing_mm": [1]}, ["name", "voxels"], {"number": "organs"})
+    assert (out / "cases.csv").read_text().split() == ["name,voxels,number", "a2,60,2"]
+    assert json.loads((out / "preprocessing.json").read_text()) == {"spacing_mm": [1], "cases": [entry]}
+    finish_notes(out, [], {}, ["name"], {})
     assert not (out / "cases.csv").exists() and not (out / "preprocessing.json").exists()
+
+
+def write_number(number: int, out, stamp) -> dict:
+    """A case whose file holds its number; 3 cannot be converted."""
+    if number == 3:
+        raise ValueError("three")
+    write_case(out / f"cases/n{number}.h5", np.full((2, 3, 4), number, np.int16), attributes={})
+    return {"name": f"n{number}", "stamp": stamp, "settings": {}, "number": number}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_is_converted_once_and_noted(workers, tmp_path, capsys):
+    cases = {f"n{number}": number for number in (10, 3, 2)}
+
+    def convert_all(*stamp: int):
+        same = {"stamps": dict.fromkeys(cases, list(stamp)), "settings": dict.fromkeys(cases, {})}
+        about = {"about_all": {"spacing_mm": [1]}, "workers": workers}
+        return convert_data_set(write_number, cases, tmp_path / "out", list(stamp), **same, **about)
+
+    entries, failed = convert_all(1)
+    assert [entry["number"] for entry in entries] == [2, 10] and failed == {"n3": "three"}
+    notes = json.loads((tmp_path / "out/preprocessing.json").read_text())
+    assert notes == {"spacing_mm": [1], "cases": entries}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/cases/*")}
+    assert convert_all(1) == (entries, failed), "with those of the earlier call"
+    assert {path: path.stat().st_mtime_ns for path in times} == times and len(times) == 2
+    assert "2 of 3 cases are converted already" in capsys.readouterr().out
+    assert [entry["stamp"] for entry in convert_all(2)[0]] == [[2], [2]]
 
 
 def test_failures_are_counted_and_named(capsys):

@@ -4,10 +4,13 @@ import pytest
 
 from common.decathlon import (
     Case,
+    check_label_names,
     find_decathlon,
     label_names,
+    labelled_numbers,
     list_cases,
     list_files,
+    list_parts,
     modality_of,
     read_dataset_json,
 )
@@ -168,3 +171,42 @@ def test_names_of_labels_by_number_or_by_name():
 )
 def test_modality(notes, modality):
     assert modality_of(notes) == modality
+
+
+def test_parts_and_names_in_two_of_them(tmp_path):
+    for part, names in {"Tr": ["b10", "b9"], "Va": ["a", "b9"], "Ts": ["c"]}.items():
+        (tmp_path / f"images{part}").mkdir()
+        for name in names:
+            (tmp_path / f"images{part}" / f"{name}.nii.gz").touch()
+    cases, problems = list_parts(tmp_path, {"Tr": "train", "Va": "val", "Ts": "test"})
+    found = [(part, case.case_id) for part, case in cases]
+    assert found == [("train", "b9"), ("train", "b10"), ("val", "a"), ("val", "b9"), ("test", "c")]
+    assert problems == [f"{tmp_path}: b9 is a case of train and of val; remove one of them"]
+
+
+def test_names_of_labels_are_compared_by_their_letters(tmp_path):
+    names, spellings, path = {1: "left ear", 2: "nose"}, {2: ("snout", "nasus")}, tmp_path / "dataset.json"
+    for given in ({"1": "Left_Ear", "2": "SNOUT"}, {"nose": 2, "hair": 3}, {}):
+        check_label_names({"labels": given}, names, spellings, "Faces", path)
+    with pytest.raises(ValueError, match="calls label 1 'nose', which is the left ear in Faces; give"):
+        check_label_names({"labels": {"1": "nose"}}, names, spellings, "Faces", path)
+
+
+@pytest.mark.parametrize(
+    "notes, flag, expected",
+    [
+        ({}, None, (1, 2, 5)),
+        ({"labels": {"0": "background", "5": "x", "9": "y"}}, None, (5,)),
+        ({"labels": {"5": "x"}, "labelled": [2, 1, 2]}, None, (1, 2)),
+        ({"labelled": {"a": [5], "b": [1]}}, None, (5,)),
+        ({"labelled": [1]}, [5, 2], (2, 5)),
+    ],
+)
+def test_which_labels_a_case_was_annotated_with(notes, flag, expected, tmp_path):
+    assert labelled_numbers("a", notes, flag, {1: "x", 2: "y", 5: "z"}, tmp_path) == expected
+
+
+@pytest.mark.parametrize("noted", [[], [3], "all", {"b": [1]}, [1, "2"]])
+def test_lists_of_labels_that_make_no_sense(noted, tmp_path):
+    with pytest.raises(ValueError, match="dataset.json: .*expected numbers of labels from 1 to 5, found"):
+        labelled_numbers("a", {"labelled": noted}, None, [1, 2, 5], tmp_path / "dataset.json")

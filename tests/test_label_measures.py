@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from common.label_measures import label_counts, measure_labels, round_trip
+from common.label_measures import (
+    describe_labels,
+    label_counts,
+    label_rows,
+    measure_labels,
+    round_trip,
+    why_not_labels,
+)
+from common.nifti import load_label, write_nifti
 
 
 @pytest.fixture
@@ -61,3 +69,48 @@ def test_round_trip_does_not_move_labels():
     returned, dice = round_trip(labels, (1, 1, 1), (1.7, 1.7, 1.7))
     assert dice[1] > 0.93
     np.testing.assert_allclose(measure_labels(returned)[1].centre, (14, 15, 19), atol=0.1)
+
+
+def test_numbers_that_do_not_belong_there(labels):
+    names = {2: "nose", 5: "ear", 6: "beard"}
+    assert why_not_labels(labels, names, (2, 5)) == why_not_labels(np.zeros_like(labels), names, (2,)) == ""
+    assert why_not_labels(labels, names, (5, 6)).startswith(
+        "holds 2 (nose), which --labelled or dataset.json"
+    )
+    unknown = why_not_labels(labels, {2: "nose", 6: "beard"}, (2,))
+    assert unknown == "label value(s) 5; expected 2 to 6. Is it a label of another data set?"
+
+
+def test_description_by_hand(labels, tmp_path):
+    """Voxels of 5 x 1 x 0.5 mm; the image counts along x."""
+    write_nifti(tmp_path / "label.nii.gz", labels, (5, 1, 0.5), orientation="PIL")
+    scan = load_label(tmp_path / "label.nii.gz")
+    image = np.broadcast_to(np.arange(14), labels.shape)
+    described = describe_labels(scan, image, (0, 50))
+    assert list(described) == [2, 5]
+    assert described[2] == pytest.approx(
+        {"ml": 0.06, "extent_z_mm": 10, "extent_y_mm": 3, "extent_x_mm": 2, "p0": 4, "p50": 5.5}
+    )
+    assert described[5]["p50"] == 6 and "p50" not in describe_labels(scan)[5]
+
+
+def test_rows_of_labels_by_hand():
+    cases = [{19: {"ml": 10.0, "p50": 4.0}, 28: {"ml": 3.0}}, {19: {"ml": 16.0}}, {19: {"ml": 13.0}}, {}]
+    rows = label_rows(cases, {28: "T13", 19: "T12", 1: "C1"}, [(19, 28), (19,), (19,), (1,)])
+    assert [row["name"] for row in rows] == ["T13", "T12", "C1"]
+    assert rows[1] == {
+        "label": 19,
+        "name": "T12",
+        "scans": 3,
+        "labelled": 3,
+        "presence": 1.0,
+        "mean_ml": 13.0,
+        "sd_ml": 3.0,
+        "ml": 13.0,
+        "p50": 4.0,
+    }
+    assert rows[0]["scans"] == rows[0]["labelled"] == 1 and np.isnan(rows[0]["sd_ml"])
+    assert rows[2]["presence"] == 0 and np.isnan([rows[2][key] for key in ("mean_ml", "ml", "p50")]).all()
+    everywhere = label_rows(cases, {19: "T12"})[0]
+    assert (everywhere["labelled"], everywhere["presence"]) == (4, 0.75)
+    assert np.isnan(label_rows([], {1: "C1"})[0]["presence"])

@@ -533,7 +533,7 @@ def test_editions(tmp_path):
     assert len(VerSe(tmp_path / "out", 20).cases) == len(VerSe(tmp_path / "out").cases) == 3
     shutil.rmtree(tmp_path / "source" / "verse19")
     convert(tmp_path / "source", tmp_path / "out", "--spacing", 8, 8, 8)
-    with pytest.raises(ValueError, match="3 cases, but none of --dataset_edition 19"):
+    with pytest.raises(ValueError, match="1 cases, but none of --dataset_edition 19"):
         VerSe(tmp_path / "out", 19)
 
 

@@ -36,7 +36,7 @@ from verse_spine.labels import (
     mask_centres,
     read_centroids,
 )
-from verse_spine.stats_report import HU_EDGES, TOP_TO_BOTTOM, label_rows, report, save_picture
+from verse_spine.stats_report import HU_EDGES, TOP_TO_BOTTOM, report, save_picture, vertebra_rows
 
 BODY_HU = -500  # what is denser counts as body
 BLOCK_VOXELS = 2**25  # that are in memory at once: 64 MiB of int16
@@ -248,7 +248,7 @@ def statistics(args: Namespace) -> dict[str, str]:
         results.sort(key=lambda r: natural_key(r["row"]["case"]))
         make_folder(out)
         write_table(out / "scans.csv", [r["row"] for r in results])
-        write_table(out / "labels.csv", label_rows(results))
+        write_table(out / "labels.csv", vertebra_rows(results))
         save_picture(out / "statistics.png", results)
         (out / "statistics.md").write_text(report(args.source, results, failed), encoding="utf8")
         vertebrae = sum(len(r["volumes_ml"]) for r in results)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.label_measures import label_rows
 from common.plots import new_figure, save_figure
 from verse_spine.labels import LABEL_NAMES, MAX_DISTANCE_MM, VERTEBRAE
 
@@ -15,24 +16,10 @@ HU_EDGES = np.arange(-1025, 2026, 25)  # bins of the density picture; -1000 lies
 TOP_TO_BOTTOM = sorted(VERTEBRAE, key=lambda label: 19.5 if label == 28 else label)  # T13 below T12
 
 
-def label_rows(results: list[dict]) -> list[dict]:
-    """Rows of labels.csv: all of VerSe's vertebrae from C1 down, how many scans hold each, and its volume.
-
-    The mean is NaN without a scan, the (sample) standard deviation without two.
-    """
-    rows = []
-    for label in TOP_TO_BOTTOM:
-        volumes_ml = [r["volumes_ml"][label] for r in results if label in r["volumes_ml"]]
-        rows.append(
-            {
-                "label": label,
-                "name": LABEL_NAMES[label],
-                "scans": len(volumes_ml),
-                "mean_ml": float(np.mean(volumes_ml)) if volumes_ml else math.nan,
-                "sd_ml": float(np.std(volumes_ml, ddof=1)) if len(volumes_ml) > 1 else math.nan,
-            }
-        )
-    return rows
+def vertebra_rows(results: list[dict]) -> list[dict]:
+    """Rows of labels.csv: all of VerSe's vertebrae from C1 down, how many scans hold each, and its volume."""
+    described = [{n: {"ml": ml} for n, ml in result["volumes_ml"].items()} for result in results]
+    return label_rows(described, {n: LABEL_NAMES[n] for n in TOP_TO_BOTTOM})
 
 
 def unusual(result: dict) -> dict[str, bool]:
@@ -122,7 +109,7 @@ def _vertebrae_table(results: list[dict]) -> list[str]:
     """Volume of each vertebra; nothing if no scan holds one."""
     cells = [
         [row["name"], row["scans"], _short(row["mean_ml"]), _short(row["sd_ml"])]
-        for row in label_rows(results)
+        for row in vertebra_rows(results)
         if row["scans"]
     ]
     if not cells:
@@ -142,7 +129,7 @@ def _unusual_table(results: list[dict]) -> list[str]:
 
 def save_picture(path: Path, results: list[dict]) -> None:
     """statistics.png; without a vertebra the two panels about vertebrae are left out."""
-    rows, labels = [r["row"] for r in results], label_rows(results)
+    rows, labels = [r["row"] for r in results], vertebra_rows(results)
     some_vertebra = any(row["scans"] for row in labels)
     columns = 3 if some_vertebra else 2
     figure, axes = new_figure(2, columns, (5 * columns, 7.5))
