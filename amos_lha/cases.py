@@ -10,7 +10,6 @@ has to tell whether they are CT or MR, e.g. "modality": {"0": "CT"}.
 """
 
 import re
-from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,26 +22,14 @@ from common.decathlon import (
     modality_of,
     read_dataset_json,
 )
-from common.flags import add_workers_flag
-from common.label_measures import why_not_labels
-from common.nifti import Scan, case_name, is_nifti, load_label
-from common.pairs import load_pair
+from common.nifti import Scan, case_name, is_nifti
+from common.pairs import load_labelled
 from common.splits import natural_key
 
 PARTS = {"Tr": "train", "Va": "val", "Ts": "test"}  # ending of the folder: part
 FIRST_MR = 500
 AMOS22 = "AMOS22 has 200 CT and 40 MR for training, 100 CT and 20 MR for validation"
-SPELLINGS = {  # other names of organs, by number; "arota" and "postcava" are AMOS's own
-    2: ("kidney right",),
-    3: ("kidney left",),
-    5: ("oesophagus",),
-    8: ("arota",),
-    9: ("postcava",),
-    11: ("right adrenal", "adrenal gland right"),
-    12: ("left adrenal", "adrenal gland left"),
-    14: ("urinary bladder",),
-    15: ("prostate", "uterus", "prostate or uterus"),
-}
+SPELLINGS = {5: ("oesophagus",), 8: ("arota",), 9: ("postcava",)}  # the latter two are AMOS's own
 
 
 @dataclass(frozen=True)
@@ -123,27 +110,6 @@ def load_case(case: Case) -> tuple[Scan | None, Scan]:
     """Scan and label of a case, checked against each other; of a label map alone the scan is None.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_pair`; a file is missing; or the label holds other numbers
-            than those of organs labelled in this case.
+        FileNotFoundError, ValueError: as `load_labelled`.
     """
-    if case.label is None or (case.image is None and case.part != "labels"):
-        missing, there = ("label", case.image) if case.label is None else ("scan", case.label)
-        raise ValueError(f"{there}: has no {missing} of the same name; add it, or move this file away")
-    scan, label = load_pair(case.image, case.label) if case.image else (None, load_label(case.label))
-    if reason := why_not_labels(label.array, ORGANS, case.labelled):
-        raise ValueError(f"{case.label}: {reason}")
-    return scan, label
-
-
-def add_flags(parser: ArgumentParser) -> None:
-    """--labelled and --workers of the scripts that read a data set."""
-    parser.add_argument(
-        "--labelled",
-        type=int,
-        nargs="+",
-        metavar="ORGAN",
-        help="numbers of the organs that are labelled in this data set, e.g. 1 2 3 6; the others count "
-        "neither as background nor as errors. Default: 'labelled' of dataset.json, else the organs that it "
-        "names, else all",
-    )
-    add_workers_flag(parser)
+    return load_labelled(case.image, case.label, ORGANS, case.labelled, label_alone=case.part == "labels")

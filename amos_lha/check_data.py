@@ -16,11 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import AMOS22, Case, add_flags, list_any
+from amos_lha.cases import AMOS22, Case, list_any
 from amos_lha.organs import ORGANS, SIDES, group_of
 from common import check_cases
 from common.config import make_parser, non_negative_int, parse_args, run_script
 from common.conversion import each_case
+from common.flags import add_labelled_flag, add_workers_flag
 
 RIGHT_AND_LEFT = (*SIDES, (6, 1))  # the liver lies right of the spleen
 NEEDS = {"train": ("scan", "label"), "val": ("scan", "label"), "test": ("scan",), "labels": ("label",)}
@@ -41,7 +42,8 @@ def build_parser() -> ArgumentParser:
         help="parts of an organ that are apart from its largest part and smaller than this many voxels are "
         "remarked on; 0 = none are",
     )
-    add_flags(parser)
+    add_labelled_flag(parser, "this data set")
+    add_workers_flag(parser)
     return parser
 
 

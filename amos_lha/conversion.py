@@ -4,7 +4,6 @@ from pathlib import Path
 
 from amos_lha.cases import Case, load_case
 from amos_lha.organs import NUM_CLASSES, ORGANS
-from common.conversion import file_stamp
 from common.hdf5 import write_case
 from common.hu import why_not_hu
 from common.intensity import mr_scaling, stored_range
@@ -59,18 +58,6 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
         "labelled": list(case.labelled),
         "shape": list(working.image.shape),
         "organ_ml": {str(n): round(native[n] * scan.voxel_mm3 / 1000, 3) for n in ORGANS if native[n]},
-        "stamp": stamp_of(case),
-        "settings": settings_of(case, spacing_mm),
         "compression": used,
         "notes": "; ".join(notes),
     }
-
-
-def stamp_of(case: Case) -> list:
-    """Tells whether the files of a case are still those that were converted; see `file_stamp`."""
-    return file_stamp([path for path in (case.image, case.label) if path is not None])
-
-
-def settings_of(case: Case, spacing_mm: Spacing) -> dict:
-    """What decides how the case comes out; a case made with other settings is made again."""
-    return {"spacing_mm": list(spacing_mm), "modality": case.modality, "labelled": list(case.labelled)}

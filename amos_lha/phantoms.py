@@ -1,7 +1,7 @@
 """Synthetic abdomens in AMOS22's layout, so that the demo and the tests need no download.
 
 CT with the 15 organs at their usual places, sides and volumes, and what could be taken for them: bowel,
-heart, muscles, vessels, bones. They model no disease; scores on them mean nothing for patients.
+heart, muscles, bones. They model no disease; scores on them mean nothing for patients.
 """
 
 import json
@@ -11,20 +11,20 @@ import numpy as np
 from tqdm import tqdm
 
 from amos_lha.organs import ORGANS
-from common.nifti import write_nifti
 from common.phantoms import (
+    Canvas,
     already_written,
-    box_between,
+    ellipsoid_mm,
     new_folder,
     noisy_hu,
     oval_mm,
-    paint,
-    tube_mm,
     voxel_axes_mm,
+    write_pair,
 )
 
 ORIENTATIONS = ("LAS", "LPS", "RAS")  # of the stored files, in turn
 THICKNESS_MM = (5.0, 1.5, 5.0, 3.0)  # of the slices, in turn; most AMOS scans have 5 mm
+ABSENT = {2: (4,), 4: (15,)}  # organs that the third and the fifth of five patients do not have
 
 # Shapes in mm of an average body, RAS: z up from the kidneys' level, y to the front, x to the right.
 # Chains of rounded tubes: (z, y, x, radius) at each joint.
@@ -48,23 +48,7 @@ ELLIPSOIDS = {
     14: (((-222, 36, 0), (33, 33, 42)),),
     15: (((-262, 22, 0), (21, 21, 27)), ((-204, -12, 4), (31, 23, 24))),  # prostate, uterus
 }
-ORDER = (
-    6,
-    7,
-    1,
-    2,
-    3,
-    14,
-    10,
-    13,
-    15,
-    9,
-    8,
-    4,
-    5,
-    11,
-    12,
-)  # the later organ keeps a voxel that two would have
+ORDER = (6, 7, 1, 2, 3, 14, 10, 13, 15, 9, 8, 4, 5, 11, 12)  # the last one keeps a voxel that two would have
 # By organ number: HU, their standard deviation between patients, and within an organ.
 HU = (0, 115, 165, 165, 12, 48, 105, 40, 155, 135, 92, 74, 74, 52, 8, 68)
 BETWEEN_HU = (0, 12, 22, 22, 7, 10, 14, 14, 22, 20, 12, 12, 12, 12, 6, 10)
@@ -74,74 +58,19 @@ COLON = (
     ((-60, 76, -40, 15), (4, 36, -108, 16), (-50, -18, -112, 15), (-130, -12, -102, 15)),
     ((-130, -12, -102, 15), (-176, 4, -60, 14), (-196, -30, -10, 15), (-232, -58, 0, 16), (-290, -48, 0, 14)),
 )
-BONES = (  # of the pelvis, for both signs of x
-    ((-172, -72, 36, 11), (-124, -44, 92, 8), (-152, 22, 116, 7)),
-    ((-172, -72, 36, 11), (-196, -30, 88, 10), (-240, 4, 88, 16)),
-    ((-152, 22, 116, 7), (-210, 10, 98, 9)),
-    ((-242, 4, 88, 23), (-244, 4, 88, 23), (-268, -6, 122, 15), (-310, -6, 124, 14)),
-    ((-240, 30, 72, 9), (-264, 46, 10, 9), (-290, -16, 52, 10)),
-)
 
 
-def smooth_field(rng: np.random.Generator, axes_mm: list[np.ndarray], scale_mm: float) -> np.ndarray:
-    """Random values (z, y, x) float32 that vary over `scale_mm`; mean 0, standard deviation 1."""
-    knots = [np.arange(a[0] - scale_mm, a[-1] + 2 * scale_mm, scale_mm) for a in axes_mm]
-    field = rng.standard_normal([len(k) for k in knots], np.float32)
-    for axis, places in zip(axes_mm, knots, strict=True):
-        weights = np.exp(-(((axis[:, None] - places) / (0.7 * scale_mm)) ** 2))
-        weights /= weights.sum(1, keepdims=True)
-        field = np.tensordot(field, np.float32(weights), (0, 1))  # the axis done moves to the end
-    return (field - field.mean()) / field.std()
-
-
-def ellipsoid_mm(grid, centre, half) -> np.ndarray:
-    """About the distance to an ellipsoid, exact on its outline."""
-    squares = sum(((g - c) / h) ** 2 for g, c, h in zip(grid, centre, half, strict=True))
-    return (np.sqrt(squares) - 1) * float(np.prod(half)) ** (1 / 3)
-
-
-class _Scan:
-    """The scan that is painted: image in HU and label, (z, y, x); `grid` holds the z, y and x of each voxel
-    in the average body, which a smooth random field bends a little."""
-
-    def __init__(self, rng: np.random.Generator, axes_mm: list[np.ndarray], edge_mm: float) -> None:
-        shape = [len(a) for a in axes_mm]
-        self.axes_mm, self.edge_mm = axes_mm, edge_mm
-        self.image, self.label = np.full(shape, -1000, np.float32), np.zeros(shape, np.uint8)
-        self.grid = [g + 4 * smooth_field(rng, axes_mm, 90) for g in np.ix_(*axes_mm)]
-        self.texture = smooth_field(rng, axes_mm, 7)
-
-    def add(self, distance_mm, hu, within_hu: float = 0.0, organ: int = 0, box=...) -> None:
-        """Paint the inside of a shape; an `organ` also gets its label. `box`: where `distance_mm` lies."""
-        paint(self.image[box], distance_mm, hu + within_hu * self.texture[box], self.edge_mm)
-        if organ:
-            self.label[box][distance_mm < 0] = organ
-
-    def add_chain(self, stations, hu, within_hu: float = 0.0, organ: int = 0) -> None:
-        """Paint a chain of rounded tubes through stations of (z, y, x, radius)."""
-        points, radii = np.split(np.asarray(stations, float), [3], axis=1)
-        reach = radii + 22  # of the bending and the edge
-        box = box_between(self.axes_mm, (points - reach).min(0), (points + reach).max(0))
-        if self.label[box].size:
-            grid, pairs = [g[box] for g in self.grid], zip(stations, stations[1:], strict=False)
-            tubes = [tube_mm(grid, a[:3], b[:3], a[3], b[3]) for a, b in pairs]
-            self.add(np.minimum.reduce(tubes), hu, within_hu, organ, box)
-
-
-def _paint_body(rng, scan: _Scan) -> np.ndarray:
-    """Everything but the organs; returns what an organ may not reach: the distance to the cavity below the
-    diaphragm."""
+def _paint_body(rng: np.random.Generator, scan: Canvas) -> np.ndarray:
+    """Everything but the organs; returns the distance to the cavity below the diaphragm, where organs lie."""
     z, y, x = scan.grid
-    image, edge_mm, texture = scan.image, scan.edge_mm, scan.texture
-    fat_mm, marrow = rng.uniform(8, 34), rng.uniform(140, 240)
+    fat_mm = rng.uniform(8, 34)
     hips = 1 / (1 + np.exp((z + 170) / 18))  # 0 above the pelvis, 1 in it
     body_mm = oval_mm(y + 8, x, 118 + 0.7 * fat_mm, 156 + fat_mm, 2.3, 1 + 0.05 * hips)
-    paint(image, np.abs(y + 132 + fat_mm) - 2, -250.0, edge_mm)  # table
-    paint(image, body_mm, -104 + 6 * texture, edge_mm)
-    paint(image, body_mm + fat_mm * (1 - 0.3 * hips), 54 + 9 * texture, edge_mm)
+    scan.add(body_mm, -104, 6)
+    scan.add(body_mm + fat_mm * (1 - 0.3 * hips), 54, 9)
     cavity_mm = oval_mm(y - 4, x, 92, 136, 2.3, 1 - 0.38 * hips - 0.12 * np.clip((z - 90) / 60, 0, 1))
-    paint(image, cavity_mm, -96 + 9 * texture, edge_mm)
-    for side in (-1, 1):
+    scan.add(cavity_mm, -96, 9)
+    for side in (-1, 1):  # muscles along the spine
         scan.add_chain([(160, -88, 30 * side, 21), (-190, -96, 30 * side, 19)], 52, 12)
         psoas = (10, -54, 34 * side, 11), (-130, -34, 48 * side, 21), (-250, 22, 80 * side, 18)
         scan.add_chain(psoas, 56, 8)
@@ -150,55 +79,45 @@ def _paint_body(rng, scan: _Scan) -> np.ndarray:
     dome = np.maximum(106 - 0.011 * (x - 62) ** 2, 97 - 0.011 * (x + 62) ** 2) - 0.011 * (y - 5) ** 2
     heart_mm = ellipsoid_mm((z, y, x), (138, 30, -28), (42, 46, 58))
     middle_mm = np.minimum(heart_mm, oval_mm(y + 30, x, 58, 27))
-    paint(image, np.maximum(cavity_mm, 0.7 * (dome - z)), 40 + 10 * texture, edge_mm)
+    scan.add(np.maximum(cavity_mm, 0.7 * (dome - z)), 40, 10)
     lung_mm = np.maximum(np.maximum(cavity_mm + 3, 0.7 * (dome + 2 - z)), -middle_mm)
-    paint(image, lung_mm, rng.uniform(-870, -800) + 30 * texture, edge_mm)
-    paint(image, np.maximum(heart_mm + 3, dome - z), rng.uniform(110, 150) + 8 * texture, edge_mm)
+    scan.add(lung_mm, rng.uniform(-870, -800), 30)
+    scan.add(np.maximum(heart_mm + 3, dome - z), rng.uniform(110, 150), 8)
 
-    # Spine, ribs, pelvis.
-    spine_y = -64 + 9 * np.exp(-(((z + 80) / 70) ** 2))
-    above = -168 - z  # the sacrum begins there
-    disc = np.abs((z / 34 + rng.uniform()) % 1 - 0.5) < 0.12
-    vertebra = oval_mm(y - spine_y, x, 18, 23)
-    paint(image, np.maximum(vertebra, above), np.where(disc, 85, 430), edge_mm)
-    paint(image, np.maximum(vertebra + 3, above), np.where(disc, 80, marrow) + 25 * texture, edge_mm)
-    behind = np.maximum(np.abs(y - spine_y + 34) - 4, np.abs(x) - np.where(disc, 12, 34))
-    spinous = np.maximum(np.abs(x) - 3.5, np.abs(y - spine_y + 46) - 11)
-    paint(image, np.maximum(np.minimum(behind, spinous), above), 400.0, edge_mm)
-    paint(image, np.maximum(oval_mm(y - spine_y + 25, x, 7, 10), above), 30.0, edge_mm)
-    angle = np.arctan2(np.abs(x), -y)  # 0 at the back, pi at the front
-    across = np.abs((z + 36 * angle) / 27 % 1 - 0.5) * 27
-    rib = np.maximum(np.abs(cavity_mm - 6) - 4, across - 6)
-    paint(image, np.maximum(rib, 42 * angle - 38 - z), rng.uniform(380, 600), edge_mm)
-    for z_low, y_low, radius in ((-200, -86, 20), (-235, -100, 12)):
-        scan.add_chain([(-165, -66, 0, 24), (z_low, y_low, 0, radius)], marrow, 40)
-    for chain in BONES:
-        for side in (-1, 1):
-            scan.add_chain(np.multiply(chain, (1, 1, side, 1)), marrow + 190, 90)
-
-    _paint_bowel_and_vessels(rng, scan)
+    _paint_bones(rng, scan, cavity_mm)
+    _paint_bowel(rng, scan)
     return np.maximum(cavity_mm, 0.7 * (z - dome)) + 1.5
 
 
-def _paint_bowel_and_vessels(rng, scan: _Scan) -> None:
+def _paint_bones(rng: np.random.Generator, scan: Canvas, cavity_mm: np.ndarray) -> None:
+    """Spine with discs and canal, down to the sacrum, and the ribs around the cavity."""
+    z, y, x = scan.grid
+    spine_y = -64 + 9 * np.exp(-(((z + 80) / 70) ** 2))
+    below_mm = -240 - z
+    disc = np.abs((z / 34 + rng.uniform()) % 1 - 0.5) < 0.12
+    vertebra_mm = np.maximum(oval_mm(y - spine_y, x, 18, 23), below_mm)
+    scan.add(vertebra_mm, np.where(disc, 85, 430))
+    scan.add(vertebra_mm + 3, np.where(disc, 80, rng.uniform(140, 240)), 25)  # marrow
+    behind_mm = np.maximum(np.abs(y - spine_y + 34) - 4, np.abs(x) - np.where(disc, 12, 34))
+    spinous_mm = np.maximum(np.abs(x) - 3.5, np.abs(y - spine_y + 46) - 11)
+    scan.add(np.maximum(np.minimum(behind_mm, spinous_mm), below_mm), 400)
+    scan.add(np.maximum(oval_mm(y - spine_y + 25, x, 7, 10), below_mm), 30)
+    angle = np.arctan2(np.abs(x), -y)  # 0 at the back, pi at the front
+    across_mm = np.abs((z + 36 * angle) / 27 % 1 - 0.5) * 27
+    rib_mm = np.maximum(np.abs(cavity_mm - 6) - 4, across_mm - 6)
+    scan.add(np.maximum(rib_mm, 42 * angle - 38 - z), rng.uniform(380, 600))
+
+
+def _paint_bowel(rng: np.random.Generator, scan: Canvas) -> None:
+    """Colon and loops of the small bowel, filled with more or less fluid, contrast agent and gas."""
     for part in COLON:
         scan.add_chain(part, rng.uniform(0, 60), 40)
-        gas = np.subtract(part, (0, -4, 0, 8))
-        scan.add_chain(gas, rng.choice([-700.0, -300.0, 40.0]), 120)
-    for _ in range(9):  # loops of the small bowel
+        scan.add_chain(np.subtract(part, (0, -4, 0, 8)), rng.choice([-700.0, -300.0, 40.0]), 120)
+    for _ in range(9):
         loop = [np.array([rng.uniform(-170, -50), rng.uniform(12, 66), rng.uniform(-80, 80)])]
         for _ in range(10):
             loop.append((loop[-1] + rng.normal(0, 26, 3)).clip((-182, 6, -84), (-44, 74, 84)))
-        stations = [(*point, rng.uniform(9, 13)) for point in loop]
-        scan.add_chain(stations, rng.uniform(25, 75), 20)
-        if rng.random() < 0.4:
-            scan.add_chain(np.subtract(stations[:3], (0, -3, 0, 5)), -600.0)
-    blood = rng.uniform(115, 165)
-    for side in (-1, 1):
-        for y, radius in ((-28, 5.5), (-36, 6)):  # to the legs
-            scan.add_chain([(-90, y, 6 * side, radius), (-240, y + 58, 58 * side, radius)], blood)
-        scan.add_chain([(-14, -34, 6, 4), (-16, -42, 40 * side, 4)], blood)  # to the kidneys
-    scan.add_chain([(-90, 34, 6, 4.5), (-6, 14, 14, 6), (30, 24, 40, 7)], blood)  # portal vein
+        scan.add_chain([(*point, rng.uniform(9, 13)) for point in loop], rng.uniform(25, 75), 20)
 
 
 def abdomen_phantom(
@@ -225,7 +144,7 @@ def abdomen_phantom(
     extent = top - bottom, rng.uniform(290, 315), rng.uniform(390, 410)
     shape = [round(mm / s) for mm, s in zip(extent, spacing_mm, strict=True)]
     axes_mm = voxel_axes_mm(shape, spacing_mm, ((top + bottom) / 2, -4, 0))
-    scan = _Scan(rng, [a / size for a in axes_mm], float(np.mean(spacing_mm)) / size)
+    scan = Canvas(rng, [a / size for a in axes_mm], float(np.mean(spacing_mm)) / size)
     outside_mm = _paint_body(rng, scan)
     shapes = ELLIPSOIDS | {15: ELLIPSOIDS[15][:1] if rng.random() < 0.5 else ELLIPSOIDS[15][1:]}
     for organ in ORDER:
@@ -279,16 +198,14 @@ def write_amos_phantoms(
     with new_folder(folder) as root:
         for index, part in enumerate(tqdm(parts, desc="phantoms", unit="case", disable=None)):
             rng = np.random.default_rng([seed, index])
-            side_mm, absent = in_plane_mm * rng.uniform(0.93, 1.07), {2: (4,), 4: (15,)}.get(index % 5, ())
+            side_mm = in_plane_mm * rng.uniform(0.93, 1.07)
             spacing_mm = THICKNESS_MM[index % len(THICKNESS_MM)], side_mm, side_mm
+            absent = ABSENT.get(index % 5, ())
             image, label = abdomen_phantom(int(rng.integers(2**32)), spacing_mm=spacing_mm, absent=absent)
-            origin_mm, orientation = rng.uniform(-300, 100, 3), ORIENTATIONS[index % len(ORIENTATIONS)]
-            files = {"image": f"images{part}", "label": f"labels{part}"}
-            files = {kind: f"./{place}/amos_{1 + index:04d}.nii.gz" for kind, place in files.items()}
-            for array, file in zip((image, label), files.values(), strict=True):
-                (root / file).parent.mkdir(exist_ok=True)
-                write_nifti(root / file, array, spacing_mm, origin_mm=origin_mm, orientation=orientation)
-            listed[part].append(files)
+            name, origin_mm = f"amos_{1 + index:04d}", rng.uniform(-300, 100, 3)
+            orientation = ORIENTATIONS[index % len(ORIENTATIONS)]
+            entry = write_pair(root, part, name, image, label, spacing_mm, origin_mm, orientation)
+            listed[part].append(entry)
         notes = {"name": "synthetic abdomens", "modality": {"0": "CT"}, "numTraining": num_train}
         notes["labels"] = {"0": "background"} | {str(number): name for number, name in ORGANS.items()}
         notes |= {"training": listed["Tr"], "validation": listed["Va"], "test": []}

@@ -18,11 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import AMOS22, Case, add_flags, list_data_set
-from amos_lha.conversion import PRESETS, convert_case, settings_of, stamp_of
+from amos_lha.cases import AMOS22, Case, list_data_set
+from amos_lha.conversion import PRESETS, convert_case
 from amos_lha.organs import ORGANS
 from common.config import make_parser, parse_args, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
+from common.flags import add_labelled_flag, add_workers_flag
 from common.pairs import median_spacing
 from common.working_case import resolve_spacing
 
@@ -52,7 +53,8 @@ def build_parser() -> ArgumentParser:
         help="which scans to convert: ct (task 1 of AMOS22), mr, or both (task 2); default: ct. Also tells "
         "what the scans are where neither their names nor dataset.json do",
     )
-    add_flags(parser)
+    add_labelled_flag(parser, "this data set")
+    add_workers_flag(parser)
     return parser
 
 
@@ -70,21 +72,18 @@ def choose_cases(cases: list[Case], modality: str | None) -> list[Case]:
             )
         cases = [replace(case, modality=case.modality or modality) for case in cases]
     wanted = ("ct", "mr") if modality == "both" else (modality or "ct",)
-    chosen, left_out = [], []
-    counts: Counter[str] = Counter()
-    for case in cases:
-        if case.part == "test" and case.label is None:
-            counts["test without labels, for predict.py"] += 1
-        elif case.modality in wanted:
-            counts[f"{case.part} {case.modality.upper()}"] += 1
-            chosen.append(case)
-        else:
-            left_out.append(case.name)
+    usable = [case for case in cases if case.part != "test" or case.label is not None]
+    chosen = [case for case in usable if case.modality in wanted]
+    left_out = [case.name for case in usable if case.modality not in wanted]
+    counts = Counter(f"{case.part} {case.modality.upper()}" for case in chosen)
+    if len(usable) < len(cases):
+        counts["test without labels, for predict.py"] = len(cases) - len(usable)
     print(f"found: {', '.join(f'{n} {what}' for what, n in counts.items())} ({AMOS22})")
     other = "mr" if "ct" in wanted else "ct"
     if left_out:
-        listed = f"{len(left_out)} {other.upper()} ({_listed(left_out)})"
-        print(f"left out: {listed}; --modality both converts them too")
+        print(
+            f"left out: {len(left_out)} {other.upper()} ({_listed(left_out)}); --modality both converts them too"
+        )
     if not chosen:
         hint = f"; --modality {other} converts those left out" if left_out else ""
         raise ValueError(f"no labelled {' or '.join(wanted).upper()} case to convert{hint}")
@@ -107,15 +106,18 @@ def convert(args: Namespace) -> dict[str, str]:
     print("the scans have {:g} x {:g} x {:g} mm in the median".format(*median_mm))
     if median_mm[0] > THICK * spacing_mm[0]:
         print(f"the slices are {median_mm[0]:g} mm thick: --spacing median would save time and memory")
-    out = Path(args.out)
-    about_all = {"spacing_mm": list(spacing_mm), "organs": {str(n): name for n, name in ORGANS.items()}}
+    out, spacing = Path(args.out), {"spacing_mm": list(spacing_mm)}
+    settings = {
+        case.name: spacing | {"modality": case.modality, "labelled": list(case.labelled)} for case in cases
+    }
+    about_all = spacing | {"organs": {str(n): name for n, name in ORGANS.items()}}
     entries, failed = convert_data_set(
         convert_case,
         {case.name: case for case in cases},
         out,
         spacing_mm,
-        stamps={case.name: stamp_of(case) for case in cases},
-        settings={case.name: settings_of(case, spacing_mm) for case in cases},
+        files={case.name: (case.image, case.label) for case in cases},
+        settings=settings,
         about_all=about_all,
         workers=args.workers,
     )

@@ -14,12 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import Case, add_flags, list_any, load_case
+from amos_lha.cases import Case, list_any, load_case
 from amos_lha.conversion import PRESETS
 from amos_lha.organs import ORGANS, group_of
 from common.config import make_parser, parse_args, positive_float, run_script
 from common.conversion import each_case, print_failed
 from common.files import make_folder
+from common.flags import add_labelled_flag, add_workers_flag
 from common.label_measures import describe_labels, label_rows, round_trip
 from common.metrics import write_table
 from common.working_case import Spacing, resolve_spacing
@@ -36,16 +37,12 @@ def build_parser() -> ArgumentParser:
         "--out", default="runs/amos_lha/statistics", help="folder that statistics.csv is written to"
     )
     parser.add_argument(
-        "--small_ml",
+        "--sizes_ml",
         type=positive_float,
-        default=75.0,
-        help="organs with a median volume below this many mL are called small",
-    )
-    parser.add_argument(
-        "--large_ml",
-        type=positive_float,
-        default=190.0,
-        help="organs with a median volume of this many mL or more are called large",
+        nargs=2,
+        default=(75.0, 190.0),
+        metavar=("MEDIUM", "LARGE"),
+        help="median volumes in mL from which on an organ is called medium, and large",
     )
     parser.add_argument(
         "--round_trip",
@@ -54,7 +51,8 @@ def build_parser() -> ArgumentParser:
         help="also tell the Dice that is left of each label after it is resampled to this voxel size, and "
         "back; no network trained there can be better. light, fine, native, or millimetres z y x",
     )
-    add_flags(parser)
+    add_labelled_flag(parser, "this data set")
+    add_workers_flag(parser)
     return parser
 
 
@@ -69,11 +67,11 @@ def describe(case: Case, working_mm: Spacing | None) -> dict[int, dict[str, floa
     return organs
 
 
-def size_group(median_ml: float, small_ml: float, large_ml: float) -> str:
+def size_group(median_ml: float, medium_ml: float, large_ml: float) -> str:
     """small, medium or large; "" without any volume."""
     if math.isnan(median_ml):
         return ""
-    return "small" if median_ml < small_ml else "large" if median_ml >= large_ml else "medium"
+    return "small" if median_ml < medium_ml else "large" if median_ml >= large_ml else "medium"
 
 
 def statistics(args: Namespace) -> dict[str, str]:
@@ -94,7 +92,7 @@ def statistics(args: Namespace) -> dict[str, str]:
         return failed
     rows = label_rows(list(results.values()), ORGANS, [case.labelled for case in results])
     for row in rows:
-        group = size_group(row["ml"], args.small_ml, args.large_ml)
+        group = size_group(row["ml"], *args.sizes_ml)
         row |= {"group": group_of(row["label"]), "group_by_size": group}
         text = f"{row['label']:2} {row['name']}: {row['scans']} of {row['labelled']}"
         if row["scans"]:

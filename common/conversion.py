@@ -159,7 +159,7 @@ def convert_data_set(
     cases: Mapping[str, Any],
     out: Path,
     *arguments: Any,
-    stamps: Mapping[str, list],
+    files: Mapping[str, Sequence[Path | None]],
     settings: Mapping[str, dict],
     about_all: dict,
     workers: int,
@@ -171,15 +171,18 @@ def convert_data_set(
 
     Args:
         convert: a function of a module; convert(case, out, *arguments) writes <out>/cases/<name>.h5 and
-            returns its entry with "name", "stamp" and "settings".
+            returns what is to be noted of the case, with its "name".
         cases: {name: case} of all that the data set is to hold.
-        stamps, settings: see `finished_entries`.
+        files: {name: the files that the case is made from}; None for one that it does not have.
+        settings: {name: what decides how the case comes out}, plain values.
         about_all: see `write_notes`.
 
     Returns:
-        entries of all cases that are converted, by natural order of their names; {failed case: reason}.
+        entries of all cases that are converted, with "stamp" and "settings", by natural order of their
+        names; {failed case: reason}.
     """
     make_folder(out / "cases")
+    stamps = {name: file_stamp([path for path in paths if path]) for name, paths in files.items()}
     done = finished_entries(out, stamps, settings)
     todo = {case: name for name, case in cases.items() if name not in done}
     failed: dict[str, str] = {}
@@ -188,7 +191,8 @@ def convert_data_set(
         if entry is None:
             failed[todo[case]] = reason
         else:
-            done[todo[case]] = entry
+            name = todo[case]
+            done[name] = entry | {"stamp": stamps[name], "settings": settings[name]}
             write_notes(out, done, about_all)
     return ordered_entries(done), failed
 

@@ -143,6 +143,23 @@ def add_evaluate_flag(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_labelled_flag(parser: argparse.ArgumentParser, whose: str) -> None:
+    """--labelled, for data sets of which not everything was annotated; see `labelled_numbers`.
+
+    Args:
+        whose: what has the labels, such as "this data set".
+    """
+    parser.add_argument(
+        "--labelled",
+        type=int,
+        nargs="+",
+        metavar="NUMBER",
+        help=f"numbers of all labels that {whose} may hold, e.g. 1 2 3 6, where others were not annotated; "
+        "those count neither as background nor as errors. Default: 'labelled' of dataset.json, else the "
+        "labels that it names, else all",
+    )
+
+
 def add_workers_flag(parser: argparse.ArgumentParser) -> None:
     """--workers of the scripts that read or convert whole scans, several at a time."""
     parser.add_argument(

@@ -1,11 +1,12 @@
 """A scan and the label map that was drawn on it: read together, and checked against each other."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from common.label_measures import why_not_labels
 from common.nifti import NiftiFile, Scan, load_label, load_nifti, open_nifti, same_grid
 
 MIN_SIDE_MM = 10.0  # a thinner scan is a single slice or a localiser: nothing to train on
@@ -22,6 +23,34 @@ def load_pair(image: Path, label: Path) -> tuple[Scan, Scan]:
     if reason := why_not_a_pair(scan, labels) or why_too_thin(scan):
         raise ValueError(reason)
     return scan, labels
+
+
+def load_labelled(
+    image: Path | None,
+    label: Path | None,
+    names: Mapping[int, str],
+    labelled: Collection[int],
+    *,
+    label_alone: bool = False,
+) -> tuple[Scan | None, Scan]:
+    """`load_pair` of files that a data set may lack, with labels that it may hold.
+
+    Args:
+        image, label: None for one that the data set does not have.
+        names: {number: name} of all labels of the data set.
+        labelled: those that this case was annotated with.
+        label_alone: whether the scan may be missing; it is None then.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pair`; a file is missing; or the label map holds others.
+    """
+    if label is None or (image is None and not label_alone):
+        missing, there = ("label", image) if label is None else ("scan", label)
+        raise ValueError(f"{there}: has no {missing} of the same name; add it, or move this file away")
+    scan, target = load_pair(image, label) if image is not None else (None, load_label(label))
+    if reason := why_not_labels(target.array, names, labelled):
+        raise ValueError(f"{label}: {reason}")
+    return scan, target
 
 
 def why_not_a_pair(scan: NiftiFile, label: NiftiFile) -> str:

@@ -9,9 +9,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import EllipsisType
 
 import numpy as np
 from scipy import ndimage
+
+from common.nifti import write_nifti
 
 LOWEST_HU, HIGHEST_HU = -1024, 3071  # what a CT scanner stores
 
@@ -81,7 +84,29 @@ def tube_mm(
     return np.sqrt(squares) - radius - along * (end_radius - radius)
 
 
+def ellipsoid_mm(points: Sequence[np.ndarray], centre: Sequence[float], half: Sequence[float]) -> np.ndarray:
+    """About the distance to an ellipsoid; exact on its outline.
+
+    Args:
+        points: coordinates in mm, one array for each axis, that broadcast.
+        centre, half: its middle and its half axes in the same order.
+    """
+    squares = sum(((p - c) / h) ** 2 for p, c, h in zip(points, centre, half, strict=True))
+    return (np.sqrt(squares) - 1) * float(np.prod(half)) ** (1 / 3)
+
+
 # ---- voxels ----
+
+
+def smooth_field(rng: np.random.Generator, axes_mm: Sequence[np.ndarray], scale_mm: float) -> np.ndarray:
+    """Random values (z, y, x) float32 that vary over `scale_mm`; mean 0, standard deviation 1."""
+    knots = [np.arange(a[0] - scale_mm, a[-1] + 2 * scale_mm, scale_mm) for a in axes_mm]
+    field = rng.standard_normal([len(k) for k in knots], np.float32)
+    for axis, places in zip(axes_mm, knots, strict=True):
+        weights = np.exp(-(((axis[:, None] - places) / (0.7 * scale_mm)) ** 2))
+        weights /= weights.sum(1, keepdims=True)
+        field = np.tensordot(field, np.float32(weights), (0, 1))  # the axis done moves to the end
+    return (field - field.mean()) / field.std()
 
 
 def paint(image: np.ndarray, distance_mm: np.ndarray, hu: float | np.ndarray, edge_mm: float) -> None:
@@ -103,7 +128,85 @@ def noisy_hu(
     return np.rint(image.clip(LOWEST_HU, HIGHEST_HU)).astype(np.int16)
 
 
+class Canvas:
+    """A scan that is painted: image in HU, at first air, and label; both (z, y, x).
+
+    Attributes:
+        grid: the z, y and x in mm of each voxel in the body that is drawn, which a smooth random field bends.
+        texture: unevenness of a tissue, of standard deviation 1.
+
+    Args:
+        axes_mm: centres of the voxels along z, y and x in mm.
+        edge_mm: width of an edge; about the size of a voxel.
+        bend_mm: standard deviation of the bending, which varies over 90 mm.
+    """
+
+    def __init__(
+        self, rng: np.random.Generator, axes_mm: Sequence[np.ndarray], edge_mm: float, bend_mm: float = 4.0
+    ) -> None:
+        shape = [len(a) for a in axes_mm]
+        self.axes_mm, self.edge_mm, self.bend_mm = axes_mm, edge_mm, bend_mm
+        self.image, self.label = np.full(shape, -1000, np.float32), np.zeros(shape, np.uint8)
+        self.grid = [g + bend_mm * smooth_field(rng, axes_mm, 90) for g in np.ix_(*axes_mm)]
+        self.texture = smooth_field(rng, axes_mm, 7)
+
+    def add(
+        self,
+        distance_mm: np.ndarray,
+        hu: float | np.ndarray,
+        within_hu: float = 0.0,
+        label: int = 0,
+        box: tuple[slice, ...] | EllipsisType = ...,
+    ) -> None:
+        """Paint the inside of a shape.
+
+        Args:
+            distance_mm: to the shape, of the voxels in `box`.
+            within_hu: standard deviation of the HU inside it.
+            label: number that its inside gets in the label; 0 = the label stays as it is.
+        """
+        paint(self.image[box], distance_mm, hu + within_hu * self.texture[box], self.edge_mm)
+        if label:
+            self.label[box][distance_mm < 0] = label
+
+    def add_chain(
+        self, stations: Sequence[Sequence[float]], hu: float, within_hu: float = 0.0, label: int = 0
+    ) -> None:
+        """Paint a chain of rounded tubes through `stations` of (z, y, x, radius) in mm; else as `add`."""
+        points, radii = np.split(np.asarray(stations, float), [3], axis=1)
+        reach = radii + 4.5 * self.bend_mm + self.edge_mm
+        box = box_between(self.axes_mm, (points - reach).min(0), (points + reach).max(0))
+        if self.label[box].size:
+            grid, pairs = [g[box] for g in self.grid], zip(stations, stations[1:], strict=False)
+            tubes = [tube_mm(grid, a[:3], b[:3], a[3], b[3]) for a, b in pairs]
+            self.add(np.minimum.reduce(tubes), hu, within_hu, label, box)
+
+
 # ---- folders ----
+
+
+def write_pair(
+    root: Path,
+    part: str,
+    name: str,
+    image: np.ndarray,
+    label: np.ndarray,
+    spacing_mm: Sequence[float],
+    origin_mm: Sequence[float],
+    orientation: str,
+) -> dict[str, str]:
+    """Write images<part>/<name>.nii.gz and labels<part>/<name>.nii.gz; returns their entry of dataset.json.
+
+    Args:
+        image, label: (z, y, x); spacing_mm: z y x; the rest as of `write_nifti`.
+    """
+    entry = {}
+    for kind, array in (("image", image), ("label", label)):
+        path = root / f"{kind}s{part}" / f"{name}.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        write_nifti(path, array, spacing_mm, origin_mm=tuple(origin_mm), orientation=orientation)
+        entry[kind] = f"./{path.relative_to(root).as_posix()}"
+    return entry
 
 
 def already_written(folder: Path, index_name: str, contents: dict) -> bool:

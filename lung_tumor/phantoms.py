@@ -12,7 +12,6 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from common.nifti import write_nifti
 from common.phantoms import (
     already_written,
     box_between,
@@ -22,6 +21,7 @@ from common.phantoms import (
     paint,
     tube_mm,
     voxel_axes_mm,
+    write_pair,
 )
 
 ORIENTATIONS = ("LPS", "RAS", "LAS")  # of the stored files, in turn
@@ -271,7 +271,7 @@ def write_chest_phantoms(
     folder = Path(folder)
     if num_cases < 1:
         raise ValueError(f"write_chest_phantoms: num_cases is {num_cases}, at least 1 is needed")
-    names = [f"lung_{index + 1:03d}.nii.gz" for index in range(num_cases)]
+    names = [f"lung_{index + 1:03d}" for index in range(num_cases)]
     contents = {
         "name": "Lung",
         "description": f"{num_cases} synthetic chest CTs, seed {seed}, shape {tuple(shape)}",
@@ -280,14 +280,14 @@ def write_chest_phantoms(
         "labels": {"0": "background", "1": "cancer"},
         "numTraining": num_cases,
         "numTest": 0,
-        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names],
+        "training": [
+            {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names
+        ],
         "test": [],
     }
     if already_written(folder, "dataset.json", contents):
         return folder
     with new_folder(folder) as root:
-        (root / "imagesTr").mkdir()
-        (root / "labelsTr").mkdir()
         for index, name in enumerate(tqdm(names, desc="phantoms", unit="case", disable=None)):
             rng = np.random.default_rng([seed, index])
             num_slices = round(shape[0] * rng.uniform(0.84, 1.22))
@@ -295,8 +295,6 @@ def write_chest_phantoms(
             spacing_mm = (rng.uniform(135, 180) / num_slices, in_plane_mm, in_plane_mm)
             image, label = chest_phantom(int(rng.integers(2**32)), (num_slices, *shape[1:]), spacing_mm)
             origin_mm, orientation = rng.uniform(-300, 100, 3), ORIENTATIONS[index % 3]
-            for kind, array in (("imagesTr", image), ("labelsTr", label)):
-                path = root / kind / name
-                write_nifti(path, array, spacing_mm, origin_mm=origin_mm, orientation=orientation)
+            write_pair(root, "Tr", name, image, label, spacing_mm, origin_mm, orientation)
         (root / "dataset.json").write_text(json.dumps(contents, indent=2) + "\n")
     return folder

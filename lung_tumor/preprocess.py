@@ -9,7 +9,6 @@ where it stopped.
 """
 
 import math
-import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.config import Switch, fraction, make_parser, parse_args, positive_float, run_script
 from common.decathlon import find_decathlon, read_dataset_json
 from common.files import write_json
+from common.flags import add_workers_flag
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
 from lung_tumor.cases import find_cases, load_case
 from lung_tumor.conversion import WINDOW_HU, Settings, convert_all, median_pixel_mm
@@ -113,13 +113,7 @@ def build_parser() -> ArgumentParser:
         "'(.+)_scan'; needed where a patient has several scans, which must stay in one part of the "
         "split",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="number of processes that convert scans; 0 = the main process does it itself; more are faster "
-        "and take more memory",
-    )
+    add_workers_flag(parser)
     parser.add_argument(
         "--explore",
         action=Switch,

@@ -597,7 +597,7 @@ def test_statistics_by_hand(amos, tmp_path, capsys):
     label = np.where(body()[1] == 11, 0, body()[1]).astype(np.uint8)
     label[4:10, 20:22, 8:14] = 1  # amos_0001: 72 voxels more
     add_case(amos, "amos_0001", label=label)
-    assert measure(amos, "--out", tmp_path / "out", "--small_ml", 0.5, "--large_ml", 7.24) == 0
+    assert measure(amos, "--out", tmp_path / "out", "--sizes_ml", 0.5, 7.24) == 0
     assert " 1 spleen: 3 of 3, median 7.24 mL (large), 50 x 40 x 28 mm (z y x)\n" in capsys.readouterr().out
     rows = organ_rows(tmp_path / "out")
     assert list(rows) == list(range(1, 16))

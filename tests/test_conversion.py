@@ -291,32 +291,46 @@ def test_the_last_notes(converted):
     assert not (out / "cases.csv").exists() and not (out / "preprocessing.json").exists()
 
 
-def write_number(number: int, out, stamp) -> dict:
+def write_number(number: int, out) -> dict:
     """A case whose file holds its number; 3 cannot be converted."""
     if number == 3:
         raise ValueError("three")
     write_case(out / f"cases/n{number}.h5", np.full((2, 3, 4), number, np.int16), attributes={})
-    return {"name": f"n{number}", "stamp": stamp, "settings": {}, "number": number}
+    return {"name": f"n{number}", "number": number}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_set_is_converted_once_and_noted(workers, tmp_path, capsys):
-    cases = {f"n{number}": number for number in (10, 3, 2)}
+    out, cases = tmp_path / "out", {f"n{number}": number for number in (10, 3, 2)}
+    files = {name: (tmp_path / name, None) for name in cases}
+    for path, _ in files.values():
+        path.write_text("scan")
 
-    def convert_all(*stamp: int):
-        same = {"stamps": dict.fromkeys(cases, list(stamp)), "settings": dict.fromkeys(cases, {})}
-        about = {"about_all": {"spacing_mm": [1]}, "workers": workers}
-        return convert_data_set(write_number, cases, tmp_path / "out", list(stamp), **same, **about)
+    def convert_all(spacing_mm: float):
+        settings = dict.fromkeys(cases, {"spacing_mm": spacing_mm})
+        about_all = {"of_all": 1}
+        given = {"files": files, "settings": settings, "about_all": about_all, "workers": workers}
+        return convert_data_set(write_number, cases, out, **given)
 
     entries, failed = convert_all(1)
     assert [entry["number"] for entry in entries] == [2, 10] and failed == {"n3": "three"}
-    notes = json.loads((tmp_path / "out/preprocessing.json").read_text())
-    assert notes == {"spacing_mm": [1], "cases": entries}
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/cases/*")}
-    assert convert_all(1) == (entries, failed), "with those of the earlier call"
-    assert {path: path.stat().st_mtime_ns for path in times} == times and len(times) == 2
+    assert entries[0]["settings"] == {"spacing_mm": 1} and entries[0]["stamp"] == file_stamp(
+        [tmp_path / "n2"]
+    )
+    assert json.loads((out / "preprocessing.json").read_text()) == {"of_all": 1, "cases": entries}
+
+    def times() -> list[int]:
+        return [(out / f"cases/n{number}.h5").stat().st_mtime_ns for number in (2, 10)]
+
+    before = times()
+    assert convert_all(1) == (entries, failed) and times() == before
     assert "2 of 3 cases are converted already" in capsys.readouterr().out
-    assert [entry["stamp"] for entry in convert_all(2)[0]] == [[2], [2]]
+    (tmp_path / "n2").write_text("another scan")
+    convert_all(1)
+    after = times()
+    assert after[0] > before[0] and after[1] == before[1]
+    entries, _ = convert_all(2)
+    assert times()[1] > before[1] and {entry["settings"]["spacing_mm"] for entry in entries} == {2}
 
 
 def test_failures_are_counted_and_named(capsys):

@@ -215,7 +215,7 @@ def test_an_interrupted_write_leaves_nothing(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         path.touch()
 
-    monkeypatch.setattr(phantoms, "write_nifti", interrupt_at_the_second_label)
+    monkeypatch.setattr("common.phantoms.write_nifti", interrupt_at_the_second_label)
     with pytest.raises(KeyboardInterrupt):
         write_chest_phantoms(tmp_path / "demo", 3, shape=(36, 48, 48))
     assert list(tmp_path.iterdir()) == []

@@ -5,15 +5,20 @@ import json
 import numpy as np
 import pytest
 
+from common.nifti import load_label, load_nifti, same_grid
 from common.phantoms import (
+    Canvas,
     already_written,
     box_between,
+    ellipsoid_mm,
     new_folder,
     noisy_hu,
     oval_mm,
     paint,
+    smooth_field,
     tube_mm,
     voxel_axes_mm,
+    write_pair,
 )
 
 
@@ -49,6 +54,12 @@ def test_distance_to_a_tapering_tube():
     np.testing.assert_allclose(tube_mm(points, (0, 0), (0, 10), 2), [1, 2, 2, -1], atol=1e-4)
 
 
+def test_distance_to_an_ellipsoid():
+    points = np.array([0.0, 8, 0, 0]), np.array([0.0, 0, 1, 0]), np.array([0.0, 0, 0, 4])
+    distances = ellipsoid_mm(points, (0, 0, 0), (8, 1, 1))
+    np.testing.assert_allclose(distances, [-2, 0, 0, 6], atol=1e-6)  # 2: cube root of 8 * 1 * 1
+
+
 def test_paint_covers_the_inside_and_half_of_the_outline():
     image = np.full(5, -1000.0)
     paint(image, np.array([-10.0, -1, 0, 0.5, 10]), 1000.0, edge_mm=2.0)
@@ -66,6 +77,73 @@ def test_noise_has_the_asked_strength_and_values_are_those_of_a_scanner():
     along_z = np.corrcoef(noise[1:].ravel(), noise[:-1].ravel())[0, 1]
     assert along_x > 0.5 and abs(along_z) < 0.05
     assert image.max() == 5000, "the image given stays as it is"
+
+
+def test_smooth_field_varies_over_its_scale():
+    axes_mm = [np.arange(0, 200, 2.0)] * 3
+    field = smooth_field(np.random.default_rng(0), axes_mm, 30)
+    assert field.dtype == np.float32 and field.mean() == pytest.approx(0, abs=1e-4)
+    assert field.std() == pytest.approx(1, abs=1e-4)
+    for axis in range(3):
+        near = np.corrcoef(field.take(range(99), axis).ravel(), field.take(range(1, 100), axis).ravel())
+        far = np.corrcoef(field.take(range(55), axis).ravel(), field.take(range(45, 100), axis).ravel())
+        assert near[0, 1] > 0.98 and abs(far[0, 1]) < 0.3, "2 mm apart alike, 90 mm apart not"
+
+
+def canvas(bend_mm: float = 0.0) -> Canvas:
+    return Canvas(np.random.default_rng(0), voxel_axes_mm((20, 30, 40), (2, 2, 2)), 0.1, bend_mm)
+
+
+def test_a_canvas_holds_what_is_painted():
+    scan = canvas()
+    assert np.unique(scan.image).tolist() == [-1000] and not scan.label.any()
+    scan.add(ellipsoid_mm(scan.grid, (0, 0, 0), (10, 10, 10)), 40, label=3)
+    inside = sum(g**2 for g in scan.grid) < 100
+    assert np.array_equal(scan.label == 3, inside) and (scan.image[~inside] == -1000).mean() > 0.99
+    assert np.median(scan.image[inside]) == 40 and np.ptp(scan.image[10:12, 14:16, 19:21]) == 0
+    scan.add(ellipsoid_mm(scan.grid, (0, 0, 0), (5, 5, 5)), 90, within_hu=7)
+    core = sum(g**2 for g in scan.grid) < 16
+    assert np.array_equal(scan.label == 3, inside), "without a number the label stays"
+    np.testing.assert_allclose(scan.image[core], (90 + 7 * scan.texture)[core], rtol=1e-4)
+
+
+def test_a_chain_is_the_same_as_its_tubes():
+    stations = [(-10, 0, -20, 4), (0, 5, 0, 6), (8, -10, 15, 3)]
+    scan, whole = canvas(bend_mm=3.0), canvas(bend_mm=3.0)
+    scan.add_chain(stations, 50, label=2)
+    tubes = [
+        tube_mm(whole.grid, a[:3], b[:3], a[3], b[3]) for a, b in zip(stations, stations[1:], strict=False)
+    ]
+    whole.add(np.minimum.reduce(tubes), 50, label=2)
+    assert np.array_equal(scan.label, whole.label) and np.array_equal(scan.image, whole.image)
+    assert np.count_nonzero(scan.label) > 300
+    scan.add_chain([(500, 0, 0, 5), (600, 0, 0, 5)], 50, label=1)
+    assert 1 not in scan.label, "outside of the scan"
+
+
+def test_a_bent_canvas_moves_shapes_smoothly():
+    straight, bent = canvas(), canvas(bend_mm=4.0)
+    shifts = [b - s for b, s in zip(bent.grid, np.broadcast_arrays(*straight.grid), strict=True)]
+    assert all(2 < shift.std() < 6 for shift in shifts)
+    assert max(np.abs(np.diff(shift, axis=0)).max() for shift in shifts) < 1
+
+
+def test_a_pair_is_written_on_one_grid(tmp_path):
+    image = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    entry = write_pair(
+        tmp_path,
+        "Va",
+        "ear_1",
+        image,
+        (image % 2).astype(np.uint8),
+        (3, 2, 1),
+        (1, 2, 3),
+        "LPS",
+    )
+    assert entry == {"image": "./imagesVa/ear_1.nii.gz", "label": "./labelsVa/ear_1.nii.gz"}
+    scan, label = load_nifti(tmp_path / entry["image"]), load_label(tmp_path / entry["label"])
+    assert same_grid(scan, label) and scan.orientation == "LPS" and scan.spacing_mm == (3, 2, 1)
+    assert np.array_equal(scan.array, image) and np.array_equal(label.array, image % 2)
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path):

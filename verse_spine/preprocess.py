@@ -21,7 +21,7 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import make_parser, parse_args, run_script
-from common.conversion import convert_data_set, file_stamp, finish_notes, print_failed
+from common.conversion import convert_data_set, finish_notes, print_failed
 from common.files import read_json
 from common.flags import add_workers_flag
 from common.hdf5 import write_case
@@ -118,8 +118,6 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
         "subject": case.subject,
         "part": case.part,
         "edition": case.edition,
-        "stamp": _stamp(case),
-        "settings": {"spacing_mm": list(spacing_mm)},
         "shape": list(numbers.shape),
         "vertebrae": [b[0] for b in boxes],
         "vertebra_ml": round(np.count_nonzero(numbers) * voxel_mm3(working.affine) / 1000, 1),
@@ -139,10 +137,6 @@ def _centres(case: Case, scan, mask) -> tuple[dict, list[str]]:
     return centres_mm, notes
 
 
-def _stamp(case: Case) -> list:
-    return file_stamp([p for p in (case.image, case.mask, case.centroids) if p is not None])
-
-
 def convert(args: Namespace) -> dict[str, str]:
     """The whole conversion that the flags ask for; returns {failed case: reason}, quarantined ones included.
 
@@ -159,7 +153,7 @@ def convert(args: Namespace) -> dict[str, str]:
         {case.name: case for case in cases},
         out,
         spacing_mm,
-        stamps={case.name: _stamp(case) for case in cases},
+        files={case.name: (case.image, case.mask, case.centroids) for case in cases},
         settings={case.name: {"spacing_mm": list(spacing_mm)} for case in cases},
         about_all=about_all,
         workers=args.workers,

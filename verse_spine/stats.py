@@ -20,9 +20,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import Switch, make_parser, non_negative_int, parse_args, run_script
+from common.config import Switch, make_parser, parse_args, run_script
 from common.conversion import each_case
 from common.files import make_folder
+from common.flags import add_workers_flag
 from common.metrics import write_table
 from common.nifti import NiftiFile, Scan, case_name, is_nifti, load_label, open_nifti, same_grid
 from common.splits import natural_key
@@ -64,13 +65,7 @@ def build_parser() -> ArgumentParser:
         help="also look into the subfolders of --source; needed only for folders that are not in VerSe's "
         "layout",
     )
-    parser.add_argument(
-        "--workers",
-        type=non_negative_int,
-        default=0,
-        help="number of processes that read scans; 0 = the main process does it itself; more are faster "
-        "and take more memory",
-    )
+    add_workers_flag(parser)
     return parser
 
 
