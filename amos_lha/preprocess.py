@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha.cases import AMOS22, Case, list_data_set
 from amos_lha.conversion import PRESETS, convert_case
-from amos_lha.organs import ORGANS
 from common.config import make_parser, parse_args, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
 from common.flags import add_labelled_flag, add_workers_flag
@@ -81,9 +80,8 @@ def choose_cases(cases: list[Case], modality: str | None) -> list[Case]:
     print(f"found: {', '.join(f'{n} {what}' for what, n in counts.items())} ({AMOS22})")
     other = "mr" if "ct" in wanted else "ct"
     if left_out:
-        print(
-            f"left out: {len(left_out)} {other.upper()} ({_listed(left_out)}); --modality both converts them too"
-        )
+        print(f"left out: {len(left_out)} {other.upper()} ({_listed(left_out)})", end="; ")
+        print("--modality both converts them too")
     if not chosen:
         hint = f"; --modality {other} converts those left out" if left_out else ""
         raise ValueError(f"no labelled {' or '.join(wanted).upper()} case to convert{hint}")
@@ -110,7 +108,6 @@ def convert(args: Namespace) -> dict[str, str]:
     settings = {
         case.name: spacing | {"modality": case.modality, "labelled": list(case.labelled)} for case in cases
     }
-    about_all = spacing | {"organs": {str(n): name for n, name in ORGANS.items()}}
     entries, failed = convert_data_set(
         convert_case,
         {case.name: case for case in cases},
@@ -118,7 +115,7 @@ def convert(args: Namespace) -> dict[str, str]:
         spacing_mm,
         files={case.name: (case.image, case.label) for case in cases},
         settings=settings,
-        about_all=about_all,
+        about_all=spacing,
         workers=args.workers,
     )
     for entry in entries:
@@ -126,7 +123,7 @@ def convert(args: Namespace) -> dict[str, str]:
             print(f"warning: {entry['name']}: {entry['notes']}")
     print_failed(failed)
     columns = ("name", "part", "modality", "shape", "compression", "notes")
-    finish_notes(out, entries, about_all, columns, {"organs": "organ_ml"})
+    finish_notes(out, entries, spacing, columns, {"organs": "organ_ml"})
     parts = Counter(f"{entry['part']} {entry['modality'].upper()}" for entry in entries)
     print(f"{len(entries)} cases in {out}: {', '.join(f'{n} {part}' for part, n in parts.items()) or 'none'}")
     return failed

@@ -49,6 +49,7 @@ def test_missing_files_unless_they_are_not_needed(tmp_path):
     assert check(None, label).problems == [f"{label}: a label without a scan of that name"]
     assert check(image, None).problems == [f"{image}: a scan without a label of that name"]
     assert check(image, None, needs=("scan",)).problems == check(None, label, needs=("label",)).problems == []
+    assert check(image, None).labelled == () and check(None, label).labelled == (1, 2, 3, 4)
     label.write_bytes(b"")
     assert "empty file" in check(image, label).problems[0], "the scan is looked at all the same"
     assert check(image, label).row["shape_z"] == 8

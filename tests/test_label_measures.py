@@ -95,7 +95,7 @@ def test_description_by_hand(labels, tmp_path):
 
 
 def test_rows_of_labels_by_hand():
-    cases = [{19: {"ml": 10.0, "p50": 4.0}, 28: {"ml": 3.0}}, {19: {"ml": 16.0}}, {19: {"ml": 13.0}}, {}]
+    cases = [{19: {"ml": 10.0, "p50": 4.0}, 28: {"ml": 3.0}}, {19: {"ml": 17.0}}, {19: {"ml": 12.0}}, {}]
     rows = label_rows(cases, {28: "T13", 19: "T12", 1: "C1"}, [(19, 28), (19,), (19,), (1,)])
     assert [row["name"] for row in rows] == ["T13", "T12", "C1"]
     assert rows[1] == {
@@ -105,8 +105,8 @@ def test_rows_of_labels_by_hand():
         "labelled": 3,
         "presence": 1.0,
         "mean_ml": 13.0,
-        "sd_ml": 3.0,
-        "ml": 13.0,
+        "sd_ml": 13**0.5,
+        "ml": 12.0,
         "p50": 4.0,
     }
     assert rows[0]["scans"] == rows[0]["labelled"] == 1 and np.isnan(rows[0]["sd_ml"])
