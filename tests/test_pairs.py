@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from common.nifti import load_label, load_nifti, write_nifti
-from common.pairs import content_hash, load_pair, median_spacing, why_not_a_pair, why_too_thin
+from common.pairs import (
+    content_hash,
+    load_labelled,
+    load_pair,
+    median_spacing,
+    why_not_a_pair,
+    why_too_thin,
+)
 
 
 def write(path, shape=(10, 12, 14), spacing_mm=(2, 1, 1), dtype=np.int16, **where):
@@ -46,6 +53,26 @@ def test_a_single_slice_is_refused_with_its_size(tmp_path):
     with pytest.raises(ValueError, match=r"image.nii.gz: only 5 x 30 x 40 mm \(z y x\); a single slice\?"):
         load_pair(image, write(tmp_path / "label.nii.gz", (1, 30, 40), (5, 1, 1), np.uint8))
     assert not why_too_thin(load_nifti(write(tmp_path / "b.nii", (2, 30, 40), (5, 1, 1)))), "10 mm are enough"
+
+
+def test_labels_are_checked_against_what_may_be_there(tmp_path):
+    """The label map holds 0 to 4."""
+    image, label = write(tmp_path / "image.nii.gz"), write(tmp_path / "label.nii.gz", dtype=np.uint8)
+    names = {1: "a", 2: "b", 3: "c", 4: "d", 5: "e"}
+    scan, target = load_labelled(image, label, names, (1, 2, 3, 4))
+    assert scan.path == image and target.array.max() == 4
+    with pytest.raises(
+        ValueError, match=f"{label}: holds 4 .d., which --labelled or dataset.json does not name"
+    ):
+        load_labelled(image, label, names, (1, 2, 3))
+    with pytest.raises(ValueError, match=f"{label}: label value.s. 4; expected 1 to 3"):
+        load_labelled(image, label, {1: "a", 2: "b", 3: "c"}, (1, 2, 3))
+    with pytest.raises(ValueError, match=f"{label}: has no scan of the same name; add it, or move this file"):
+        load_labelled(None, label, names, names)
+    with pytest.raises(ValueError, match=f"{image}: has no label of the same name"):
+        load_labelled(image, None, names, names, label_alone=True)
+    scan, target = load_labelled(None, label, names, names, label_alone=True)
+    assert scan is None and target.shape == (10, 12, 14)
 
 
 def test_median_spacing_by_hand(tmp_path):
