@@ -26,12 +26,12 @@ from common.layers import (
     InstanceNorm,
     check_image,
     check_not_padded,
-    checkpointed,
     fast_layout,
     kernels_of_levels,
     padded_to_multiple,
     resize_linear,
 )
+from common.recomputation import checkpointed
 
 STRIDES = ((2, 2, 2),) * 4  # z y x, of the four steps down
 CHECKPOINTING = ("none", "high", "all")

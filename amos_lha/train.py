@@ -143,7 +143,7 @@ def train(
                 for k in range(size):
                     patch = next(batches)
                     run.counts = dict(Counter(run.counts) + Counter(patch["stratum"] + patch["organ"]))
-                    label, labelled = patch["label"].to(device), patch["labelled"].to(device)
+                    label, labelled = patch["label"].to(device), patch["labelled"]
                     image = scale(patch["image"].to(device, non_blocking=True), patch["scaling"])
                     if args.augment:  # (N, 1, d, h, w) and (N, d, h, w)
                         seeds = patch["seed"].tolist()

@@ -171,19 +171,34 @@ def merge_unlabelled(logits: Tensor, labelled: Tensor) -> Tensor:
 
     Args:
         logits: (N, C, *spatial).
-        labelled: (N, C) bool, whether the case has labels for the class; True for the background.
+        labelled: (N, C) bool, whether the case has labels for the class; True for the background. On the
+            CPU no GPU has to wait for it.
 
     Source: Shi et al. 2021, Marginal loss and exclusion loss for partially supervised multi-organ
     segmentation, doi:10.1016/j.media.2021.101979.
     """
     if labelled.all():
         return logits
-    missing = ~labelled.view(*labelled.shape, *(1,) * (logits.ndim - 2))
+    missing = ~labelled.to(logits.device).view(*labelled.shape, *(1,) * (logits.ndim - 2))
     logits = logits.float()
     others = logits.masked_fill(~missing, -torch.inf)
     others[:, :1] = logits[:, :1]
     merged = logits.masked_fill(missing, -torch.inf)
     return torch.cat([others.logsumexp(dim=1, keepdim=True), merged[:, 1:]], dim=1)
+
+
+def drop_classes(logits: Tensor, classes: Tensor) -> Tensor:
+    """As `merge_unlabelled` for classes that no item has labels for, but their channels go: (N, K, *spatial).
+
+    Args:
+        logits: (N, C, *spatial).
+        classes: (C,) bool, which K stay; the background is one of them.
+    """
+    stay = classes.nonzero().flatten().to(logits.device)
+    go = torch.cat([stay[:1], (~classes).nonzero().flatten().to(logits.device)])
+    logits = logits.float()
+    background = logits.index_select(1, go).logsumexp(dim=1, keepdim=True)
+    return torch.cat([background, logits.index_select(1, stay[1:])], dim=1)
 
 
 def coarser_target(target: Tensor, size: Sequence[int]) -> Tensor:
@@ -211,6 +226,12 @@ def deep_supervision_loss(
         class_weights: as of `dice_ce_loss`.
     """
     total, shares = target.new_zeros((), dtype=torch.float32), 0.0
+    if labelled is not None and not (classes := labelled.any(dim=0)).all():
+        # Channels that no item needs would cost most of the time where few of many classes are labelled.
+        labelled, target = labelled[:, classes], (classes.cumsum(0) - 1).to(target.device)[target]
+        if class_weights is not None:
+            class_weights = class_weights[classes.to(class_weights.device)]
+        levels = [drop_classes(logits, classes) for logits in levels]
     for level, logits in enumerate(levels):
         if labelled is not None:
             logits = merge_unlabelled(logits, labelled)
@@ -235,6 +256,6 @@ def patch_errors(logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
     onehot = F.one_hot(target.flatten(1).long(), logits.shape[1]).movedim(1, 2).to(probs.dtype)
     voxels = onehot.sum(2)
     errors = 1 - 2 * (probs * onehot).sum(2) / (probs.sum(2) + voxels)
-    errors[(voxels == 0) | ~labelled] = torch.nan
+    errors[(voxels == 0) | ~labelled.to(logits.device)] = torch.nan
     errors[:, 0] = torch.nan
     return errors

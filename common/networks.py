@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from common.layers import DoubleConv, Down, OutConv, Up, stage_runner, upsample_to
+from common.layers import DoubleConv, Down, OutConv, Up, upsample_to
+from common.recomputation import stage_runner
 
 
 class UNet(nn.Module):

@@ -16,8 +16,8 @@ from common.layers import (
     kernels_of_levels,
     padded_to_multiple,
     resize_linear,
-    stage_runner,
 )
+from common.recomputation import stage_runner
 
 CHANNELS = (32, 64, 128, 256, 320, 320)  # of the six levels
 STRIDES = ((2, 2, 2),) * 5  # z y x, of the five steps down

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import Conv3d, check_image, make_norm, padded_to_multiple, stage_runner
+from common.layers import Conv3d, check_image, make_norm, padded_to_multiple
+from common.recomputation import stage_runner
 
 
 class ReducedAttention(nn.Module):

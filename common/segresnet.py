@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import Conv3d, check_image, make_norm, padded_to_multiple, stage_runner
+from common.layers import Conv3d, check_image, make_norm, padded_to_multiple
+from common.recomputation import stage_runner
 
 ENCODER_BLOCKS = (1, 2, 2, 4)  # residual blocks of the four levels
 

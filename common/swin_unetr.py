@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import Conv3d, check_image, padded_to_multiple, stage_runner
+from common.layers import Conv3d, check_image, padded_to_multiple
+from common.recomputation import stage_runner
 
 WINDOW = 7  # side of an attention window, in voxels of the stage's grid
 DEPTH = 2  # blocks in each stage; the second one shifts its windows

@@ -14,8 +14,8 @@ from common.layers import (
     kernels_of_levels,
     padded_to_multiple,
     resize_linear,
-    stage_runner,
 )
+from common.recomputation import stage_runner
 from common.segresnet import SegResNet
 from verse_spine.attention_unet3d import SCA, AttentionUNet3D
 from verse_spine.context_res_unet import ContextResUNet, DilatedContext

@@ -15,6 +15,7 @@ from common.losses import (
     deep_supervision_loss,
     dice_ce_loss,
     dice_loss,
+    drop_classes,
     focal_tversky_loss,
     merge_unlabelled,
     patch_errors,
@@ -466,3 +467,22 @@ def test_errors_of_patches_by_hand():
     assert errors[0, 6].item() == pytest.approx(1 - 2 * 2 / (2 + 4)) and errors.isnan().sum() == 15
     labelled[0, 6] = False
     assert patch_errors(logits, target, labelled).isnan().all()
+
+
+def test_classes_that_no_item_has_labels_for_change_nothing_but_the_time():
+    """The same loss and gradient as of the merged softmax over all classes."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 6, 4, 4, 4, requires_grad=True)
+    labelled = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 0, 1]], dtype=torch.bool)
+    target = torch.randint(0, 2, (2, 4, 4, 4)) * 5
+    target[0, :2] = 4
+    weights = torch.tensor([0.5, 1.0, 9.0, 9.0, 2.0, 3.0])
+    loss = deep_supervision_loss([logits], target, labelled=labelled, class_weights=weights)
+    expected = dice_ce_loss(merge_unlabelled(logits, labelled), target, class_weights=weights)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (grad,) = torch.autograd.grad(loss, logits)
+    (expected_grad,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(grad, expected_grad)
+    dropped = drop_classes(logits, labelled.any(0)).softmax(1)
+    torch.testing.assert_close(dropped[:, 0], logits.softmax(1)[:, [0, 2, 3]].sum(1))
+    torch.testing.assert_close(dropped[:, 2], logits.softmax(1)[:, 4])

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from common.layers import AttentionGate, Conv3d, DoubleConv, Up, checkpointed, make_norm, pad_to, upsample_to
+from common.layers import AttentionGate, Conv3d, DoubleConv, Up, make_norm, pad_to, upsample_to
 from common.networks import AttentionUNet, UNet
+from common.recomputation import checkpointed
 
 VARIANTS = [  # (attention, bilinear, norm, ndim)
     v for v in itertools.product([False, True], [True, False], ["batch", "group"], [2, 3])

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import Conv3d, check_image, make_norm, padded_to_multiple, stage_runner
+from common.layers import Conv3d, check_image, make_norm, padded_to_multiple
+from common.recomputation import stage_runner
 
 CHANNELS = (16, 32, 64)  # of the first three levels
 BOTTLENECK = 128  # channels of the fourth
