@@ -68,8 +68,8 @@ class Amos:
             }
             if not chosen:
                 raise ValueError(f"{folder}: {len(files)} cases, but none of --modality {modality}")
-            # A set without imagesVa was published in one part: its validation part is drawn.
-            has_parts = any(entry["part"] == "val" for entry in chosen.values())
+            # A set without imagesVa and labelsTs was published in one part: its validation part is drawn.
+            has_parts = any(entry["part"] != "train" for entry in chosen.values())
             split = choose_split(
                 folder,
                 {name: entry["part"] if has_parts else "" for name, entry in chosen.items()},

@@ -1,16 +1,22 @@
 """A trained network applied to a whole scan: organ numbers on the scan's own grid."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from amos_lha.dataset import labelled_mask
 from amos_lha.organs import NUM_CLASSES, SIDES
 from common.checkpoints import TrainedModel
 from common.inference import predict_labels, warn_of_memory
 from common.intensity import Scaling, scale, stored_range
+from common.losses import merge_unlabelled
 from common.volumes import Box
 
 AIR_BELOW_HU = -500  # windows of a CT without a brighter voxel hold no body
+NEVER = -1e4  # logit of an organ that cannot be
 FLIPS = ((), (0,), (1,), (2,))  # of --tta: as it is, upside down, back to front, left to right
 
 
@@ -20,6 +26,13 @@ def mirrored_classes() -> list[int]:
     for a, b in SIDES:
         classes[a], classes[b] = b, a
     return classes
+
+
+def known_organs(model: TrainedModel, image: Tensor) -> Tensor:
+    """The network's logits; organs that no training case had labels for are background, as in the loss."""
+    labelled = torch.from_numpy(labelled_mask(model.preprocessing["labelled"]))
+    logits = merge_unlabelled(model.network(image), labelled.expand(len(image), -1))
+    return logits.clamp(min=NEVER)  # scores of neighbouring voxels are mixed, which -inf would spoil
 
 
 def segment(
@@ -47,7 +60,7 @@ def segment(
         probabilities: as of `predict_labels`.
     """
     return predict_labels(
-        model.network,
+        partial(known_organs, model),
         volume,
         spacing_mm=spacing_mm,
         working_spacing_mm=model.preprocessing["spacing_mm"],

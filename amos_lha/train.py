@@ -26,10 +26,9 @@ from amos_lha.evaluate import evaluate_cases, group_dice, mean_dice
 from amos_lha.flags import add_training_flags
 from amos_lha.losses import levels_and_router, segmentation_loss
 from amos_lha.networks import ARCHITECTURE, get_model, load_trained
-from amos_lha.organs import GROUPS
-from amos_lha.sampling import SAMPLING, STRATA
+from amos_lha.sampling import SAMPLING
 from amos_lha.training import (
-    DRAWN,
+    curves,
     data_lines,
     epoch_text,
     get_augmentation,
@@ -53,13 +52,6 @@ from common.schedules import learning_rate
 from common.training import Run, optimizer_step
 
 WARMUP, LEAST_LR = 0.05, 1e-6
-CURVES = {
-    "loss": ["train_loss"],
-    "validation, whole scans": ["val_dice", *(f"dice_{group}" for group in GROUPS)],
-    "patches by stratum, share": [f"share_{stratum}" for stratum in STRATA],
-    "patches by organ, share": list(DRAWN),
-    "learning rate": ["lr"],
-}
 UNCHANGEABLE = [*ARCHITECTURE, "patch_size", "modality"]  # flags that a resumed run keeps
 
 
@@ -168,7 +160,7 @@ def train(
             scores["lr"] = optimizer.param_groups[0]["lr"]
             run.end_epoch(scores | drawn, score, validated.state_dict())
             if distributed.is_main():
-                save_curves(run.folder / "training_curves.png", run.history, CURVES)
+                save_curves(run.folder / "training_curves.png", run.history, curves(run.history))
             run.log_epoch(epoch_text(scores, drawn))
     return *score_best(run, trained, data, evaluate=args.evaluate), precision.amp
 

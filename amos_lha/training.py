@@ -16,7 +16,7 @@ from common.augment import Augmentation3d
 from common.config import parse_args
 
 # Columns of metrics.csv: share of the patches that were drawn for an organ.
-DRAWN = {f"drawn_{organ}": name for organ, name in ORGANS.items()}
+DRAWN = {f"drawn_{name.replace(' ', '_')}": name for name in ORGANS.values()}
 
 
 def demo_dataset(folder: Path = Path("data/demo/amos_lha")) -> Path:
@@ -96,6 +96,21 @@ def shares(counts: dict[str, float]) -> dict[str, float]:
     total = max(sum(counts.get(stratum, 0) for stratum in STRATA), 1)
     columns = {f"share_{stratum}": stratum for stratum in STRATA} | DRAWN
     return {column: counts.get(name, 0) / total for column, name in columns.items()}
+
+
+def curves(history: list[dict]) -> dict[str, list[str]]:
+    """Panels of the training curves; without the organs and strata that were never drawn, and the validation
+    where there was none."""
+    panels = {
+        "loss": ["train_loss"],
+        "validation, whole scans": ["val_dice", *(f"dice_{group}" for group in GROUPS)],
+        "patches by stratum, share": [f"share_{stratum}" for stratum in STRATA],
+        "patches by organ, share": list(DRAWN),
+        "learning rate": ["lr"],
+    }
+    for title, columns in panels.items():
+        panels[title] = [c for c in columns if any(row[c] > 0 for row in history)]
+    return {title: columns for title, columns in panels.items() if columns}
 
 
 def epoch_text(scores: dict[str, float], drawn: dict[str, float]) -> str:

@@ -27,7 +27,8 @@ def save_curves(path: str | Path, rows: list[dict], panels: dict[str, list[str]]
         axis.xaxis.get_major_locator().set_params(integer=True)  # no fifths of an epoch
         axis.grid(alpha=0.3)
         if len(columns) > 1:
-            axis.legend()
+            many = len(columns) > 6
+            axis.legend(fontsize="x-small" if many else "medium", ncols=2 if many else 1)
     save_figure(figure, path)
 
 

@@ -76,6 +76,7 @@ def test_preprocessed_cases(tmp_path, modality):
     for name in ("a", "b"):
         write_case(tmp_path / f"{name}.h5", image, labels, attributes=notes)
     preprocessing = {"spacing_mm": list(SPACING_MM), "scaling": right if modality == "ct" else wrong}
+    preprocessing["labelled"] = [1, 6]
     model = TrainedModel(
         Grey().eval(),
         {"patch_size": [16, 16, 16]},

@@ -51,8 +51,16 @@ class Sides(torch.nn.Module):
         return scores
 
 
-def model(network, patch=(16, 16, 16), spacing=(2.0, 2.0, 2.0), modality="ct", scaling=CT_SCALING):
+def model(
+    network,
+    patch=(16, 16, 16),
+    spacing=(2.0, 2.0, 2.0),
+    modality="ct",
+    scaling=CT_SCALING,
+    labelled=tuple(ORGANS),
+):
     preprocessing = {"spacing_mm": list(spacing), "modality": modality, "scaling": scaling}
+    preprocessing["labelled"] = list(labelled)
     config = {"patch_size": list(patch)}
     return TrainedModel(network.eval(), config, CPU, FP32, preprocessing, {"train": []})
 
@@ -123,6 +131,24 @@ def test_flips_are_those_of_all_three_axes_and_only_if_asked_for():
 
 
 # ---- modality and scaling ----
+
+
+def test_organs_that_no_training_case_had_labels_for_are_background():
+    """Liver 2, stomach 1.8 and background 1.5: without labels of the stomach, it and the background win."""
+
+    class Everywhere(torch.nn.Module):
+        def forward(self, image):
+            logits = torch.zeros(len(image), NUM_CLASSES, *image.shape[2:])
+            logits[:, [0, 6, 7]] = torch.tensor([1.5, 2.0, 1.8]).view(1, 3, 1, 1, 1)
+            return logits
+
+    def found(labelled):
+        trained = model(Everywhere(), labelled=labelled)
+        volume = np.full((20, 20, 20), 40, np.int16)
+        return np.unique(segment(trained, volume, (3, 3, 3), Scaling(*CT_SCALING), "ct")).tolist()
+
+    assert found(tuple(ORGANS)) == [6]
+    assert found((1, 6)) == [0], "log(e^1.5 + e^1.8 + 12 e^0) = 3.14"
 
 
 def test_modality_by_flag_name_model_or_values():
@@ -311,7 +337,12 @@ def test_a_checkpoint_is_enough(tmp_path):
         "model": get_model(config, (4.0, 4.0, 4.0)).state_dict(),
         "config": config,
         "stage": "amos_lha",
-        "preprocessing": {"spacing_mm": [4.0, 4.0, 4.0], "modality": "both", "scaling": CT_SCALING},
+        "preprocessing": {
+            "spacing_mm": [4.0, 4.0, 4.0],
+            "modality": "both",
+            "scaling": CT_SCALING,
+            "labelled": list(ORGANS),
+        },
         "split": {"train": [], "val": [], "test": []},
     }
     weights = tmp_path / "run/weights/best.pt"
