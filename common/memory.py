@@ -160,6 +160,9 @@ def training_peak_mib(
     return counter.peak / MIB
 
 
+MORE_CHECKPOINTING = {False: (True,), "none": ("high", "all"), "high": ("all",)}  # the cheapest first
+
+
 @dataclass(frozen=True)
 class Plan:
     """What decides the memory of a training step.
@@ -168,19 +171,22 @@ class Plan:
         patch_size: spatial sides of the input.
         accumulate: batches in an update of the weights; the recipe's learning rate fits batch_size *
             accumulate.
-        checkpointing: recompute activations instead of keeping them.
+        checkpointing: recompute activations instead of keeping them: a bool, or one of the policies "none",
+            "high" and "all".
         precision: fp32, bf16 or fp16; "" while it is not chosen.
     """
 
     patch_size: tuple[int, ...]
     batch_size: int
     accumulate: int
-    checkpointing: bool
+    checkpointing: bool | str
     precision: str = ""
 
     def __str__(self) -> str:
         sides = "x".join(map(str, self.patch_size))
-        recompute = "checkpointing" if self.checkpointing else "no checkpointing"
+        recompute = "no checkpointing" if self.checkpointing in (False, "none") else "checkpointing"
+        if self.checkpointing in ("high", "all"):
+            recompute += f" {self.checkpointing}"
         return f"patch {sides}, batch {self.batch_size} x {self.accumulate}, {recompute}, {self.precision}"
 
 
@@ -202,8 +208,8 @@ def candidates(
             accumulate = -(-wanted.batch_size * wanted.accumulate // batch)
             plan = replace(wanted, patch_size=patch, batch_size=batch, accumulate=accumulate)
             yield plan
-            if not wanted.checkpointing:
-                yield replace(plan, checkpointing=True)
+            for policy in MORE_CHECKPOINTING.get(wanted.checkpointing, ()):
+                yield replace(plan, checkpointing=policy)
             batch //= 2
         longest = max(patch)
         if longest <= smallest or not shrink_patch:

@@ -240,6 +240,16 @@ def voxels_mib(plan):
     return 500 * plan.batch_size / (1 + plan.checkpointing) * torch.Size(plan.patch_size).numel() / 96**3
 
 
+def test_candidates_of_a_network_with_policies():
+    """A word is never mistaken for True: "none" means that there is more to give up."""
+    found = [str(plan) for plan in candidates(Plan((48, 48), 1, 2, "none", "bf16"))]
+    plan = "patch 48x48, batch 1 x 2, {}, bf16"
+    words = ["no checkpointing", "checkpointing high", "checkpointing all"]
+    assert found == [plan.format(word) for word in words]
+    assert [p.checkpointing for p in candidates(Plan((48, 48), 1, 2, "high"))] == ["high", "all"]
+    assert [p.checkpointing for p in candidates(Plan((48, 48), 1, 2, "all"))] == ["all"]
+
+
 @plans
 @pytest.mark.parametrize("vram_gib", [0.7, 1.0, 1.5, 4.0])
 def test_the_first_that_fits_is_taken(wanted, vram_gib):
