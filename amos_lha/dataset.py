@@ -28,9 +28,9 @@ class Amos:
     Attributes:
         cases: {name: CaseFile}; of several folders the names begin with that of the folder.
         split: {"train", "val", "test"}: names; patients of one part only.
-        preprocessing: what prediction has to do as well: spacing_mm; modality "ct", "mr" or "both"; scaling,
-            the fingerprint of the training CT, None without CT; labelled, the organs that any case has labels
-            for; data_path.
+        preprocessing: what prediction has to do as well: spacing_mm; of the training cases modality, "ct",
+            "mr" or "both", scaling, the fingerprint of the CT, None without CT, and labelled, the organs that
+            any of them has labels for; data_path.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Amos:
             raise ValueError(f"--data_path {' '.join(map(str, paths))}: two folders of one name; rename one")
         self.cases: dict[str, CaseFile] = {}
         self.split: dict[str, list[str]] = {part: [] for part in PARTS}
-        spacings, labelled, modalities = {}, set(), set()
+        spacings = {}
         for folder in folders:
             notes, entries, files = read_cases(folder, "amos_lha", "--data_path <AMOS folder>")
             spacings[folder] = notes["spacing_mm"]
@@ -84,18 +84,18 @@ class Amos:
             for part in PARTS:
                 self.split[part] += [prefix + name for name in split[part]]
             self.cases |= {prefix + name: CaseFile(files[name]) for name in chosen}
-            labelled.update(*(entry["labelled"] for entry in chosen.values()))
-            modalities |= {entry["modality"] for entry in chosen.values()}
         if len({tuple(spacing) for spacing in spacings.values()}) > 1:
             sizes = "; ".join(f"{folder}: {spacing}" for folder, spacing in spacings.items())
             raise ValueError(f"voxels of different sizes (mm, z y x): {sizes}; preprocess with one --spacing")
         if not self.split["train"]:
             raise ValueError(f"{' '.join(map(str, paths))}: no training case")
+        training = [self.cases[name].attributes for name in self.split["train"]]
+        modalities = {notes["modality"] for notes in training}
         self.preprocessing: dict[str, Any] = {
             "spacing_mm": next(iter(spacings.values())),
             "modality": modalities.pop() if len(modalities) == 1 else "both",
             "scaling": self._ct_scaling(),
-            "labelled": sorted(labelled),
+            "labelled": sorted(set().union(*(notes["labelled"] for notes in training))),
             "data_path": " ".join(str(folder.resolve()) for folder in folders),
         }
 

@@ -222,6 +222,14 @@ def test_the_published_parts_and_the_fingerprint_of_the_training_cases(tmp_path)
     assert everything.split == {"train": list(PARTS), "val": [], "test": []}
 
 
+def test_what_was_trained_on_is_told_by_the_training_cases_alone(tmp_path):
+    """Prediction relies on it: what only a validation case has labels for is not known to the network."""
+    folder = make_folder(tmp_path / "amos", PARTS, labelled=(1, 6))
+    make_case(folder / "cases/amos_0008.h5", tuple(ORGANS), seed=9, labelled=tuple(ORGANS)).close()
+    assert Amos([folder]).preprocessing["labelled"] == [1, 6]
+    assert Amos([folder], validation=False).preprocessing["labelled"] == list(ORGANS)
+
+
 def test_folds_and_refusals(tmp_path):
     folder = make_folder(tmp_path / "amos", dict.fromkeys((f"amos_{k:04d}" for k in range(8)), "train"))
     seen = [Amos([folder], folds=4, fold=k, validation=False).split for k in range(4)]
