@@ -116,6 +116,7 @@ def curves(history: list[dict]) -> dict[str, list[str]]:
 def epoch_text(scores: dict[str, float], drawn: dict[str, float]) -> str:
     dice, text = scores["val_dice"], ""
     if not math.isnan(dice):
-        groups = ", ".join(f"{group} {scores[f'dice_{group}']:.3f}" for group in GROUPS)
-        text = f"Dice {dice:.4f} ({groups})  "
+        groups = {group: scores[f"dice_{group}"] for group in GROUPS}
+        shown = ", ".join(f"{group} {of:.3f}" for group, of in groups.items() if not math.isnan(of))
+        text = f"Dice {dice:.4f} ({shown})  "
     return text + ", ".join(f"{s} {100 * drawn[f'share_{s}']:.0f} %" for s in STRATA if drawn[f"share_{s}"])
