@@ -28,6 +28,7 @@ from amos_lha.losses import levels_and_router, segmentation_loss
 from amos_lha.networks import ARCHITECTURE, get_model, load_trained
 from amos_lha.sampling import SAMPLING
 from amos_lha.training import (
+    DRAWN,
     curves,
     data_lines,
     epoch_text,
@@ -160,7 +161,7 @@ def train(
             scores["lr"] = optimizer.param_groups[0]["lr"]
             run.end_epoch(scores | drawn, score, validated.state_dict())
             if distributed.is_main():
-                save_curves(run.folder / "training_curves.png", run.history, curves(run.history))
+                save_curves(run.folder / "training_curves.png", run.history, curves(run.history), DRAWN)
             run.log_epoch(epoch_text(scores, drawn))
     return *score_best(run, trained, data, evaluate=args.evaluate), precision.amp
 

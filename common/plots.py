@@ -8,27 +8,40 @@ import numpy as np
 from common.files import replacing
 
 TRUTH_COLOR, PRED_COLOR = (0, 200, 80), (230, 30, 30)  # RGB
+NUM_COLORS, MOST_INSIDE = 10, 6  # lines with colours of their own; those whose legend covers no line
 
 
-def save_curves(path: str | Path, rows: list[dict], panels: dict[str, list[str]]) -> None:
+def save_curves(
+    path: str | Path,
+    rows: list[dict],
+    panels: dict[str, list[str]],
+    names: Mapping[str, str] | None = None,
+) -> None:
     """One panel for each title: the named columns of `rows` over "epoch"; the file is replaced in one step.
 
     Args:
         rows: one dict for each epoch; values float (NaN leaves a gap).
-        panels: {title: [column, ...]}.
+        panels: {title: [column, ...]}; the legend of more than six columns stands beside the panel.
+        names: {column: what the legend calls it}; None, or a column that is not in it: its own name.
     """
+    from matplotlib import colormaps
+
     figure, axes = new_figure(1, len(panels), (4.2 * len(panels), 3.2))
     for axis, (title, columns) in zip(axes.flat, panels.items(), strict=True):
+        if len(columns) > NUM_COLORS:  # else lines would share one
+            axis.set_prop_cycle(color=colormaps["tab20"].colors)
         for column in columns:
             # A dot as well: a single epoch draws no line.
-            axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], marker=".", label=column)
+            name = (names or {}).get(column, column)
+            axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], marker=".", label=name)
         axis.set_title(title)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)  # no fifths of an epoch
         axis.grid(alpha=0.3)
-        if len(columns) > 1:
-            many = len(columns) > 6
-            axis.legend(fontsize="x-small" if many else "medium", ncols=2 if many else 1)
+        if len(columns) > MOST_INSIDE:
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
+        elif len(columns) > 1:
+            axis.legend()
     save_figure(figure, path)
 
 

@@ -65,6 +65,17 @@ def test_curves_are_a_png_of_the_expected_size(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
 
 
+def test_many_curves_have_colours_and_names_of_their_own_and_a_legend_beside_them(figures, tmp_path):
+    columns = [f"drawn_{k}" for k in range(15)]
+    rows = [{"epoch": 0} | dict.fromkeys(columns, 0.5)]
+    save_curves(tmp_path / "curves.png", rows, {"drawn": columns}, {"drawn_8": "aorta"})
+    (axis,) = figures[0].axes
+    assert len({line.get_color() for line in axis.lines}) == 15
+    assert [line.get_label() for line in axis.lines][7:10] == ["drawn_7", "aorta", "drawn_9"]
+    figures[0].draw_without_rendering()
+    assert axis.get_legend().get_window_extent().x0 >= axis.get_window_extent().x1
+
+
 def test_curves_draw_the_named_columns_over_epochs(figures, tmp_path):
     rows = curve_rows(4)
     save_curves(tmp_path / "curves.png", rows, PANELS)
