@@ -1,7 +1,7 @@
 """Segment the abdominal organs of CT or MR scans, on the scans' own grids.
 
     python amos_lha/predict.py --weights runs/amos_lha/small/weights/best.pt --source scan.nii.gz --out organs
-    python amos_lha/predict.py --weights best.pt --source scans/ --out organs --tta --save_3d
+    python amos_lha/predict.py --weights best.pt --source scans/ --out organs --save_3d
 
 Of each scan <name>.nii.gz it writes <name>_mask.nii.gz (its own grid, affine and codes, AMOS's organ
 numbers), <name>.json (volumes, what was cleaned up, seconds, memory) and <name>_preview.png; of all scans
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from amos_lha.networks import load_trained
 from amos_lha.organs import COLORS, COMPACT, LIVER, NUM_CLASSES, ORGANS, PARTED, SPLEEN, WINDOW_HU
 from amos_lha.region import find_region, scaling_of
-from amos_lha.segment import segment
+from amos_lha.segment import check_tta, segment
 from common import batch, distributed, prediction
 from common.checkpoints import TrainedModel
 from common.components import lies_left_of, remove_stray_pieces
@@ -64,8 +64,8 @@ def build_parser() -> ArgumentParser:
         "--tta",
         action=Switch,
         default=False,
-        help="average the prediction with those of the scan mirrored along each axis, where left and right "
-        "organs change places; takes four times as long",
+        help="average the prediction with that of the scan mirrored left to right, where left and right "
+        "organs change places; takes twice as long, and only for models trained with --flip_sides",
     )
     prediction.add_window_flags(parser)
     parser.add_argument(
@@ -137,7 +137,11 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args: Namespace) ->
             "file? Then left and right organs are too"
         )
     counts = label_counts(labels, NUM_CLASSES)
-    volumes_ml = {organ: float(counts[n] * file.voxel_mm3 / 1000) for n, organ in ORGANS.items()}
+    # Of an organ that the model was not trained on, nothing is known: its column stays empty.
+    volumes_ml = {
+        organ: float(counts[n] * file.voxel_mm3 / 1000) if n in model.preprocessing["labelled"] else None
+        for n, organ in ORGANS.items()
+    }
     if not counts[1:].any():
         tqdm.write(f"warning: {path.name}: no organ found, its mask is empty")
     if args.save_preview:
@@ -167,7 +171,7 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args: Namespace) ->
         "scan": str(path),
         "modality": modality,
         "looks_mirrored": is_mirrored,
-        "organs": sum(ml > 0 for ml in volumes_ml.values()),
+        "organs": sum(bool(ml) for ml in volumes_ml.values()),
         **{f"{organ.replace(' ', '_')}_ml": ml for organ, ml in volumes_ml.items()},
         "removed_ml": sum(entry["removed_ml"] for entry in removed.values()),
         "seconds": notes["seconds"],
@@ -181,6 +185,11 @@ def main(argv: list[str] | None = None) -> int:
         device = start_device(args.device, distributed.local_rank())
         precision = choose_precision(args.amp, device)
         model = load_trained(args.weights, device, precision)
+        if args.tta:
+            check_tta(model)
+        if unknown := set(args.save_probabilities) - set(model.preprocessing["labelled"]):
+            names = ", ".join(ORGANS[organ] for organ in sorted(unknown))
+            raise ValueError(f"--save_probabilities: the model was not trained on labels of {names}")
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
 
         def predict(path: Path) -> dict:

@@ -1,5 +1,6 @@
 """amos_lha/segment.py, region.py, predict.py, pictures.py: organs on the scan's own grid."""
 
+import contextlib
 import csv
 import json
 
@@ -13,7 +14,7 @@ from amos_lha import segment as segment_module
 from amos_lha.networks import get_model
 from amos_lha.organs import COMPACT, LIVER, NUM_CLASSES, ORGANS, PARTED, SIDES, SPLEEN
 from amos_lha.region import find_region, scaling_of, scan_modality
-from amos_lha.segment import mirrored_classes, segment
+from amos_lha.segment import check_tta, mirrored_classes, segment
 from common.checkpoints import TrainedModel, save_checkpoint
 from common.hardware import Precision
 from common.intensity import Scaling, mr_scaling
@@ -96,7 +97,7 @@ def test_labels_that_change_sides_in_a_mirror():
     assert mirrored_classes() == expected and SIDES == ((2, 3), (11, 12))
 
 
-@pytest.mark.parametrize("flips", [((2,),), ((), (2,)), segment_module.FLIPS])
+@pytest.mark.parametrize("flips", [((2,),), ((), (0,), (1,), (2,)), segment_module.FLIPS])
 def test_left_and_right_survive_flips(monkeypatch, flips):
     """One window as large as the scan, so that "the right half" is that of the patient."""
     monkeypatch.setattr(segment_module, "FLIPS", flips)
@@ -112,7 +113,7 @@ def test_left_and_right_survive_flips(monkeypatch, flips):
     assert share[2].max() == share[3].max() == round(255 * alone)
 
 
-def test_flips_are_those_of_all_three_axes_and_only_if_asked_for():
+def test_flips_are_left_to_right_and_only_if_asked_for():
     calls = []
 
     class Count(torch.nn.Module):
@@ -124,10 +125,16 @@ def test_flips_are_those_of_all_three_axes_and_only_if_asked_for():
     segment(model(Count()), image, (2, 2, 2), Scaling(*CT_SCALING), "ct")
     assert len(calls) == 1
     segment(model(Count()), image, (2, 2, 2), Scaling(*CT_SCALING), "ct", tta=True)
-    plain, *four = calls
-    assert len(four) == 4 and torch.equal(four[0], plain)
-    for axis, flipped in enumerate(four[1:], start=2):
-        assert torch.equal(flipped, plain.flip(axis))
+    plain, same, mirrored = calls
+    assert torch.equal(same, plain) and torch.equal(mirrored, plain.flip(4))
+
+
+def test_flips_only_for_networks_that_were_trained_with_them():
+    trained = model(ORGANS_BY_HU)
+    for flip_sides in (0.0, 0.5):
+        trained.config["flip_sides"] = flip_sides
+        with contextlib.nullcontext() if flip_sides else pytest.raises(ValueError, match="--tta"):
+            check_tta(trained)
 
 
 # ---- modality and scaling ----
@@ -300,6 +307,17 @@ def test_probability_maps_only_of_the_organs_asked_for(tmp_path, monkeypatch):
     assert not list(out.glob(".maps*"))
 
 
+def test_nothing_is_said_of_organs_without_labels_in_training(tmp_path, monkeypatch):
+    write_nifti(tmp_path / "scan.nii.gz", body()[0], (2, 2, 2))
+    part = model(ORGANS_BY_HU)
+    part.preprocessing["labelled"] = [LIVER]
+    assert run(monkeypatch, part, tmp_path / "scan.nii.gz", tmp_path / "out") == 0
+    row = table(tmp_path / "out")[0]
+    assert row["spleen_ml"] == "" and float(row["liver_ml"]) > 0 and row["organs"] == "1"
+    with pytest.raises(SystemExit, match="not trained on labels of spleen"):
+        run(monkeypatch, part, tmp_path / "scan.nii.gz", tmp_path / "out", "--save_probabilities", "1", "6")
+
+
 def test_one_bad_scan_does_not_cost_the_others(tmp_path, monkeypatch, capsys):
     write_nifti(tmp_path / "amos_0600.nii.gz", body()[0], (2, 2, 2))
     write_nifti(tmp_path / "amos_0001.nii.gz", body()[0], (2, 2, 2))
@@ -319,6 +337,7 @@ def test_an_mr_is_predicted_whole_with_its_own_scaling(tmp_path, monkeypatch):
     values = {0: (1000 - scaling.mean) / scaling.sd, LIVER: (1100 - scaling.mean) / scaling.sd}
     write_nifti(tmp_path / "amos_0600.nii.gz", image, (2, 2, 2))
     mr_model = model(Bands(values), modality="mr", scaling=None)
+    mr_model.config["flip_sides"] = 0.5
     assert run(monkeypatch, mr_model, tmp_path / "amos_0600.nii.gz", tmp_path / "out", "--tta") == 0
     pred = load_label(tmp_path / "out/amos_0600_mask.nii.gz").array
     np.testing.assert_array_equal(pred == LIVER, body()[1] == LIVER)
