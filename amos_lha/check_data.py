@@ -72,7 +72,7 @@ def check(args: Namespace) -> int:
     cases, problems = list_any(args.data_path, args.labelled)
     results, failed = each_case(check_case, cases, args.speck_voxels, workers=args.workers, doing="checking")
     problems += [f"{case.name} ({case.part}): {reason}" for case, reason in failed.items()]
-    counts = Counter(f"{case.part} {(case.modality or '').upper()}" for case in results)
+    counts = Counter(f"{case.part} {(case.modality or '').upper()}".strip() for case in results)
     print(f"{', '.join(f'{n} {what}' for what, n in counts.items())} ({AMOS22})")
     checked = {f"{case.name} ({case.part})": result for case, result in results.items()}
     names = {n: f"{name} ({group_of(n)})" for n, name in ORGANS.items()}

@@ -77,7 +77,7 @@ def choose_cases(cases: list[Case], modality: str | None) -> list[Case]:
     counts = Counter(f"{case.part} {case.modality.upper()}" for case in chosen)
     if len(usable) < len(cases):
         counts["test without labels, for predict.py"] = len(cases) - len(usable)
-    print(f"found: {', '.join(f'{n} {what}' for what, n in counts.items())} ({AMOS22})")
+    print(f"found: {', '.join(f'{n} {what}' for what, n in counts.items()) or 'nothing'} ({AMOS22})")
     other = "mr" if "ct" in wanted else "ct"
     if left_out:
         print(f"left out: {len(left_out)} {other.upper()} ({_listed(left_out)})", end="; ")
