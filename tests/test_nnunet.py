@@ -38,7 +38,7 @@ def test_parameter_totals(network, total, nnunets):
     with torch.device("meta"):
         net = network(1, 16)
     assert count(net) == total
-    convs_before_norms = [m for m in net.modules() if type(m) is nn.Conv3d and m.bias is None]
+    convs_before_norms = [m for m in net.modules() if isinstance(m, nn.Conv3d) and m.bias is None]
     shortcuts = [m for m in convs_before_norms if m.kernel_size == (1, 1, 1)]  # these have none there either
     biases = sum(m.out_channels for m in convs_before_norms) - sum(m.out_channels for m in shortcuts)
     heads = 16 * (64 + 128 + 256 + 320) + 4 * 16
