@@ -127,7 +127,7 @@ def test_organ_demo(tmp_path):
     config = ROOT / "amos_lha" / "demo.yaml"
     done = run_script("amos_lha/train.py", "--config", config, cwd=tmp_path, env=all_cores)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert float(re.search(r"Dice of the val scans: ([\d.]+)", done.stdout)[1]) >= 0.75
+    assert float(re.search(r"Dice of the val scans: ([\d.]+)", done.stdout)[1]) >= 0.70
     command = re.search(r"next: python (\S+) (.*)$", done.stdout, re.M)
     flags, source = command[2].split("--source")[0].split(), tmp_path / "data/demo/amos_lha/amos"
     flags += ["--source", source / "imagesVa", "--out", tmp_path / "organs"]
