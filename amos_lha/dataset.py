@@ -17,7 +17,7 @@ from amos_lha.sampling import Sampler
 from common.hdf5 import CaseFile
 from common.intensity import Scaling, fingerprint
 from common.preprocessed import choose_split, read_cases
-from common.splits import PARTS
+from common.splits import PARTS, patients_of
 
 MODALITIES = ("ct", "mr", "both")
 
@@ -42,11 +42,13 @@ class Amos:
         folds: int | None = None,
         fold: int | None = None,
         validation: bool = True,
+        patient_pattern: str | None = None,
     ) -> None:
         """Open the folders; the keyword arguments are those of `choose_split`.
 
         Args:
             modality: "ct" or "mr" leaves out the cases of the other one.
+            patient_pattern: as of `patients_of`.
 
         Raises:
             FileNotFoundError, ValueError: see `read_cases` and `choose_split`; or no case of the modality, or
@@ -73,7 +75,7 @@ class Amos:
             split = choose_split(
                 folder,
                 {name: entry["part"] if has_parts else "" for name, entry in chosen.items()},
-                {name: name for name in chosen},
+                patients_of(list(chosen), patient_pattern),
                 set(entries),
                 seed=seed,
                 folds=folds,

@@ -36,6 +36,11 @@ def add_training_flags(parser: ArgumentParser) -> None:
         default="both",
         help="scans to train on: ct, mr, or both = whatever the folder holds",
     )
+    data.add_argument(
+        "--patient_pattern",
+        help="regular expression whose group finds the patient in the name of a case, such as 'p([0-9]+)'; "
+        "needed where a patient has several scans, which must stand in one part",
+    )
     add_fold_flags(data)
     data.add_argument(
         "--validation",

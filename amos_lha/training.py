@@ -34,7 +34,14 @@ def open_data(args: Namespace) -> Amos:
     """The data sets that the flags name."""
     paths = [demo_dataset() if path == "demo" else path for path in args.data_path]
     folds = {"folds": args.folds, "fold": None if args.fold is None else int(args.fold)}
-    return Amos(paths, args.modality, seed=args.seed, validation=args.validation, **folds)
+    return Amos(
+        paths,
+        args.modality,
+        seed=args.seed,
+        validation=args.validation,
+        patient_pattern=args.patient_pattern,
+        **folds,
+    )
 
 
 def get_augmentation(args: Namespace) -> Augmentation3d:

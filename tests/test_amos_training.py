@@ -273,3 +273,16 @@ def test_without_a_published_validation_part_one_is_drawn(tmp_path):
     split = Amos([folder]).split
     assert (len(split["train"]), len(split["val"]), len(split["test"])) == (8, 2, 0)
     assert Amos([folder], validation=False).split["train"] == [f"amos_06{k:02d}" for k in range(10)]
+
+
+def test_scans_of_a_patient_stay_in_one_part(tmp_path):
+    names = [f"p{patient}_{scan}" for patient in range(6) for scan in "ab"]
+    folder = make_folder(tmp_path / "amos", dict.fromkeys(names, "train"))
+    for fold in range(3):
+        split = Amos([folder], folds=3, fold=fold, patient_pattern="(p[0-9]+)_").split
+        parts = {part: {name.split("_")[0] for name in split[part]} for part in split}
+        assert sorted(parts["train"] | parts["val"] | parts["test"]) == [f"p{k}" for k in range(6)]
+        assert sum(map(len, parts.values())) == 6, "nobody stands in two parts"
+    make_folder(tmp_path / "va", {"p1_a": "train", "p1_b": "val", "p2_a": "train"})
+    with pytest.raises(ValueError, match="patient p1 stands in train .* and in val"):
+        Amos([tmp_path / "va"], patient_pattern="(p[0-9]+)_")
