@@ -27,6 +27,7 @@ class Amos:
 
     Attributes:
         cases: {name: CaseFile}; of several folders the names begin with that of the folder.
+        patients: {name: patient}.
         split: {"train", "val", "test"}: names; patients of one part only.
         preprocessing: what prediction has to do as well: spacing_mm; of the training cases modality, "ct",
             "mr" or "both", scaling, the fingerprint of the CT, None without CT, and labelled, the organs that
@@ -58,6 +59,7 @@ class Amos:
         if len({folder.resolve().name for folder in folders}) < len(folders):
             raise ValueError(f"--data_path {' '.join(map(str, paths))}: two folders of one name; rename one")
         self.cases: dict[str, CaseFile] = {}
+        self.patients: dict[str, str] = {}
         self.split: dict[str, list[str]] = {part: [] for part in PARTS}
         spacings = {}
         for folder in folders:
@@ -70,12 +72,13 @@ class Amos:
             }
             if not chosen:
                 raise ValueError(f"{folder}: {len(files)} cases, but none of --modality {modality}")
+            patients = patients_of(list(chosen), patient_pattern)
             # A set without imagesVa and labelsTs was published in one part: its validation part is drawn.
             has_parts = any(entry["part"] != "train" for entry in chosen.values())
             split = choose_split(
                 folder,
                 {name: entry["part"] if has_parts else "" for name, entry in chosen.items()},
-                patients_of(list(chosen), patient_pattern),
+                patients,
                 set(entries),
                 seed=seed,
                 folds=folds,
@@ -85,6 +88,7 @@ class Amos:
             prefix = f"{folder.resolve().name}/" if len(folders) > 1 else ""
             for part in PARTS:
                 self.split[part] += [prefix + name for name in split[part]]
+            self.patients |= {prefix + name: prefix + patient for name, patient in patients.items()}
             self.cases |= {prefix + name: CaseFile(files[name]) for name in chosen}
         if len({tuple(spacing) for spacing in spacings.values()}) > 1:
             sizes = "; ".join(f"{folder}: {spacing}" for folder, spacing in spacings.items())

@@ -62,7 +62,7 @@ def evaluate_cases(
         scores = score_structures(
             pred, case.label[...], case.spacing_mm, STRUCTURES, labelled, surfaces=surfaces
         )
-        return case_row(name, name, scores, case_summary(scores))
+        return case_row(name, data.patients[name], scores, case_summary(scores))
 
     rows, failed = batch.each(evaluate, names, unit="case", table=table)
     return [row for of_case in rows for row in of_case["classes"]], failed

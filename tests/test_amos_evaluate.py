@@ -85,12 +85,15 @@ def test_preprocessed_cases(tmp_path, modality):
         preprocessing,
         {},
     )
-    data = types.SimpleNamespace(cases={name: CaseFile(tmp_path / f"{name}.h5") for name in "abc"})
+    data = types.SimpleNamespace(
+        cases={name: CaseFile(tmp_path / f"{name}.h5") for name in "abc"},
+        patients={"a": "Ann", "b": "Ben", "c": "Ann"},
+    )
     rows, failed = evaluate_cases(model, data, ["b", "a", "c"], table=tmp_path / "cases.csv")
     assert [(row["case"], row["class"]) for row in rows] == [("b", 1), ("b", 6), ("a", 1), ("a", 6)]
     assert all(row["dice"] == row["nsd_organ"] == 1 for row in rows) and list(failed) == ["c"]
     lines = (tmp_path / "cases.csv").read_text().splitlines()
-    assert lines == ["case,patient,dice,missed,hallucinated", "b,b,1,0,0", "a,a,1,0,0"]
+    assert lines == ["case,patient,dice,missed,hallucinated", "b,Ben,1,0,0", "a,Ann,1,0,0"]
     quick, _ = evaluate_cases(model, data, ["a"], surfaces=False)
     assert "nsd_organ" not in quick[0] and quick[0]["dice"] == 1
 

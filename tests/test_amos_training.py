@@ -279,7 +279,9 @@ def test_scans_of_a_patient_stay_in_one_part(tmp_path):
     names = [f"p{patient}_{scan}" for patient in range(6) for scan in "ab"]
     folder = make_folder(tmp_path / "amos", dict.fromkeys(names, "train"))
     for fold in range(3):
-        split = Amos([folder], folds=3, fold=fold, patient_pattern="(p[0-9]+)_").split
+        data = Amos([folder], folds=3, fold=fold, patient_pattern="(p[0-9]+)_")
+        split = data.split
+        assert data.patients["p3_b"] == "p3"
         parts = {part: {name.split("_")[0] for name in split[part]} for part in split}
         assert sorted(parts["train"] | parts["val"] | parts["test"]) == [f"p{k}" for k in range(6)]
         assert sum(map(len, parts.values())) == 6, "nobody stands in two parts"
