@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amos_lha.organs import GROUPS, NUM_CLASSES
-from common.distributed import all_sum, gather, rank, world_size
+from common.distributed import gather, rank, world_size
 from common.hdf5 import CaseFile
 from common.patches import Triple, start_near, uniform_start
 
@@ -62,8 +62,8 @@ class Difficulty:
         """Bring the averages up to date, from the patches of all processes."""
         before = self.error.clone()
         self._collect()
-        self.error = before + all_sum(self.error - before)
-        self.error.clamp_(0, 1)
+        # Not all_sum: NCCL sums on graphics cards only, and this lies in the memory that workers share.
+        self.error = (before + sum(gather(self.error - before))).clamp(0, 1)
         self._share()
 
     def state_dict(self) -> dict:

@@ -34,7 +34,7 @@ def open_data(args: Namespace) -> Amos:
     """The data sets that the flags name."""
     paths = [demo_dataset() if path == "demo" else path for path in args.data_path]
     folds = {"folds": args.folds, "fold": None if args.fold is None else int(args.fold)}
-    return Amos(
+    data = Amos(
         paths,
         args.modality,
         seed=args.seed,
@@ -42,6 +42,14 @@ def open_data(args: Namespace) -> Amos:
         patient_pattern=args.patient_pattern,
         **folds,
     )
+    for name in data.split["train"]:
+        organs = data.cases[name].attributes["labelled"]
+        if args.flip_sides and any((a in organs) != (b in organs) for a, b in SIDES):
+            raise ValueError(
+                f"--flip_sides {args.flip_sides:g}: {name} has labels of one side of a pair of organs only, "
+                "which a mirror would turn into labels that it does not have; use --flip_sides 0"
+            )
+    return data
 
 
 def get_augmentation(args: Namespace) -> Augmentation3d:

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from amos_lha import train
 from amos_lha.dataset import Amos, PatchDataset, case_scaling
 from amos_lha.lha_net import TrainingOutput
 from amos_lha.losses import router_loss, segmentation_loss
 from amos_lha.organs import COLORS, GROUPS, NUM_CLASSES, ORGANS, SIDES, TOLERANCES_MM
 from amos_lha.sampling import SAMPLING, STRATA, Difficulty, Sampler
+from amos_lha.training import open_data
 from common.hdf5 import CaseFile, write_case
 from common.intensity import fingerprint
 from common.patches import location_index
@@ -288,3 +290,27 @@ def test_scans_of_a_patient_stay_in_one_part(tmp_path):
     make_folder(tmp_path / "va", {"p1_a": "train", "p1_b": "val", "p2_a": "train"})
     with pytest.raises(ValueError, match="patient p1 stands in train .* and in val"):
         Amos([tmp_path / "va"], patient_pattern="(p[0-9]+)_")
+
+
+def test_mirrors_need_labels_of_both_sides(tmp_path):
+    """A right kidney would become a left one that the case has no labels for."""
+    one_side = make_folder(tmp_path / "one", PARTS, organs=(2, 6), labelled=(2, 6))
+    both = make_folder(tmp_path / "both", PARTS, organs=(2, 3), labelled=(2, 3))
+
+    def flags(path, share):
+        words = ["--data_path", str(path), "--flip_sides", str(share)]
+        return train.build_parser().parse_args(words)
+
+    assert open_data(flags(both, 0.5)).split["train"] and open_data(flags(one_side, 0)).split["train"]
+    with pytest.raises(ValueError, match="--flip_sides 0.5: amos_0001 has labels of one side"):
+        open_data(flags(one_side, 0.5))
+
+
+def test_errors_of_all_processes_count(monkeypatch):
+    """Two processes saw the same organ of one case with errors 1 and 0: 0.05 up, 0.05 down."""
+    difficulty = Difficulty(np.ones((1, NUM_CLASSES), bool))
+    difficulty.add(torch.tensor([0]), torch.ones(1, NUM_CLASSES))
+    other = torch.full((1, NUM_CLASSES), -0.05)
+    monkeypatch.setattr("amos_lha.sampling.gather", lambda change: [change, other])
+    difficulty.end_epoch()
+    torch.testing.assert_close(difficulty.error, torch.full((1, NUM_CLASSES), 0.5))
