@@ -30,8 +30,8 @@ def mirrored_classes() -> list[int]:
 def check_tta(model: TrainedModel) -> None:
     """ValueError if the network has never seen mirrored scans, of which it then makes nonsense.
 
-    A network that was trained on CHAOS without them found spleens with a Dice of 0.89, and of 0.48 on average
-    over mirrored scans.
+    A network that was trained on CHAOS without them had a Dice of 0.91 on three held-out scans, with --tta
+    0.87; of the liver 0.91 and 0.78.
     """
     if not model.config.get("flip_sides"):
         raise ValueError(

@@ -86,6 +86,7 @@ def train(
         amp=args.amp,
         resumed=resumed,
         vram_gib=args.vram,
+        patch_step=max(16, *getattr(network, "multiple", (16,))),  # --vram keeps what the strides divide
     )
     precision, plan = setup.precision, setup.plan
     config |= setup.config | {"patch_size": list(plan.patch_size)}

@@ -190,16 +190,15 @@ class Plan:
         return f"patch {sides}, batch {self.batch_size} x {self.accumulate}, {recompute}, {self.precision}"
 
 
-def candidates(
-    wanted: Plan, *, shrink_patch: bool = True, step: int = 16, smallest: int = 48
-) -> Iterator[Plan]:
+def candidates(wanted: Plan, *, patch_step: int = 16, smallest: int = 48) -> Iterator[Plan]:
     """`wanted` and what to give up for memory, the least loss first.
 
     Checkpointing costs a second forward pass and nothing else; smaller batches with more accumulation cost
-    speed (and, with BatchNorm, statistics of fewer items); only then, and only if `shrink_patch`, the patch
-    shrinks, its longest sides first, by `step` voxels and not below `smallest` (a side that is smaller
-    already stays).
+    speed (and, with BatchNorm, statistics of fewer items); only then the patch shrinks, its longest sides
+    first, by `patch_step` voxels (0: it stays) and not below `smallest`, or the next multiple of the step (a
+    side that is smaller already stays).
     """
+    smallest = -(-smallest // patch_step) * patch_step if patch_step else smallest
     patch = wanted.patch_size
     while True:
         batch = wanted.batch_size
@@ -212,27 +211,27 @@ def candidates(
                 yield replace(plan, checkpointing=policy)
             batch //= 2
         longest = max(patch)
-        if longest <= smallest or not shrink_patch:
+        if longest <= smallest or not patch_step:
             return
-        patch = tuple(max(smallest, side - step) if side == longest else side for side in patch)
+        patch = tuple(max(smallest, side - patch_step) if side == longest else side for side in patch)
 
 
 def fit_plan(
-    wanted: Plan, peak_mib: Callable[[Plan], float], vram_gib: float, *, shrink_patch: bool = True
+    wanted: Plan, peak_mib: Callable[[Plan], float], vram_gib: float, *, patch_step: int = 16
 ) -> tuple[Plan, list[tuple[Plan, float]]]:
     """The first of `candidates` that a card of `vram_gib` holds, and [(plan, MiB), ...] of all considered,
     itself as the last.
 
     Args:
         peak_mib: predicted peak of a training step, e.g. by `training_peak_mib`.
-        shrink_patch: False leaves the patch as it is.
+        patch_step: as of `candidates`.
 
     Raises:
         ValueError: not even the smallest fits.
     """
     limit_mib = vram_gib * 1024 - RESERVED_MIB
     considered: list[tuple[Plan, float]] = []
-    for plan in candidates(wanted, shrink_patch=shrink_patch):
+    for plan in candidates(wanted, patch_step=patch_step):
         considered.append((plan, peak_mib(plan)))
         if considered[-1][1] <= limit_mib:
             return plan, considered
@@ -293,7 +292,7 @@ def set_up_step(
     amp: str,
     resumed: dict | None = None,
     vram_gib: float | None = None,
-    shrink_patch: bool = True,
+    patch_step: int = 16,
     make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> StepSetup:
     """Choose the precision of a run and, with `vram_gib`, what fits a card; `network` gets its checkpointing.
@@ -306,7 +305,7 @@ def set_up_step(
         amp: value of --amp.
         resumed: checkpoint of the run that goes on: "auto" then means its precision, so that both halves are
             computed in the same one.
-        vram_gib, shrink_patch, make_optimizer: see `fit_plan` and `training_peak_mib`.
+        vram_gib, patch_step, make_optimizer: see `fit_plan` and `training_peak_mib`.
 
     Raises:
         ValueError: nothing fits, or `amp` is not for this device.
@@ -333,7 +332,7 @@ def set_up_step(
     precision = distributed.on_main(lambda: choose_precision(amp, device, step_once))
     plan = replace(wanted, precision=precision.name)
     if vram_gib:
-        plan, considered = fit_plan(plan, peak_mib, vram_gib, shrink_patch=shrink_patch)
+        plan, considered = fit_plan(plan, peak_mib, vram_gib, patch_step=patch_step)
         limit_cuda_memory(vram_gib, device)
     else:
         considered = [(plan, peak_mib(plan))]

@@ -100,7 +100,7 @@ def train(
         amp=args.amp,
         resumed=resumed,
         vram_gib=args.vram,
-        shrink_patch=False,
+        patch_step=0,
     )
     config |= setup.config
     precision, plan = setup.precision, setup.plan

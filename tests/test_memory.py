@@ -223,7 +223,9 @@ def test_candidates_give_up_the_cheapest_first(wanted):
         longest = max(before.patch_size)
         assert all(b == (a if a < longest else max(48, a - 16)) for a, b in sides)
     assert max(found[-1].patch_size) == 48
-    assert {p.patch_size for p in candidates(wanted, shrink_patch=False)} == {wanted.patch_size}
+    assert {p.patch_size for p in candidates(wanted, patch_step=0)} == {wanted.patch_size}
+    by_32 = {p.patch_size for p in candidates(Plan((160, 96, 32), 1, 1, True), patch_step=32)}
+    assert by_32 == {(160, 96, 32), (128, 96, 32), (96, 96, 32), (64, 64, 32)}, "multiples, the least is 64"
 
 
 def test_candidates_by_hand():
@@ -274,7 +276,7 @@ def test_nothing_fits():
         "than the 424 that a card of this size leaves; choose a smaller network or input"
     )
     with pytest.raises(ValueError, match="even patch 96x96x96, batch 1 x 2, checkpointing"):
-        fit_plan(wanted, lambda plan: 1000 + voxels_mib(plan), 1, shrink_patch=False)
+        fit_plan(wanted, lambda plan: 1000 + voxels_mib(plan), 1, patch_step=0)
 
 
 def test_limit_on_a_card_and_elsewhere(monkeypatch):
@@ -345,17 +347,17 @@ def test_with_a_limit_network_and_config_follow_the_plan_that_fits(monkeypatch):
     )
     assert less < full
     vram_gib = (600 + (full + less) / 2) / 1024
-    network, setup = set_up(wanted, vram_gib=vram_gib, shrink_patch=False)
+    network, setup = set_up(wanted, vram_gib=vram_gib, patch_step=0)
     assert network.checkpointing is True and setup.config["checkpointing"] is True
     assert setup.config["batch_size"] == 4 and setup.peak_mib == pytest.approx(less)
     assert limits == [vram_gib] and setup.lines[-1].endswith("<- taken")
 
 
-@pytest.mark.parametrize("shrink_patch, wanted, taken", [
-    (False, Plan((256, 256), 4, 3, False), Plan((256, 256), 2, 6, True, "bf16")),
-    (True, Plan((256, 256), 1, 3, False), Plan((224, 224), 1, 3, True, "bf16")),
+@pytest.mark.parametrize("patch_step, wanted, taken", [
+    (0, Plan((256, 256), 4, 3, False), Plan((256, 256), 2, 6, True, "bf16")),
+    (16, Plan((256, 256), 1, 3, False), Plan((224, 224), 1, 3, True, "bf16")),
 ])  # fmt: skip
-def test_the_peak_is_that_of_the_plan_that_is_taken(shrink_patch, wanted, taken, monkeypatch):
+def test_the_peak_is_that_of_the_plan_that_is_taken(patch_step, wanted, taken, monkeypatch):
     """Of its batch, patch, type and optimiser, with its checkpointing; not of what was asked for."""
     monkeypatch.setattr("common.memory.limit_cuda_memory", lambda *_: None)
 
@@ -366,7 +368,7 @@ def test_the_peak_is_that_of_the_plan_that_is_taken(shrink_patch, wanted, taken,
 
     limit_mib = needs_mib(taken) * 1.001
     _, setup = set_up(
-        wanted, amp="bf16", vram_gib=(RESERVED_MIB + limit_mib) / 1024, shrink_patch=shrink_patch,
+        wanted, amp="bf16", vram_gib=(RESERVED_MIB + limit_mib) / 1024, patch_step=patch_step,
         make_optimizer=sgd,
     )  # fmt: skip
     assert setup.plan == taken and setup.peak_mib == needs_mib(taken)
@@ -379,7 +381,7 @@ def test_a_patch_that_must_not_shrink_is_refused(monkeypatch):
     options = dict(vram_gib=(RESERVED_MIB + 1.001 * limit_mib) / 1024)
     assert set_up(Plan((256, 256), 1, 1, False), **options)[1].plan.patch_size < (256, 256)
     with pytest.raises(ValueError, match="even patch 256x256, batch 1 x 1, checkpointing"):
-        set_up(Plan((256, 256), 1, 1, False), **options, shrink_patch=False)
+        set_up(Plan((256, 256), 1, 1, False), **options, patch_step=0)
 
 
 def test_a_resumed_run_keeps_its_precision(monkeypatch):
