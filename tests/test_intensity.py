@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from common.intensity import CT_RANGE, Scaling, fingerprint, mr_scaling, scale, stored_range
+from common.intensity import (
+    CT_RANGE,
+    Scaling,
+    fingerprint,
+    mr_scaling,
+    scale,
+    scale_by_own_values,
+    stored_range,
+)
 
 
 def test_fingerprint_by_hand():
@@ -35,3 +43,25 @@ def test_scale_of_each_item_by_itself():
     assert scaled[1].ravel().tolist() == pytest.approx([0, 0, 0.05, 1])
     assert torch.equal(scale(image.short(), Scaling(-50, 150, 50, 100))[0], scaled[0])
     assert stored_range("ct", None) == CT_RANGE and stored_range("mr", Scaling(3, 9, 5, 1)) == (3, 9)
+
+
+def test_windows_are_scaled_by_their_own_values_whatever_lies_around_the_brain():
+    brain = np.random.default_rng(0).normal(100, 10, (16, 16, 16)).astype(np.float32)
+    bare = np.zeros((20, 16, 16), np.float32)  # four rows of blanked voxels
+    bare[:16] = brain
+    windows = torch.from_numpy(np.stack([bare, 7 * bare + 3]))[:, None]
+    scaled = scale_by_own_values(windows)
+    assert scaled.dtype == torch.float32 and scaled.shape == windows.shape
+    torch.testing.assert_close(scaled[0], scaled[1], atol=2e-3, rtol=0)  # unit and offset of MR mean nothing
+    inside = scaled[0, 0, :16]
+    assert abs(inside.mean()) < 0.01 and 0.97 < inside.std() < 1.03
+    low, high = np.percentile(brain, [1, 99])
+    expected = (np.clip(brain, low, high) - np.clip(brain, low, high).mean()) / np.clip(
+        brain, low, high
+    ).std()
+    np.testing.assert_allclose(inside.numpy(), expected, atol=0.02)
+
+
+def test_a_window_without_contrast_becomes_zero():
+    scaled = scale_by_own_values(torch.full((1, 1, 4, 4, 4), 5.0))
+    assert torch.equal(scaled, torch.zeros(1, 1, 4, 4, 4))
