@@ -82,7 +82,7 @@ def scale(image: Tensor, scaling: Scaling | Tensor) -> Tensor:
 
 
 def scale_by_own_values(image: Tensor) -> Tensor:
-    """Grey values (N, C, d, h, w) of MR windows -> network input, float32; each channel of a window by itself.
+    """Grey values (N, C, d, h, w) of MR windows -> network input, float32; each window by itself.
 
     Cut to percentiles 1 and 99 of what is brighter than a tenth of the window's brightest half percent, which
     leaves out the air and what skull stripping has blanked; its mean becomes 0 and its standard deviation 1.

@@ -58,7 +58,7 @@ def run_dir_of(weights: str | Path) -> Path:
 def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
     """The last.pt that --resume means: a file, a run folder, or "last" = the newest run called `name`."""
     if resume != "last":
-        path = Path(resume)
+        path = Path(resume).resolve()  # it may be a link to the checkpoint, which lies elsewhere
         path = path / "weights" / "last.pt" if path.is_dir() else path
         if path.is_file() and (path.parent.name != "weights" or not (path.parents[1] / "log.txt").is_file()):
             # Resuming writes into the run's folder; a stray copy would write into somebody else's.
@@ -148,21 +148,6 @@ def append_row(path: str | Path, row: dict) -> None:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def open_wandb(project: str, name: str, config: dict) -> Any:
-    """A Weights & Biases run, None on all ranks but 0; wandb is imported here only.
-
-    Raises:
-        SystemExit: wandb is not installed.
-    """
-    if not distributed.is_main():
-        return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise SystemExit("--use_wandb needs the wandb package: pip install wandb") from error
-    return wandb.init(project=project, name=name, config=config)
-
-
 # ---- seeds ----
 
 
@@ -186,6 +171,7 @@ def resume(
     *,
     same: Sequence[str],
     name: str | None = None,
+    root: str | Path | None = None,
     stage: str | None = None,
     may_be_missing: bool = False,
 ) -> tuple[Namespace, dict | None, Path | None]:
@@ -197,6 +183,7 @@ def resume(
         parser: with the flags of `config.add_run_flags`.
         same: flags that a run keeps, such as those that decide the network.
         name: of the run that a bare --resume means; None = --model_name.
+        root: folder in which it lies; None = --out.
         stage: what the checkpoint's "stage" must be, where a task trains several kinds of network.
         may_be_missing: begin a new run where a bare --resume finds none.
 
@@ -215,7 +202,7 @@ def resume(
     try:
         if wanted == "last":
             args = parse_args(parser, argv)
-            path = find_checkpoint("last", args.out, name or args.model_name)
+            path = find_checkpoint("last", root or args.out, name or args.model_name)
         else:  # its configuration supplies also the flags that a new run requires
             path = find_checkpoint(wanted, "", "")
     except FileNotFoundError:

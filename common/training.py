@@ -18,6 +18,7 @@ from common import distributed, runs
 from common.checkpoints import rng_state, save_checkpoint, set_rng_state
 from common.ema import WeightAverage
 from common.hardware import peak_memory_mib
+from common.trackers import Trackers
 
 # Attributes of a Run that its checkpoints hold.
 POSITION = (
@@ -60,6 +61,7 @@ class Run:
         resumed: a last.pt to go on from; its states are loaded into `parts`.
         resume_words: the command that goes on with this run; None = this script with --resume and last.pt.
         wandb_project: also log to Weights & Biases.
+        tensorboard: folder for TensorBoard's curves; None = none.
 
     Attributes:
         epoch, batch: the epoch under way, and how many of its batches are done.
@@ -89,6 +91,7 @@ class Run:
         resumed: dict | None = None,
         resume_words: list[str] | None = None,
         wandb_project: str | None = None,
+        tensorboard: str | Path | None = None,
     ) -> None:
         self.folder = folder
         self.last, self.best_weights = folder / "weights" / "last.pt", folder / "weights" / "best.pt"
@@ -106,7 +109,7 @@ class Run:
         self.log = runs.start_log(folder, config, self.history)
         if resumed:
             self.log(f"resumed at epoch {self.epoch}, batch {self.batch}")
-        self.wandb = runs.open_wandb(wandb_project, folder.name, config) if wandb_project else None
+        self.trackers = Trackers(folder, config, self.epoch, self.log, wandb_project, tensorboard)
         self._started = time.perf_counter() - self.elapsed_s
         self._validation_s, self._update_size = 0.0, 0
         self._losses: list[Tensor] = []  # of the update under way, still on their device
@@ -120,8 +123,7 @@ class Run:
     def __exit__(self, *exc: object) -> None:
         self._bar.close()
         self._stop.__exit__(*exc)
-        if self.wandb:
-            self.wandb.finish()
+        self.trackers.close()
 
     @property
     def progress(self) -> float:
@@ -243,8 +245,7 @@ class Run:
         self.save()
         if distributed.is_main():
             runs.append_row(self.folder / "metrics.csv", row)
-        if self.wandb:
-            self.wandb.log(row)
+        self.trackers.add(row)
         return is_best
 
     def log_epoch(self, text: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from common import distributed, runs
+from common import distributed, runs, trackers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -248,14 +248,14 @@ def test_start_log_rewrites_metrics_from_the_history_of_a_resumed_run(tmp_path):
 def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     runs.start_log(tmp_path, {}, [{"epoch": 0}])("hello")
-    assert runs.open_wandb("project", "name", {}) is None
+    assert trackers.open_wandb("project", "name", {}) is None
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
 def test_open_wandb_without_wandb_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import then raises ImportError
     with pytest.raises(SystemExit, match="--use_wandb needs the wandb package: pip install wandb"):
-        runs.open_wandb("project", "name", {})
+        trackers.open_wandb("project", "name", {})
 
 
 # ---- seeds ----

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from amos_lha import train as train_amos
-from common import distributed, hardware, runs, training
+from common import distributed, hardware, trackers, training
 from common.checkpoints import load_checkpoint
 from common.distributed import make_loader
 from common.ema import WeightAverage
@@ -290,11 +290,35 @@ def test_wandb_gets_every_epoch_and_ends_with_the_run(tmp_path, monkeypatch):
         def finish(self):
             Wandb.finished += 1
 
-    monkeypatch.setattr(runs, "open_wandb", lambda project, name, config: Wandb())
+    monkeypatch.setattr(trackers, "open_wandb", lambda project, name, config: Wandb())
     with new_run(tmp_path, wandb_project="lung_tumor", num_batches=1) as run:
         while run.next_epoch():
             train_epoch(run, 1)
     assert [row["epoch"] for row in Wandb.rows] == [0, 1] and Wandb.finished == 1
+
+
+def test_tensorboard_gets_every_epoch_once_also_after_a_resume(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / "curves"
+    with new_run(tmp_path / "run", tensorboard=folder, num_batches=1, epochs=2) as run:
+        while run.next_epoch():
+            train_epoch(run, 1)
+    resumed = load_checkpoint(run.last)
+    with new_run(tmp_path / "run", tensorboard=folder, num_batches=1, epochs=3, resumed=resumed) as run:
+        while run.next_epoch():
+            train_epoch(run, 1)
+    found = accumulator.EventAccumulator(str(folder))
+    found.Reload()
+    assert [event.step for event in found.Scalars("train_loss")] == [0, 1, 2]
+    expected = [row["train_loss"] for row in run.history]
+    assert [event.value for event in found.Scalars("train_loss")] == pytest.approx(expected)
+
+
+def test_without_tensorboard_a_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # import then raises ImportError
+    with new_run(tmp_path, tensorboard=tmp_path / "curves"):
+        pass
+    assert "pip install tensorboard" in capsys.readouterr().out
 
 
 # ---- the contract of every train script ----
