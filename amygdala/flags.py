@@ -1,0 +1,186 @@
+"""The flags of train.py."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from amygdala.losses import LOSSES
+from amygdala.model import MODELS_2D, MODELS_3D, add_architecture_flags
+from amygdala.structures import DATASETS
+from common.checkpoints import load_checkpoint
+from common.config import (
+    Switch,
+    add_run_flags,
+    fraction,
+    make_parser,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    read_yaml,
+)
+from common.flags import (
+    add_augmentation_flags,
+    add_ema_flags,
+    add_evaluate_flag,
+    add_fold_flags,
+    add_update_flags,
+    add_validation_flags,
+)
+from common.schedules import SCHEDULES
+
+CONFIGS = Path(__file__).resolve().parent / "config"
+
+
+def add_choice_flags(parser: ArgumentParser) -> None:
+    """--model, --dimension and --dataset, which decide what the other flags are and what they are set to."""
+    parser.add_argument("--model", choices=MODELS_3D, default="unet", help="network to train")
+    parser.add_argument(
+        "--dimension",
+        choices=("2d", "3d"),
+        default="3d",
+        help=f"3d, or 2d: slice by slice, for {', '.join(MODELS_2D)}",
+    )
+    parser.add_argument("--dataset", choices=DATASETS, default="Amygdala", help="what to segment")
+
+
+def choose(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """(model, dimension and dataset; the command line with the YAML file that belongs to them in front).
+
+    They come from the command line, else from the checkpoint of --resume or the file of --config. Without
+    --config the recipe is config/<dataset>/<model>_<dimension>.yaml beside this file.
+
+    Raises:
+        SystemExit: with one line about a wrong value, or a combination that there is not.
+    """
+    finder = make_parser(None)
+    add_choice_flags(finder)
+    finder.add_argument("--resume", nargs="?")
+    given, _ = finder.parse_known_args(argv)
+    if given.resume and Path(given.resume).is_file():
+        found = load_checkpoint(given.resume)["config"]
+    else:
+        found = read_yaml(finder, given.config) if given.config else {}
+    names = ("model", "dimension", "dataset")
+    words = [word for name in names if name in found for word in (f"--{name}", str(found[name]))]
+    chosen, _ = finder.parse_known_args([*words, *argv])
+    if chosen.dimension == "2d" and chosen.model not in MODELS_2D:
+        finder.error(f"--model {chosen.model} --dimension 2d: in 2-D there are {', '.join(MODELS_2D)}")
+    if given.config or given.resume:
+        return chosen, list(argv)
+    file = CONFIGS / chosen.dataset / f"{chosen.model}_{chosen.dimension}.yaml"
+    return chosen, ["--config", str(file), *argv]
+
+
+def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
+    """All flags of train.py for a model, with those of its architecture."""
+    add_choice_flags(parser)
+    parser.add_argument(
+        "--gpu", help="number of the graphics card, such as 0; several cards are used through torchrun"
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data_root", help="as --data_path, which wins; the name that this folder has in configuration files"
+    )
+    data.add_argument(
+        "--data_path",
+        help="folder that preprocess.py wrote, or demo for phantoms that are made on the spot; default: "
+        "dataset/<dataset>",
+    )
+    add_fold_flags(data)
+    parser.set_defaults(folds=5, fold="all")
+    data.add_argument(
+        "--leave_site_out",
+        action=Switch,
+        default=False,
+        help="hold out one site after the other instead of folds, so that each is tested by a model that "
+        "has not seen its scanner; --fold then counts the sites",
+    )
+    data.add_argument(
+        "--validation",
+        action=Switch,
+        default=True,
+        help="keep some subjects of the training part apart, to choose the best epoch by them; "
+        "--no-validation trains on them too and takes the weights of the last epoch",
+    )
+    data.add_argument(
+        "--select_on_test",
+        action=Switch,
+        default=False,
+        help="choose the best epoch by the test fold, as many publications do: scores come out too good, "
+        "and the results say so",
+    )
+    data.add_argument(
+        "--patch_size",
+        type=positive_int,
+        nargs=3,
+        default=[48, 64, 80],
+        metavar=("Z", "Y", "X"),
+        help="size in voxels, z y x, of what the network sees at a time; of whole heads it has to hold both "
+        "amygdalae",
+    )
+    data.add_argument(
+        "--patches", type=positive_int, default=50, help="number of training patches in an epoch"
+    )
+    data.add_argument(
+        "--jitter",
+        type=non_negative_int,
+        default=8,
+        help="largest distance in voxels, along each axis, of a training patch from the structures' middle",
+    )
+
+    learning = parser.add_argument_group("learning")
+    add_update_flags(learning, "patches, over all processes,", batch_size=2, accumulate=1, weight_decay=0.05)
+    learning.add_argument("--lr", type=positive_float, default=6e-4, help="highest learning rate")
+    learning.add_argument(
+        "--schedule",
+        choices=[name for name in SCHEDULES if name != "reduce_on_plateau"],
+        default="warmup_cosine",
+        help="how the learning rate changes over the run",
+    )
+    learning.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="adaptive",
+        help="form of the Dice that is added to the cross-entropy: adaptive = errors of the kind that "
+        "prevails cost more, dice = plain",
+    )
+    learning.add_argument(
+        "--boundary_weight",
+        type=float,
+        default=0.0,
+        help="extra weight in the cross-entropy of voxels at the boundary of a structure; 0 = all alike",
+    )
+    add_ema_flags(learning, ema=True, decay=0.99)
+
+    augmentation = parser.add_argument_group("augmentation")
+    shares = (0.5, 0.1, 0.2)
+    add_augmentation_flags(augmentation, "training patches", rotation="15 degrees", shares=shares)
+    augmentation.add_argument(
+        "--elastic", type=fraction, default=0.2, help="probability, 0 to 1, of an elastic deformation"
+    )
+    augmentation.add_argument(
+        "--flip_sides",
+        type=fraction,
+        default=0.5,
+        help="probability, 0 to 1, of exchanging left and right in the image, and their labels with it",
+    )
+    augmentation.add_argument(
+        "--surroundings",
+        type=fraction,
+        default=0.3,
+        help="probability, 0 to 1, that what skull stripping has blanked is filled with a made-up skull and "
+        "scalp, so that scans with skull can be predicted as well",
+    )
+
+    add_validation_flags(parser.add_argument_group("validation"), every=10, cases=10)
+    add_evaluate_flag(parser)
+    add_architecture_flags(parser.add_argument_group("architecture"), chosen.model, chosen.dimension)
+    add_run_flags(
+        parser,
+        epochs=200,
+        early_stopping=0,
+        model_name=f"{chosen.dataset}_{chosen.dimension}_{chosen.model}",
+        out="exp",
+        name_flags=("--unique_name", "--model_name"),
+    )
+    parser.add_argument("--log_path", default="log", help="folder for the curves of TensorBoard")

@@ -1,0 +1,253 @@
+"""Train a network on T1 MRI by cross-validation: five folds, each tested by a model that never saw it.
+
+    python amygdala/train.py --model medformer --dimension 3d --dataset Amygdala --batch_size 3 --gpu 0
+    python amygdala/train.py --config amygdala/demo.yaml                                 phantoms, no download
+    torchrun --nproc_per_node 4 amygdala/train.py --batch_size 16 --amp bf16             several GPUs
+
+Reads what amygdala/preprocess.py wrote. Writes exp/<dataset>/<unique_name>/: config.yaml, of each fold a
+folder with log.txt, metrics.csv and training_curves.png, fold_<i>_best.pt and fold_<i>_latest.pt, and
+cross_validation.txt and .csv once all folds are done; curves for TensorBoard in log/. Whole heads need a
+localiser, which is trained first and kept with the weights. Ctrl-C saves; the same command with --resume
+goes on.
+"""
+
+import math
+import sys
+from argparse import ArgumentParser, Namespace
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from amygdala.dataset import Cohort, PatchDataset
+from amygdala.evaluate import evaluate_cases, mean_dice
+from amygdala.flags import add_training_flags, choose
+from amygdala.localiser import train_localiser
+from amygdala.losses import segmentation_loss
+from amygdala.model import architecture, get_model, load_trained
+from amygdala.structures import DATASETS, NUM_CLASSES
+from amygdala.training import (
+    data_lines,
+    experiment_folder,
+    get_augmentation,
+    link_weights,
+    next_command,
+    note_results,
+    open_data,
+    resolve_flags,
+)
+from common import batch, distributed, hardware, runs
+from common.augment import augment_batch
+from common.checkpoints import TrainedModel
+from common.config import make_parser, parse_args, resolved_config, run_script
+from common.ema import WeightAverage
+from common.intensity import scale_by_own_values
+from common.memory import Plan, set_up_step
+from common.plots import save_curves
+from common.report import write_report
+from common.schedules import learning_rate
+from common.training import Run, optimizer_step
+
+WARMUP, LEAST_LR = 0.05, 1e-6
+CURVES = {"loss": ["train_loss"], "Dice of whole scans": ["val_dice"], "learning rate": ["lr"]}
+
+
+def build_parser(chosen: Namespace) -> ArgumentParser:
+    parser = make_parser(__doc__)
+    add_training_flags(parser, chosen)
+    return parser
+
+
+def train(
+    args: Namespace, resumed: dict | None, experiment: Path, fold: int
+) -> tuple[list[dict], dict[str, str]]:
+    """One fold, new or `resumed` from a checkpoint; returns the rows of its evaluation and {case that failed:
+    reason}."""
+    device = hardware.start_device(args.device, distributed.local_rank())
+    runs.seed_everything(args.seed, args.deterministic)
+
+    # ---- data, network, precision ----
+    data = distributed.main_first(lambda: open_data(args, fold))
+    split, notes = data.split, data.preprocessing
+    runs.require_same_data(resumed, split, notes, ["spacing_mm"], notes["data_path"])
+    config = resolved_config(args) | {"num_classes": NUM_CLASSES}
+    network = get_model(config).to(device)
+
+    def loss_function(output: Tensor | list[Tensor], target: Tensor) -> Tensor:
+        return segmentation_loss(output, target, loss=args.loss, boundary=args.boundary_weight)
+
+    setup = set_up_step(
+        network,
+        lambda checkpointing: get_model(config | {"checkpointing": checkpointing}),
+        loss_function,
+        Plan(
+            tuple(args.patch_size),
+            args.batch_size // distributed.world_size(),
+            args.accumulate,
+            args.checkpointing,
+        ),
+        device,
+        name=args.model,
+        amp=args.amp,
+        resumed=resumed,
+        vram_gib=args.vram,
+        shrink_patch=not DATASETS[args.dataset].localised,  # it has to hold both amygdalae
+    )
+    precision, plan = setup.precision, setup.plan
+    config |= setup.config | {"patch_size": list(plan.patch_size)}
+    num_patches = max(args.patches, args.batch_size)
+    train_set = PatchDataset(
+        data,
+        split["train"],
+        plan.patch_size,
+        num_patches,
+        jitter=args.jitter,
+        surroundings=args.surroundings if args.augment else 0.0,
+    )
+    loader = distributed.make_loader(
+        train_set, plan.batch_size, seed=args.seed, workers=args.workers, device=device
+    )
+    augmentation = get_augmentation(args)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=args.lr, weight_decay=args.weight_decay, eps=1e-5
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
+    average = WeightAverage(network, args.ema_decay) if args.ema else None
+    validated = deepcopy(network) if average else network  # the network that best.pt keeps
+    parts = {"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average}
+
+    # ---- localiser ----
+    notes["localiser"] = resumed["preprocessing"]["localiser"] if resumed else None
+    if DATASETS[args.dataset].localised and not resumed:
+        heads = [data.cases[name] for name in split["train"]]
+        notes["localiser"] = distributed.on_main(
+            lambda: train_localiser(heads, device, precision, args.seed, print)
+        )
+    trained = TrainedModel(validated, config, device, precision, notes, split)
+
+    # ---- run ----
+    folder = experiment / f"fold_{fold}"
+    time_budget_s = args.time_budget
+    if time_budget_s and notes["localiser"]:
+        time_budget_s = max(1.0, time_budget_s - notes["localiser"]["seconds"])
+    run = Run(
+        folder,
+        config,
+        flags=resolved_config(args),
+        parts=parts,
+        notes={"preprocessing": notes, "split": split, "stage": "amygdala"},
+        num_batches=len(loader),
+        accumulate=plan.accumulate,
+        device=device,
+        epochs=args.epochs,
+        time_budget_s=time_budget_s,
+        patience=args.early_stopping,
+        resumed=resumed,
+        resume_words=runs.with_resume(sys.argv),
+        wandb_project="amygdala" if args.use_wandb else None,
+        tensorboard=Path(args.log_path) / args.dataset / experiment.name / folder.name,
+    )
+    for line in [*setup.lines, *data_lines(data, num_patches, len(loader))]:
+        run.log(line)
+    if distributed.is_main():
+        runs.save_config(experiment / "config.yaml", resolved_config(args))
+        link_weights(experiment, fold)
+    model = distributed.wrap(network, device)
+
+    # ---- train ----
+    with run:  # Ctrl-C and SIGTERM: the update is finished, last.pt saved
+        while run.next_epoch():
+            batches = run.batches(loader)
+            model.train()
+            while size := run.next_update():  # of the weights, from the gradients of `size` batches
+                lr = learning_rate(args.schedule, run.progress, args.lr, LEAST_LR, WARMUP)
+                for k in range(size):
+                    patch = next(batches)
+                    label = patch["label"].to(device, non_blocking=True)
+                    image = scale_by_own_values(patch["image"].to(device, non_blocking=True))
+                    if args.augment:  # (N, 1, d, h, w) and (N, d, h, w)
+                        seeds = patch["seed"].tolist()
+                        image, label = augment_batch(image, label, augmentation, seeds, notes["spacing_mm"])
+                    with distributed.no_sync(model, k + 1 < size):
+                        with hardware.autocast(device, precision):
+                            output = model(image)
+                        loss = loss_function(output, label.long())
+                        scaler.scale(loss / size).backward()
+                    run.count(loss)
+                optimizer_step(network, optimizer, scaler, lr, args.grad_clip, average)
+
+            # ---- validate, save, log ----
+            if average:
+                validated.load_state_dict(average.average)
+            distributed.share_buffers(validated)  # else each process has its own BatchNorm statistics
+            scores = validate(run, trained, data, args)
+            score = scores["val_dice"] if split["val"] else run.epoch  # else the last weights are the best
+            scores["lr"] = optimizer.param_groups[0]["lr"]
+            run.end_epoch(scores, score, validated.state_dict())
+            if distributed.is_main():
+                save_curves(run.folder / "training_curves.png", run.history, CURVES)
+            run.log_epoch("" if math.isnan(scores["val_dice"]) else f"Dice {scores['val_dice']:.4f}")
+    return score_best(run, trained, data, experiment, fold, args)
+
+
+def validate(run: Run, trained: TrainedModel, data: Cohort, args: Namespace) -> dict[str, float]:
+    """Mean Dice of whole validation scans; NaN where it is not due."""
+    names = data.split["val"]
+    rows: list[dict] = []
+    if names and ((run.epoch + 1) % args.val_every == 0 or run.is_last_epoch):
+        trained.network.eval()
+        chosen = names[:: math.ceil(len(names) / args.val_cases)]
+        rows, failed = evaluate_cases(trained, data, chosen, surfaces=False)
+        for name, reason in failed.items():
+            run.log(f"warning: {name} could not be validated: {reason}")
+    return {"val_dice": mean_dice(rows)}
+
+
+def score_best(
+    run: Run, trained: TrainedModel, data: Cohort, experiment: Path, fold: int, args: Namespace
+) -> tuple[list[dict], dict[str, str]]:
+    """Score best.pt on the scans that were held out, once; name the next command."""
+    rows, failed = [], {}
+    weights = run.best_or_last()
+    test = data.split["test"]
+    if args.evaluate and test:
+        best = load_trained(weights, trained.device, trained.precision)
+        rows, failed = evaluate_cases(best, data, test)
+        run.log(f"Dice of the {len(test)} held-out scans: {mean_dice(rows):.4f}")
+        if distributed.is_main():
+            write_report(rows, run.folder / "evaluation", f"fold {fold}: {len(test)} held-out scans", failed)
+            if done := note_results(experiment, args, data.folds, fold, rows):
+                run.log(f"all folds are done: {done}")
+    run.log(f"written: {experiment}/ with fold_{fold}_best.pt and {run.folder.name}/")
+    run.log(next_command(experiment / f"fold_{fold}_best.pt"))
+    return rows, failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    with distributed.session():
+        chosen, with_recipe = choose(argv)
+        parser = build_parser(chosen)
+        args = parse_args(parser, with_recipe)
+        folds = list(range(count_folds(args))) if args.fold == "all" else [int(args.fold)]
+        experiment = distributed.on_main(lambda: experiment_folder(args, folds))
+        same = [*architecture(chosen.model, chosen.dimension), "patch_size", "dataset"]
+        failed: dict[str, str] = {}
+        for fold in folds:
+            words, found = ["--fold", str(fold)], None
+            if args.resume is not None and (experiment / f"fold_{fold}" / "weights" / "last.pt").is_file():
+                args, found, _ = runs.resume(
+                    parser, [*argv, *words], same=same, name=f"fold_{fold}", root=experiment, stage="amygdala"
+                )
+            else:
+                args = parse_args(parser, [*with_recipe, *words])
+            resolve_flags(args)
+            failed |= train(args, found, experiment, fold)[1]
+        return batch.exit_code(failed)
+
+
+if __name__ == "__main__":
+    run_script(main)
