@@ -1,9 +1,9 @@
 """NIfTI in and out: the only file that knows NIfTI's axis order (x, y, z), affines and nibabel.
 
+FreeSurfer's .mgz and .mgh are read as if they were NIfTI; masks of them are written as NIfTI.
 Everywhere else a volume is `(z, y, x)` in RAS+: z grows upwards, y to the front, x to the patient's right.
 """
 
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from common.files import replacing
-from common.nifti_checks import as_labels, check_first_bytes, check_header, off_mm, rounded_labels
+from common.nifti_checks import as_labels, check_file, check_forms, check_header, off_mm, rounded_labels
 from common.stored_values import clip_values, lowest_finite, scaled, without_nan
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
+NIFTI_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")  # of what `open_nifti` reads
 UNREADABLE = (EOFError, zlib.error, OSError, ValueError)  # what nibabel raises for damaged files
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}  # any other unit is taken as mm
-FORM_TOLERANCE_MM = 1.0  # sform and qform may differ by this much at a corner without a warning
 CHUNK_BYTES = 2**22  # that are read at once: several planes, as turning the axes of each plane is slow
 
 
@@ -38,7 +37,7 @@ class NiftiFile:
         shape: (z, y, x) of the volume in RAS+.
         spacing_mm: voxel size, z y x.
         affine: (4, 4) float64, voxel (x, y, z) of the RAS+ volume to mm.
-        header: nibabel's header, with form codes and units.
+        header: nibabel's NIfTI header, with form codes and units.
         file_affine: (4, 4) affine as stored in the file, in the file's unit.
         orientation: axis codes of the file, such as "LPS".
         stored: nibabel's note of where and how the voxels are stored; only for this module.
@@ -163,13 +162,13 @@ class Scan(NiftiFile):
 
 
 def is_nifti(path: str | Path) -> bool:
-    """Whether the name ends in .nii or .nii.gz and does not begin with a dot, as macOS' resource files do."""
+    """Whether the name ends like a scan's and does not begin with a dot, as macOS' resource files do."""
     name = Path(path).name
     return name.lower().endswith(NIFTI_SUFFIXES) and not name.startswith(".")
 
 
 def case_name(path: str | Path) -> str:
-    """File name without .nii or .nii.gz."""
+    """File name without .nii.gz, .nii, .mgz or .mgh."""
     name = Path(path).name
     endings = [s for s in NIFTI_SUFFIXES if name.lower().endswith(s)]
     return name[: -len(endings[0])] if endings else Path(path).stem
@@ -183,12 +182,12 @@ def open_nifti(path: str | Path) -> NiftiFile:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a NIfTI, a Git-LFS pointer, 4-D, RGB, complex, or with an unusable affine.
+        ValueError: neither NIfTI nor .mgz, a Git-LFS pointer, 4-D, RGB, complex, or an unusable affine.
     """
     import nibabel as nib
 
     path = Path(path)
-    image = _open(path)
+    image, stored = _open(path)
     shape = tuple(image.shape)
     while len(shape) > 3 and shape[-1] == 1:  # a trailing singleton is how some tools write 3-D
         shape = shape[:-1]
@@ -197,20 +196,13 @@ def open_nifti(path: str | Path) -> NiftiFile:
     check_header(path, shape, image.get_data_dtype(), file_affine)
     mm = MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
     affine = np.diag([mm, mm, mm, 1.0]) @ file_affine
-    if image.header["sform_code"] > 0 and image.header["qform_code"] > 0:
-        try:
-            apart_mm = mm * off_mm(image.get_sform(), image.get_qform(), shape)
-        except ValueError:  # the qform is not a rotation
-            apart_mm = np.inf
-        if apart_mm > FORM_TOLERANCE_MM:
-            warnings.warn(f"{path}: sform and qform {apart_mm:.3g} mm apart; the sform is used", stacklevel=2)
-
+    check_forms(path, image, shape, mm)
     to_ras = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(to_ras, shape)
     shape_zyx = tuple(np.array(shape)[np.argsort(to_ras[:, 0])][::-1].tolist())
     spacing_mm = tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
     orientation, header = "".join(nib.orientations.ornt2axcodes(to_ras)), image.header.copy()
-    return NiftiFile(shape_zyx, spacing_mm, affine, path, header, file_affine, orientation, image.dataobj)
+    return NiftiFile(shape_zyx, spacing_mm, affine, path, header, file_affine, orientation, stored)
 
 
 def load_nifti(path: str | Path) -> Scan:
@@ -328,18 +320,24 @@ def write_nifti(
         nib.save(image, partial)
 
 
-def _open(path: Path) -> Any:
-    """nibabel's image; FileNotFoundError or ValueError if it is not a readable NIfTI file."""
+def _open(path: Path) -> tuple[Any, Any]:
+    """nibabel's NIfTI image, and its note of how the voxels are stored; raises what `open_nifti` does."""
     import nibabel as nib
 
-    check_first_bytes(path)
+    check_file(path)
+    damaged = (*UNREADABLE, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
+    damaged += (nib.freesurfer.mghformat.MGHError, KeyError, TypeError)  # of .mgz files
     try:
         image = nib.load(path)
-    except (*UNREADABLE, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+    except damaged as error:
         raise ValueError(f"{path}: not a readable NIfTI file ({_first_line(error)})") from error
+    stored = image.dataobj
+    if isinstance(image, nib.MGHImage):
+        image = nib.Nifti1Image(stored, image.affine)
+        image.header.set_xyzt_units("mm")
     if not isinstance(image, nib.Nifti1Image):  # NIfTI-2 is a subclass; an .hdr/.img pair is not
         raise ValueError(f"{path}: {type(image).__name__}, not a NIfTI file; convert it to .nii.gz")
-    return image
+    return image, stored
 
 
 def _first_line(error: Exception) -> str:

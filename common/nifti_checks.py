@@ -1,16 +1,19 @@
 """Why a file cannot be used as a scan or a label map, found out before it does harm."""
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 HEADER_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}  # NIfTI-1 and 2
+FORM_TOLERANCE_MM = 1.0  # sform and qform may differ by this much at a corner without a warning
 LABEL_TOLERANCE = 1e-3  # a label stored as float may be off by this much, as in 2.9999999993 for 3
 
 
-def check_first_bytes(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Refuse what is recognised without reading the header.
 
     Raises:
@@ -30,6 +33,10 @@ def check_first_bytes(path: Path) -> None:
         raise ValueError(f"{path}: named .gz but not compressed; rename it to .nii")
     if name.endswith(".nii") and start[:2] == b"\x1f\x8b":
         raise ValueError(f"{path}: compressed but not named .gz; rename it to .nii.gz")
+    if name.endswith(".mgz") and start[:2] != b"\x1f\x8b":
+        raise ValueError(f"{path}: named .mgz but not compressed; rename it to .mgh if it is FreeSurfer's")
+    if name.endswith(".mgh") and start[:2] == b"\x1f\x8b":
+        raise ValueError(f"{path}: compressed but named .mgh; rename it to .mgz")
 
 
 def check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype, affine: np.ndarray) -> None:
@@ -59,6 +66,23 @@ def check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype, affine: np
         raise ValueError(
             f"{path}: its affine is not usable (not finite, flat, or an axis of length zero): {affine}"
         )
+
+
+def check_forms(path: Path, image: Any, shape: tuple[int, ...], mm: float) -> None:
+    """Warn if the two affines of a NIfTI file, sform and qform, disagree by over FORM_TOLERANCE_MM.
+
+    Args:
+        image: nibabel's.
+        shape: x y z.
+        mm: length of the file's unit.
+    """
+    if image.header["sform_code"] > 0 and image.header["qform_code"] > 0:
+        try:
+            apart_mm = mm * off_mm(image.get_sform(), image.get_qform(), shape)
+        except ValueError:  # the qform is not a rotation
+            apart_mm = np.inf
+        if apart_mm > FORM_TOLERANCE_MM:
+            warnings.warn(f"{path}: sform and qform {apart_mm:.3g} mm apart; the sform is used", stacklevel=3)
 
 
 def as_labels(array: np.ndarray, path: str | Path) -> np.ndarray:

@@ -30,7 +30,9 @@ PROBABILITIES = "probabilities"  # folder of the maps, apart from the masks
 def add_scan_flags(parser: argparse.ArgumentParser) -> None:
     """--source, --out and --recursive, with one meaning in all scripts."""
     parser.add_argument(
-        "--source", required=True, help="what to predict: a NIfTI scan, or a folder with scans"
+        "--source",
+        required=True,
+        help="what to predict: a scan (NIfTI, or .mgz of FreeSurfer), or a folder with scans",
     )
     parser.add_argument(
         "--out", help="folder that the results are written to; default: predictions/ in the run's folder"

@@ -90,7 +90,7 @@ def test_two_files_of_one_case_are_refused(tmp_path, side):
 
 def test_empty_folder(tmp_path):
     folder = make_folder(tmp_path, ["._a.nii.gz"], ["notes.txt"])
-    with pytest.raises(ValueError, match=f"{folder}: imagesTr and labelsTr hold no .nii or .nii.gz file"):
+    with pytest.raises(ValueError, match=f"{folder}: imagesTr and labelsTr hold no scan"):
         list_cases(folder)
 
 

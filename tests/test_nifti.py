@@ -623,6 +623,57 @@ def test_missing_and_trailing_axes(tmp_path, shape):
     np.testing.assert_array_equal(np.asarray(label.dataobj), labels.transpose(2, 1, 0))
 
 
+# ---- FreeSurfer's files ----
+
+
+def write_freesurfer(path, stored, affine):
+    nib.save(nib.MGHImage(stored, affine.astype(np.float32)), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mgz", ".mgh"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32])
+def test_freesurfer_reads_like_the_same_scan_in_nifti(tmp_path, suffix, dtype):
+    """LIA, as FreeSurfer's own volumes; and oblique, in voxels of different sizes."""
+    low = 0 if dtype == np.uint8 else -1000
+    volume = random_volume(low, 250, dtype, (6, 5, 7))
+    for number, (orientation, affine) in enumerate([("LIA", np.eye(4)), ("PIR", AFFINES["oblique"])]):
+        stored, file_affine = stored_as(volume, affine, orientation)
+        file = write_freesurfer(tmp_path / f"{number}{suffix}", stored, file_affine)
+        scan = load_nifti(file)
+        twin = load_nifti(write(tmp_path / f"{number}.nii.gz", stored, file_affine))
+        np.testing.assert_array_equal(scan.array, volume.transpose(2, 1, 0))
+        assert scan.array.dtype == dtype and scan.array.dtype.isnative
+        assert scan.orientation == orientation and scan.file_shape == twin.file_shape
+        np.testing.assert_allclose(scan.affine, affine, atol=1e-4)
+        assert same_grid(scan, twin, 1e-3) and scan.voxel_mm3 == pytest.approx(twin.voxel_mm3, rel=1e-5)
+        check_lazy_reading(open_nifti(file), scan)
+
+
+def test_the_mask_of_a_freesurfer_scan_is_a_nifti_on_its_grid(tmp_path):
+    stored, affine = stored_as(random_volume(), AFFINES["oblique"], "LIA")
+    scan = open_nifti(write_freesurfer(tmp_path / "orig.mgz", stored, affine))
+    labels = random_volume(0, 55, np.uint8, SHAPE_XYZ[::-1])
+    save_label(tmp_path / "mask.nii.gz", labels, scan)
+    written = nib.load(tmp_path / "mask.nii.gz")
+    assert type(written) is nib.Nifti1Image and written.get_data_dtype() == np.uint8
+    assert nib.aff2axcodes(written.affine) == ("L", "I", "A") and written.header["sform_code"] > 0
+    np.testing.assert_allclose(written.affine, affine, atol=1e-4)
+    assert written.header.get_xyzt_units()[0] == "mm"
+    read_back = load_label(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(read_back.array, labels)
+    assert same_grid(read_back, scan)
+
+
+def test_freesurfer_labels_above_255(tmp_path):
+    """aparc+aseg numbers the cortex from 1001 on."""
+    stored = np.zeros(SHAPE_XYZ, np.int32)
+    stored[1, 2, 0], stored[3, 4, 2] = 18, 12175
+    label = load_label(write_freesurfer(tmp_path / "aparc.mgz", stored, np.eye(4)))
+    assert label.array.dtype == np.uint16
+    assert (label.array[0, 2, 1], label.array[2, 4, 3]) == (18, 12175) and (label.array > 0).sum() == 2
+
+
 # ---- files that are refused ----
 
 
@@ -661,6 +712,19 @@ def write_plain_named_gz(path, order):
     write(path.with_suffix(""), random_volume(), np.eye(4), order=order).rename(path)
 
 
+def write_mgh(path, *, compressed):
+    """FreeSurfer's file with an ending that does not tell whether it is compressed."""
+    honest = path.with_suffix(".mgz" if compressed else ".mgh")
+    nib.save(nib.MGHImage(random_volume(), np.eye(4)), honest)
+    honest.rename(path)
+
+
+def write_truncated_mgh(path):
+    nib.save(nib.MGHImage(random_volume(shape=(30, 40, 50)), np.eye(4)), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
 REFUSED = {
     "4-D": ("a.nii", lambda p: write(p, random_volume(shape=(4, 5, 3, 2)), np.eye(4)),
             r"4-D with shape \(4, 5, 3, 2\); each file must hold one 3-D scan"),
@@ -685,8 +749,20 @@ REFUSED = {
     "text named .nii.gz": ("a.nii.gz", lambda p: p.write_text("404: Not Found"), "not a readable NIfTI file"),
     "gzipped text": ("a.nii.gz", lambda p: p.write_bytes(gzip.compress(b"x" * 999)),
                      "not a readable NIfTI file"),
-    "other format": ("a.mgz", lambda p: nib.save(nib.MGHImage(random_volume(), np.eye(4)), p),
-                     r"MGHImage, not a NIfTI file; convert it to \.nii\.gz"),
+    "other format": ("a.img", lambda p: nib.save(nib.AnalyzeImage(random_volume(), np.eye(4)), p),
+                     r"Spm2AnalyzeImage, not a NIfTI file; convert it to \.nii\.gz"),
+    "4-D mgz": ("a.mgz", lambda p: nib.save(nib.MGHImage(random_volume(shape=(4, 5, 3, 2)), np.eye(4)), p),
+                r"4-D with shape \(4, 5, 3, 2\); each file must hold one 3-D scan"),
+    "plain named .mgz": ("a.mgz", lambda p: write_mgh(p, compressed=False),
+                         "named .mgz but not compressed; rename it to .mgh"),
+    "compressed .mgh": ("a.mgh", lambda p: write_mgh(p, compressed=True),
+                        "compressed but named .mgh; rename it to .mgz"),
+    "text in .mgz": ("a.mgz", lambda p: p.write_bytes(gzip.compress(b"404: Not Found")),
+                     "not a readable NIfTI file"),
+    "text in .mgh": ("a.mgh", lambda p: p.write_bytes(b"x" * 999), "not a readable NIfTI file"),
+    "truncated mgz": ("a.mgz", lambda p: write_truncated_mgh(p), "not a readable NIfTI file"),
+    "truncated mgh": ("a.mgh", lambda p: write_truncated_mgh(p),
+                      "truncated or damaged .*; fetch it again"),
     "unknown data type": ("a.nii", lambda p: write_patched(p, DATATYPE_OFFSET, np.int16(1234)),
                           "not a readable NIfTI file .*1234"),
     "slope without intercept": ("a.nii", write_slope_without_intercept, "not a readable NIfTI file"),
@@ -731,6 +807,9 @@ def test_missing_file(tmp_path, load):
         ("._scan_001.nii.gz", False, "._scan_001"),
         ("scan.nii.png", False, "scan.nii"),
         ("scan.gz", False, "scan"),
+        ("mri/orig.mgz", True, "orig"),
+        ("aparc.a2009s+aseg.MGZ", True, "aparc.a2009s+aseg"),
+        ("T1.mgh", True, "T1"),
     ],
 )
 def test_names(path, is_one, name):
