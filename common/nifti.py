@@ -188,7 +188,7 @@ def open_nifti(path: str | Path) -> NiftiFile:
 
     path = Path(path)
     image, stored = _open(path)
-    shape = tuple(image.shape)
+    shape = tuple(map(int, image.shape))
     while len(shape) > 3 and shape[-1] == 1:  # a trailing singleton is how some tools write 3-D
         shape = shape[:-1]
     shape = (*shape, 1) if len(shape) == 2 else shape

@@ -1,7 +1,11 @@
-"""Splits and folds by patient: drawn once, written to splits.json, checked wherever they are used."""
+"""Splits and folds by patient: drawn once, written to splits.json, checked wherever they are used.
+
+The second half draws folds that are exact partitions, stratified by group, such as the site of the scanner.
+"""
 
 import random
 import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from common.files import read_json, write_json
@@ -121,6 +125,119 @@ def read_splits(path: str | Path) -> tuple[dict[str, list[str]], dict[str, str]]
     return split, patients
 
 
+# ---- folds that are exact partitions, stratified by group ----
+
+
+def stratified_folds(
+    patients: Mapping[str, str], groups: Mapping[str, str], *, folds: int, seed: int = 0
+) -> list[list[str]]:
+    """`folds` lists of cases: each case in one of them, no patient in two, each group spread over all.
+
+    The patients of each group are shuffled by a generator of its own, then all are dealt out like cards, one
+    group after the other. So two folds differ by one patient at most, in all and in each group; and the same
+    names give the same folds on every machine, in whatever order they come.
+
+    Args:
+        patients: {case: patient}.
+        groups: {case: group}. A patient with cases in several groups is dealt out with others of the same
+            groups.
+
+    Raises:
+        ValueError: fewer than 2 folds, or fewer patients than folds.
+    """
+    order = _by_group(patients, groups, seed)
+    if not 2 <= folds <= len(order):
+        raise ValueError(f"{folds} folds: choose 2 to {len(order)} for {len(order)} patient(s)")
+    return [_of_patients(order[k::folds], patients) for k in range(folds)]
+
+
+def hold_out(
+    patients: Mapping[str, str], groups: Mapping[str, str], *, share: float = 1 / 6, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """(cases to train on, cases held out to choose the best epoch): no patient in both.
+
+    `share` of the patients, rounded down but one at least, is held out; the groups are represented in it as
+    evenly as so few allow. Drawn as `stratified_folds` draws.
+
+    Raises:
+        ValueError: nothing would be left for training.
+    """
+    order = _by_group(patients, groups, seed)
+    number = max(1, int(share * len(order) + 1e-9))
+    if number >= len(order):
+        raise ValueError(
+            f"{len(order)} patient(s) cannot be divided into training and validation; add scans, or train "
+            "without validation"
+        )
+    held_out = {order[int((i + 0.5) * len(order) / number)] for i in range(number)}  # evenly along the groups
+    return _of_patients([p for p in order if p not in held_out], patients), _of_patients(held_out, patients)
+
+
+def leave_group_out(
+    patients: Mapping[str, str], groups: Mapping[str, str], group: str
+) -> tuple[list[str], list[str]]:
+    """(cases of the other groups, cases of `group`); what a patient of it has elsewhere is in neither.
+
+    Raises:
+        ValueError: no case is of the group, or all are.
+    """
+    test = [case for case in patients if groups[case] == group]
+    inside = {patients[case] for case in test}
+    rest = [case for case in patients if patients[case] not in inside]
+    if not test or not rest:
+        found = ", ".join(sorted(set(groups.values()), key=natural_key))
+        raise ValueError(f"{group!r} cannot be left out: the cases are of {found}")
+    return sorted(rest, key=natural_key), sorted(test, key=natural_key)
+
+
+def check_folds(
+    folds: Sequence[Collection[str]], patients: Mapping[str, str], where: str | Path = "folds"
+) -> None:
+    """Refuse folds that are no exact partition of the cases, or that divide a patient.
+
+    Raises:
+        ValueError: naming fold, case and patient.
+    """
+    seen: dict[str, tuple[int, str]] = {}
+    cases: set[str] = set()
+    for number, fold in enumerate(folds):
+        for case in fold:
+            if case not in patients:
+                raise ValueError(f"{where}: fold {number} names case {case}, which is not in the data set")
+            if case in cases:
+                raise ValueError(f"{where}: case {case} stands twice in the folds; it must be tested once")
+            cases.add(case)
+            earlier, other = seen.setdefault(patients[case], (number, case))
+            if earlier != number:
+                raise ValueError(
+                    f"{where}: patient {patients[case]} stands in fold {earlier} (case {other}) and in fold "
+                    f"{number} (case {case}); scores would be too good. Keep a patient's scans in one fold"
+                )
+    if missing := sorted(set(patients) - cases, key=natural_key):
+        raise ValueError(f"{where}: no fold tests {', '.join(missing[:5])}; name every case once")
+
+
+def _by_group(patients: Mapping[str, str], groups: Mapping[str, str], seed: int) -> list[str]:
+    """All patients, group after group, shuffled within each."""
+    groups_of: dict[str, set[str]] = {}
+    for case, patient in patients.items():
+        groups_of.setdefault(patient, set()).add(groups[case])
+    strata: dict[str, list[str]] = {}
+    for patient in sorted(groups_of, key=natural_key):
+        name = " + ".join(sorted(groups_of[patient], key=natural_key))
+        strata.setdefault(name, []).append(patient)
+    order = []
+    for name in sorted(strata, key=natural_key):
+        random.Random(f"{seed} {name}").shuffle(strata[name])  # of a text: the same on every machine
+        order += strata[name]
+    return order
+
+
+def _of_patients(chosen: Collection[str], patients: Mapping[str, str]) -> list[str]:
+    chosen = set(chosen)
+    return sorted((case for case, patient in patients.items() if patient in chosen), key=natural_key)
+
+
 def _shuffled(patients: dict[str, str], seed: int) -> list[str]:
     order = sorted(set(patients.values()), key=natural_key)
     random.Random(seed).shuffle(order)
@@ -128,7 +245,4 @@ def _shuffled(patients: dict[str, str], seed: int) -> list[str]:
 
 
 def _cases_of(parts: dict[str, list[str]], patients: dict[str, str]) -> dict[str, list[str]]:
-    return {
-        part: sorted((c for c, p in patients.items() if p in set(chosen)), key=natural_key)
-        for part, chosen in parts.items()
-    }
+    return {part: _of_patients(chosen, patients) for part, chosen in parts.items()}

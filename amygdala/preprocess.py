@@ -1,0 +1,209 @@
+"""Convert T1 scans and their labels to HDF5 files from which training reads patches directly.
+
+    python amygdala/preprocess.py --dataset Amygdala --source ../shared/data/brain_t1_manual \\
+        --out dataset/Amygdala
+    python amygdala/preprocess.py --dataset Hippocampus --source ../shared/data/hippocampus_mr \\
+        --out dataset/Hippocampus
+
+Reads imagesTr, labelsTr and, for the test, imagesTs and labelsTs: NIfTI or FreeSurfer's .mgz, in any
+orientation. Each scan is turned to RAS, resampled to 1 mm where it has other voxels, and stored whole, with
+the labels 1 and 2. A case that cannot be used is named at the end with the reason and costs the others nothing.
+Run it again to go on where it stopped.
+"""
+
+import hashlib
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from amygdala.cases import Case, list_data_set, load_case
+from amygdala.labels import parse_label_map
+from amygdala.structures import DATASETS, NUM_CLASSES
+from common.config import make_parser, parse_args, run_script
+from common.conversion import convert_data_set, finish_notes, print_failed
+from common.files import make_folder, replacing
+from common.flags import add_workers_flag
+from common.hdf5 import write_case
+from common.label_measures import label_counts
+from common.pairs import content_hash
+from common.working_case import grid_attributes, to_working_grid
+
+SPACING_MM = (1.0, 1.0, 1.0)
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--dataset",
+        choices=tuple(DATASETS),
+        default="Amygdala",
+        help="what is labelled: Amygdala (left and right) or Hippocampus (anterior and posterior)",
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        help="folder that holds imagesTr and labelsTr and, if there are any, imagesTs and labelsTs",
+    )
+    parser.add_argument(
+        "--out",
+        help="folder that the converted data set is written to; default: dataset/ and the name of --dataset",
+    )
+    parser.add_argument(
+        "--label_map",
+        default="auto",
+        metavar="MAP",
+        help="what the numbers in the label files mean: aseg (FreeSurfer's 18 left, 54 right), manual (1 and "
+        "2), one_label (one number for both sides, which are told by their place), a map such as 1=32,2=31 "
+        "(label 1 has the number 32 in the files), or auto, which goes by the numbers found in each file",
+    )
+    parser.add_argument(
+        "--subjects",
+        metavar="TABLE",
+        help="CSV file with the columns name, subject and site: scans of one subject are kept together, and "
+        "sites are spread over the folds; default: participants.tsv in --source, else each scan is a subject",
+    )
+    add_workers_flag(parser)
+    return parser
+
+
+def convert_case(case: Case, out: Path, dataset: str, label_map: str | dict[int, int]) -> dict:
+    """Write <out>/cases/<name>.h5; returns its entry of preprocessing.json."""
+    data_set = DATASETS[dataset]
+    scan, labels, notes = load_case(case, data_set, label_map)
+    whole = (0, 0, 0), scan.array.shape
+    value_range = float(scan.array.min()), float(scan.array.max())
+    if value_range[0] == value_range[1]:
+        raise ValueError(f"{case.image}: shows nothing, all its voxels have the value {value_range[0]:g}")
+    working = to_working_grid(scan, labels, whole, SPACING_MM, value_range)
+    counts = label_counts(working.labels, NUM_CLASSES)
+    if working.lost:
+        lost = ", ".join(data_set.structures.names[n] for n in working.lost)
+        notes.append(f"too small for voxels of 1 mm, therefore gone: {lost}")
+    if not counts[1:].any():
+        raise ValueError(f"{case.label}: too small for voxels of 1 mm, nothing is left of it")
+    attributes = {
+        "name": case.name,
+        "subject": case.subject,
+        "site": case.site,
+        **grid_attributes(scan, whole, working.affine),
+        "voxels": {str(n): int(counts[n]) for n in data_set.structures.names},
+        "centre": np.argwhere(working.labels).mean(0),
+    }
+    write_case(out / "cases" / f"{case.name}.h5", working.image, working.labels, attributes=attributes)
+    native = label_counts(labels, NUM_CLASSES) * scan.voxel_mm3
+    return {
+        "name": case.name,
+        "part": case.part,
+        "subject": case.subject,
+        "site": case.site,
+        "shape": list(working.image.shape),
+        "volume_mm3": {str(n): round(float(native[n]), 1) for n in data_set.structures.names},
+        "content": content_hash(scan.array),
+        "sha1": {"image": _sha1(case.image), "label": _sha1(case.label)},
+        "notes": "; ".join(notes),
+    }
+
+
+def _sha1(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha1").hexdigest()
+
+
+def refuse_copies(entries: Sequence[dict]) -> dict[str, str]:
+    """{case: reason} for each scan that another subject has, too: training and test could share it."""
+    first: dict[str, dict] = {}
+    copies = {}
+    for entry in entries:
+        earlier = first.setdefault(entry["content"], entry)
+        if earlier["subject"] != entry["subject"]:
+            copies[entry["name"]] = (
+                f"the same scan as {earlier['name']}, but of subject {entry['subject']} instead of "
+                f"{earlier['subject']}; remove one of them, or give both one subject with --subjects"
+            )
+    return copies
+
+
+def write_list(out: Path, dataset: str, entries: Sequence[Mapping]) -> None:
+    """<out>/list/dataset.yaml: for the reader, whose scan each case is, and what it was made from."""
+    keys = ("name", "part", "subject", "site", "volume_mm3", "sha1")
+    cases = [{key: entry[key] for key in keys} | {"spacing_mm": list(SPACING_MM)} for entry in entries]
+    with replacing(make_folder(out / "list") / "dataset.yaml") as partial:
+        partial.write_text(yaml.safe_dump({"dataset": dataset, "cases": cases}, sort_keys=False), "utf8")
+
+
+def convert(args: Namespace, out: Path) -> dict[str, str]:
+    """The whole conversion that the flags ask for; returns {failed case: reason}.
+
+    Raises:
+        ValueError, OSError: nothing can be converted as asked.
+    """
+    data_set = DATASETS[args.dataset]
+    label_map = parse_label_map(args.label_map, data_set)
+    cases, warnings, refused = list_data_set(args.source, args.subjects)
+    for_prediction = [case.name for case in cases if case.part == "test" and case.label is None]
+    cases = [case for case in cases if case.name not in for_prediction]
+    about_all = {"spacing_mm": list(SPACING_MM), "dataset": args.dataset}
+    entries, failed = convert_data_set(
+        convert_case,
+        {case.name: case for case in cases},
+        out,
+        args.dataset,
+        label_map,
+        files={case.name: (case.image, case.label) for case in cases},
+        settings={
+            case.name: about_all
+            | {"label_map": args.label_map, "subject": case.subject, "site": case.site, "part": case.part}
+            for case in cases
+        },
+        about_all=about_all,
+        workers=args.workers,
+    )
+    copies = refuse_copies(entries)
+    failed = refused | failed | copies
+    entries = [entry for entry in entries if entry["name"] not in copies]
+    if for_prediction:
+        warnings.append(f"{len(for_prediction)} test scan(s) have no labels; they are for predict.py only")
+    warnings += [f"{entry['name']}: {entry['notes']}" for entry in entries if entry["notes"]]
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print_failed(failed)
+    finish_notes(out, entries, about_all, ("name", "part", "subject", "site", "shape", "notes"), {})
+    write_list(out, args.dataset, entries)
+    _print_summary(entries, out, data_set.structures.names)
+    return failed
+
+
+def _print_summary(entries: Sequence[dict], out: Path, names: Mapping[int, str]) -> None:
+    parts = ", ".join(f"{n} {part}" for part, n in Counter(entry["part"] for entry in entries).items())
+    subjects, sites = ({entry[key] for entry in entries} for key in ("subject", "site"))
+    print(f"{len(entries)} cases in {out}: {parts or 'none'}", end="; ")
+    print(f"{len(subjects)} subject(s), {len(sites)} site(s)")
+    for label, name in names.items():
+        volumes = [entry["volume_mm3"][str(label)] for entry in entries]
+        if volumes:
+            mean, low, high = np.mean(volumes), min(volumes), max(volumes)
+            print(f"  {name}: {mean:.0f} mm3 in the mean, {low:.0f} to {high:.0f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    out = Path(args.out or Path("dataset") / args.dataset)
+    try:
+        if convert(args, out):
+            return 1
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"next: python amygdala/train.py --dataset {args.dataset} --data_path {shlex.quote(str(out))}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
