@@ -188,6 +188,7 @@ class SwinUNETR(nn.Module):
             raise ValueError(f"width is {width}; take 12, 24, 48 or another multiple of 12")
         corners = LEGACY_CORNERS if legacy_merging else CORNERS
         self.in_channels, self.checkpointing = in_channels, checkpointing
+        self.multiple = (32, 32, 32)
         self.embed = nn.Conv3d(in_channels, width, 2, stride=2)
         self.stages = nn.ModuleList(
             nn.Sequential(
@@ -213,7 +214,7 @@ class SwinUNETR(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image (N, C, D, H, W) -> logits (N, K, D, H, W)."""
         check_image(image, self.in_channels, 3)
-        image, crop = padded_to_multiple(image, 32, two_blocks=True)
+        image, crop = padded_to_multiple(image, self.multiple, two_blocks=True)
         run = stage_runner(self)
 
         x = self.embed(image).movedim(1, -1).contiguous()  # (N, D/2, H/2, W/2, C)
