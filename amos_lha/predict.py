@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from amos_lha.networks import load_trained
 from amos_lha.organs import COLORS, COMPACT, LIVER, NUM_CLASSES, ORGANS, PARTED, SPLEEN, WINDOW_HU
 from amos_lha.region import find_region, scaling_of
-from amos_lha.segment import check_tta, segment
+from amos_lha.segment import segment
 from common import batch, distributed, prediction
 from common.checkpoints import TrainedModel
 from common.components import lies_left_of, remove_stray_pieces
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         precision = choose_precision(args.amp, device)
         model = load_trained(args.weights, device, precision)
         if args.tta:
-            check_tta(model)
+            prediction.check_tta(model)
         if unknown := set(args.save_probabilities) - set(model.preprocessing["labelled"]):
             names = ", ".join(ORGANS[organ] for organ in sorted(unknown))
             raise ValueError(f"--save_probabilities: the model was not trained on labels of {names}")

@@ -12,32 +12,11 @@ from common.checkpoints import TrainedModel
 from common.inference import predict_labels, warn_of_memory
 from common.intensity import Scaling, scale, stored_range
 from common.losses import merge_unlabelled
+from common.prediction import FLIPS, mirrored_classes
 from common.volumes import Box
 
 AIR_BELOW_HU = -500  # windows of a CT without a brighter voxel hold no body
 NEVER = -1e4  # logit of an organ that no training case had labels for
-FLIPS = ((), (2,))  # of --tta: as it is, left to right
-
-
-def mirrored_classes() -> list[int]:
-    """For each label the one that it is in a mirror: left and right of paired organs change places."""
-    classes = list(range(NUM_CLASSES))
-    for a, b in SIDES:
-        classes[a], classes[b] = b, a
-    return classes
-
-
-def check_tta(model: TrainedModel) -> None:
-    """ValueError if the network has never seen mirrored scans, of which it then makes nonsense.
-
-    A network that was trained on CHAOS without them had a Dice of 0.91 on three held-out scans, with --tta
-    0.87; of the liver 0.91 and 0.78.
-    """
-    if not model.config.get("flip_sides"):
-        raise ValueError(
-            "--tta averages over the mirrored scan, but this network was trained without mirrored scans "
-            "(train.py --flip_sides 0), where it does badly; predict without --tta"
-        )
 
 
 def only_trained(network: Callable[[Tensor], Tensor], labelled: Sequence[int]) -> Callable:
@@ -91,7 +70,7 @@ def segment(
         overlap=overlap,
         batch_size=batch_size,
         flips=FLIPS if tta else (),
-        mirrored_classes=mirrored_classes(),
+        mirrored_classes=mirrored_classes(NUM_CLASSES, SIDES),
         value_range=stored_range(modality, scaling),
         air_below=AIR_BELOW_HU if modality == "ct" else None,
         precision=model.precision,

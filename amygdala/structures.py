@@ -30,13 +30,13 @@ COLORS = np.array([(0, 0, 0), (235, 90, 60), (60, 140, 235)], np.uint8)  # RGB b
 DATASETS = {
     # Drawn by hand an amygdala of an adult has 800 to 2,000 mm3, by FreeSurfer up to 2,500.
     "Amygdala": DataSet(
-        Structures({1: "left amygdala", 2: "right amygdala"}, COLORS),
+        Structures({1: "left amygdala", 2: "right amygdala"}, COLORS, nsd_mm=(0.5, 1.0)),
         sides=((1, 2),),
         localised=True,
         volume_mm3=(500, 3000),
     ),
     "Hippocampus": DataSet(
-        Structures({1: "anterior hippocampus", 2: "posterior hippocampus"}, COLORS),
+        Structures({1: "anterior hippocampus", 2: "posterior hippocampus"}, COLORS, nsd_mm=(0.5, 1.0)),
         sides=(),
         localised=False,
         volume_mm3=(500, 4000),

@@ -22,12 +22,14 @@ class Structures(NamedTuple):
         colors: (1 + highest label, 3) uint8 RGB, that of the background first.
         groups: {name of a group: its labels}, such as by size, each label in one; None for none.
         tolerances_mm: {label: distance between surfaces that counts as agreement} of all; None for none.
+        nsd_mm: distances that count as agreement for every label, each with an NSD of its own.
     """
 
     names: Mapping[int, str]
     colors: np.ndarray
     groups: Mapping[str, Collection[int]] | None = None
     tolerances_mm: Mapping[int, float] | None = None
+    nsd_mm: Sequence[float] = (1.0, 2.0)
 
 
 def case_metrics(
@@ -42,7 +44,7 @@ def case_metrics(
     voxel_mm3: float | None = None,
 ) -> list[dict]:
     """One row for each class: class, name, status, dice, iou, volume_similarity, hd_mm, hd95_mm, assd_mm,
-    nsd_<t>mm, target_mm3, pred_mm3.
+    asd_mm, nsd_<t>mm, target_mm3, pred_mm3.
 
     Args:
         pred, target: (z, y, x) label maps of integers or booleans, 0 = background.
@@ -120,6 +122,7 @@ def score_structures(
         target,
         spacing_mm,
         {label: structures.names[label] for label in sorted(labelled)},
+        structures.nsd_mm,
         organ_tolerances_mm=structures.tolerances_mm,
         surfaces=surfaces,
         voxel_mm3=voxel_mm3,

@@ -5,20 +5,24 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from common import batch, distributed, report
+from common.agreement import volume_agreement, volume_lines
 from common.class_metrics import Structures, case_row, case_summary, score_structures
 from common.compare import compare, print_comparison
 from common.config import non_negative_int
 from common.mask_files import label_files, load_masks, matching_files
 from common.metrics import write_table
 from common.montage import save_worst_and_median
+from common.sites import site_lines, site_table
 from common.splits import natural_key, patients_of
 
 CASES = "cases.csv"  # grows case by case
 PICTURE, COMPARISON = "worst_and_median.png", "comparison.csv"
+VOLUMES, SITES = "volume_agreement.csv", "sites.csv"
 
 
-def add_evaluation_flags(parser: argparse.ArgumentParser, labels: Collection[int]) -> None:
-    """The flags of `evaluate_folder`; `labels` are those of the task's structures."""
+def add_evaluation_flags(parser: argparse.ArgumentParser, labels: Collection[int] | None = None) -> None:
+    """The flags of `evaluate_folder`; `labels` are those of the task's structures, of which cases may be
+    labelled in part. None: all cases are labelled in full."""
     parser.add_argument(
         "--pred", required=True, help="folder with the masks to score, such as predict.py writes"
     )
@@ -28,15 +32,16 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, labels: Collection[int
         "--images",
         help="folder with the scans, which the picture of the worst and median cases then shows in grey",
     )
-    parser.add_argument(
-        "--labelled",
-        type=int,
-        nargs="+",
-        choices=list(labels),
-        metavar="LABEL",
-        help=f"numbers of the structures that the true masks have labels for, if not all {len(labels)}; what "
-        "is predicted of others is not scored. Default: what dataset.json beside --target says",
-    )
+    if labels:
+        parser.add_argument(
+            "--labelled",
+            type=int,
+            nargs="+",
+            choices=list(labels),
+            metavar="LABEL",
+            help=f"numbers of the structures that the true masks have labels for, if not all {len(labels)}; "
+            "what is predicted of others is not scored. Default: what dataset.json beside --target says",
+        )
     parser.add_argument(
         "--patient_pattern",
         help="regular expression whose group finds the patient in the name of a case, such as 'p([0-9]+)'; "
@@ -105,7 +110,9 @@ def evaluate_folder(
     other: str | None = None,
     patient_pattern: str | None = None,
     num_pictures: int = 5,
-    window_hu: tuple[float, float],
+    window_hu: tuple[float, float] | None,
+    volumes: bool = False,
+    sites: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Score a folder of masks against a folder of true ones; every file of `target` needs a prediction.
 
@@ -118,6 +125,8 @@ def evaluate_folder(
         other: folder with the masks of a second run.
         patient_pattern: as of `patients_of`.
         num_pictures, window_hu: as of `save_worst_and_median`.
+        volumes: also write volume_agreement.csv, see `volume_agreement`, and add it to the summary.
+        sites: {case: site}: also write sites.csv, see `site_table`, and add it to the summary.
 
     Returns:
         {case that failed: reason}, the same in every process.
@@ -130,13 +139,22 @@ def evaluate_folder(
     second = matching_files(other, targets, target) if other else None
     scans = label_files(images) if images else {}
     patients = patients_of(list(targets), patient_pattern)
-    report.clear_report(out, (*report.FILES, CASES, PICTURE, COMPARISON))
+    report.clear_report(out, (*report.FILES, CASES, PICTURE, COMPARISON, VOLUMES, SITES))
     rows, failed = score_files(preds, targets, structures, labelled, patients, table=out / CASES)
     if distributed.is_main():
         extra = sorted(preds.keys() - targets.keys(), key=natural_key)
         notes = [f"without a true mask, not scored: {', '.join(extra)}"] if extra else []
         title = f"{len(targets) - len(failed)} masks of {pred} against {target}"
-        report.write_report(rows, out, title, failed, notes=notes)
+        more: list[str] = []
+        if rows and volumes:
+            agreement = volume_agreement(rows)
+            write_table(out / VOLUMES, agreement)
+            more += ["", *volume_lines(agreement)]
+        if rows and sites is not None:
+            by_site = site_table(rows, sites)
+            write_table(out / SITES, by_site)
+            more += ["", *site_lines(by_site)]
+        report.write_report(rows, out, title, failed, notes=notes, more=more)
     if second is not None:
         rows_b, failed_b = score_files(second, targets, structures, labelled, patients)
         failed |= {f"{name} of {other}": reason for name, reason in failed_b.items()}

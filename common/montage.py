@@ -35,7 +35,7 @@ def save_worst_and_median(
     *,
     labelled: Mapping[str, Collection[int]],
     number: int,
-    window_hu: tuple[float, float],
+    window_hu: tuple[float, float] | None,
 ) -> None:
     """Three planes through the worst structure of each chosen case, and the errors in the axial one.
 
@@ -46,7 +46,8 @@ def save_worst_and_median(
         preds, targets, images: {case: file}; without its scan a case is drawn on black.
         labelled: {case: labels}; other structures are not drawn.
         number: of the worst cases, and of the median ones.
-        window_hu: what is black and what is white in a CT; other scans are shown by their percentiles.
+        window_hu: what is black and what is white in a CT; other scans are shown by their percentiles. None:
+            no scan is a CT.
 
     Raises:
         ValueError: a scan lies on another grid than its mask.
@@ -56,7 +57,8 @@ def save_worst_and_median(
         of_case = [row for row in rows if row["case"] == case and not np.isnan(row["dice"])]
         worst = min(of_case, key=lambda row: row["dice"])
         target, pred = load_masks(targets[case], preds[case])
-        image, value_range = np.full(target.shape, window_hu[0]), window_hu
+        value_range = window_hu or (0, 1)
+        image = np.full(target.shape, value_range[0])
         if case in images:
             scan = load_nifti(images[case])
             if not same_grid(scan, target):
@@ -65,7 +67,7 @@ def save_worst_and_median(
                     "--images needs the scans themselves"
                 )
             image = scan.array
-            if why_not_hu(image):
+            if window_hu is None or why_not_hu(image):
                 value_range = mr_scaling(image)[:2]
         pictures.append(
             contour_pictures(

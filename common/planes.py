@@ -7,7 +7,7 @@ import numpy as np
 
 from common.hu import window
 from common.plots import outline, overlay, save_panels
-from common.volumes import box_of, crop, expand_box, resample
+from common.volumes import Box, box_of, crop, expand_box, resample
 
 PLANES = ("axial", "coronal", "sagittal")  # across z, y, x
 FALSE_POSITIVE, FALSE_NEGATIVE = (255, 160, 0), (60, 120, 255)  # RGB
@@ -22,6 +22,18 @@ def middle(mask: np.ndarray) -> tuple[int, int, int]:
         below = np.count_nonzero(mask, axis=tuple({0, 1, 2} - {axis})).cumsum()
         centre.append(int(np.searchsorted(below, below[-1] / 2)) if below[-1] else mask.shape[axis] // 2)
     return tuple(centre)
+
+
+def fullest(mask: np.ndarray) -> tuple[int, int, int]:
+    """The voxel whose three planes each cut most of the mask, or the volume's middle if the mask is empty.
+
+    The `middle` of two structures, such as a left and a right one, may lie between them, this does not.
+    """
+    if not np.any(mask):
+        return middle(mask)
+    counts = (np.count_nonzero(mask, axis=tuple({0, 1, 2} - {axis})) for axis in range(3))
+    z, y, x = (int(np.argmax(of_axis)) for of_axis in counts)
+    return z, y, x
 
 
 def plane(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
@@ -88,6 +100,14 @@ def legend_of(labels: np.ndarray, names: Mapping[int, str], colors: np.ndarray) 
     return {names[n]: tuple(colors[n].tolist()) for n in present}
 
 
+def close_up_box(mask: np.ndarray, spacing_mm: Sequence[float], margin_mm: float) -> Box:
+    """(start, stop), z y x, around a mask with a margin; the whole volume if the mask is empty."""
+    if not np.any(mask):
+        return (0, 0, 0), mask.shape
+    margin = np.ceil(np.divide(margin_mm, spacing_mm)).astype(int)
+    return expand_box(*box_of(mask), margin, mask.shape)
+
+
 def save_planes(
     path: Path,
     image: np.ndarray,
@@ -100,8 +120,11 @@ def save_planes(
     voxel_mm: float = 1.0,
     title: str = "",
     legend: Mapping[str, Sequence[int]] | None = None,
+    margin_mm: float | None = None,
 ) -> None:
     """Three planes through the labels: the scan, the prediction, with a target also that and the error.
+
+    They go through the middle of the labels; in a close-up where each of them shows most.
 
     Args:
         image: HU or other grey values, (z, y, x).
@@ -110,8 +133,13 @@ def save_planes(
         voxel_mm: side of the pictures' pixels.
         title: stands above the first picture, behind the name of the plane.
         legend: {name: RGB}, on the right.
+        margin_mm: a close-up of the labels with so much around them; None: the whole image.
     """
-    centre = middle(pred if target is None or not target.any() else target)
+    if margin_mm is not None:
+        box = close_up_box(pred > 0 if target is None else (pred > 0) | (target > 0), spacing_mm, margin_mm)
+        image, pred, target = (None if a is None else crop(a, *box) for a in (image, pred, target))
+    labels = pred if target is None or not target.any() else target
+    centre = middle(labels) if margin_mm is None else fullest(labels)
     rows, titles = [], []
     for axis, name in enumerate(PLANES):
         grey = grey_picture(true_plane(image, axis, centre[axis], spacing_mm, voxel_mm), value_range)
@@ -154,8 +182,7 @@ def contour_pictures(
         margin_mm: what is shown around the label.
         side: pixels of the longest side.
     """
-    margin = np.ceil(np.divide(margin_mm, spacing_mm)).astype(int)
-    box = expand_box(*box_of((pred == label) | (target == label)), margin, image.shape)
+    box = close_up_box((pred == label) | (target == label), spacing_mm, margin_mm)
     image, pred, target = (crop(array, *box) for array in (image, pred, target))
     centre = middle(target == label if (target == label).any() else pred == label)
     voxel_mm = float(np.multiply(image.shape, spacing_mm).max()) / side

@@ -13,7 +13,7 @@ from common.metrics import write_table
 SUMMARY = "summary.md"
 RESULTS, BY_CLASS, BY_GROUP = "results.csv", "summary.csv", "groups.csv"
 FILES = (RESULTS, BY_CLASS, BY_GROUP, SUMMARY)  # of `write_report`
-SHOWN = ("dice", "nsd_1mm", "nsd_2mm", "nsd_organ", "hd95_mm", "volume_similarity")
+SHOWN = ("dice", "nsd_0.5mm", "nsd_1mm", "nsd_2mm", "nsd_organ", "hd95_mm", "assd_mm", "volume_similarity")
 ABOUT_GROUPS = "A group's mean is that of its classes' means over the cases."
 EXPLANATION = (
     "Means, with a 95 % bootstrap interval by patient where there are several; a missed class counts Dice 0, "

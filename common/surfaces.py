@@ -172,7 +172,7 @@ def surface_metrics(
     spacing_mm: Sequence[float],
     tolerances_mm: Sequence[float] = (1.0, 2.0),
 ) -> dict[str, float]:
-    """hd_mm, hd95_mm, assd_mm and nsd_<tolerance>mm of two boolean (z, y, x) masks; see `summarise`."""
+    """Metrics of two boolean (z, y, x) masks, see `summarise`."""
     distances = surface_distances(pred, target, spacing_mm)
     return summarise(distances, diagonal_mm(pred.shape, spacing_mm), tolerances_mm)
 
@@ -188,22 +188,33 @@ def summarise(
     """Metrics of distances between two surfaces.
 
     hd_mm: the largest distance. hd95_mm: the larger of the two directed 95th percentiles by area. assd_mm:
-    mean over the area of both surfaces (DeepMind's package returns a mean for each direction). nsd_1mm: share
-    of the area of both that lies within 1 mm of the other. Both masks empty: NaN. One empty: distances are
+    mean over the area of both surfaces. asd_mm: mean of the two directed means, each over the area of one
+    surface, as DeepMind's package returns them. nsd_1mm: share of the area of both that lies within 1 mm of
+    the other. Both masks empty: NaN. One empty: distances are
     `worst_mm` (the image's diagonal, so that a missed structure never scores better than a found one), NSD 0.
     """
     d = distances
     shares = {f"nsd_{tolerance:g}mm": share_within(d, tolerance) for tolerance in tolerances_mm}
     if not (d.pred_mm2.size and d.target_mm2.size):
         both = not (d.pred_mm2.size or d.target_mm2.size)
-        return dict.fromkeys(("hd_mm", "hd95_mm", "assd_mm"), float("nan") if both else worst_mm) | shares
+        names = ("hd_mm", "hd95_mm", "assd_mm", "asd_mm")
+        return dict.fromkeys(names, float("nan") if both else worst_mm) | shares
     mm = np.concatenate([d.pred_to_target_mm, d.target_to_pred_mm])
     mm2 = np.concatenate([d.pred_mm2, d.target_mm2])
     hd95 = max(
         _percentile(d.pred_to_target_mm, d.pred_mm2, 0.95),
         _percentile(d.target_to_pred_mm, d.target_mm2, 0.95),
     )
-    return {"hd_mm": float(mm.max()), "hd95_mm": hd95, "assd_mm": float(mm @ mm2 / mm2.sum())} | shares
+    directed = [
+        np.average(d.pred_to_target_mm, weights=d.pred_mm2),
+        np.average(d.target_to_pred_mm, weights=d.target_mm2),
+    ]
+    return {
+        "hd_mm": float(mm.max()),
+        "hd95_mm": hd95,
+        "assd_mm": float(mm @ mm2 / mm2.sum()),
+        "asd_mm": float(np.mean(directed)),
+    } | shares
 
 
 def share_within(distances: SurfaceDistances, tolerance_mm: float) -> float:

@@ -14,11 +14,12 @@ from amos_lha import segment as segment_module
 from amos_lha.networks import get_model
 from amos_lha.organs import COMPACT, LIVER, NUM_CLASSES, ORGANS, PARTED, SIDES, SPLEEN
 from amos_lha.region import find_region, scaling_of, scan_modality
-from amos_lha.segment import check_tta, mirrored_classes, segment
+from amos_lha.segment import segment
 from common.checkpoints import TrainedModel, save_checkpoint
 from common.hardware import Precision
 from common.intensity import Scaling, mr_scaling
 from common.nifti import load_label, load_nifti, open_nifti, write_nifti
+from common.prediction import check_tta, mirrored_classes
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", None, False, "test")
@@ -94,7 +95,7 @@ def test_clean_up_treats_each_organ_in_its_way():
 def test_labels_that_change_sides_in_a_mirror():
     expected = list(range(16))
     expected[2], expected[3], expected[11], expected[12] = 3, 2, 12, 11
-    assert mirrored_classes() == expected and SIDES == ((2, 3), (11, 12))
+    assert mirrored_classes(NUM_CLASSES, SIDES) == expected and SIDES == ((2, 3), (11, 12))
 
 
 @pytest.mark.parametrize("flips", [((2,),), ((), (0,), (1,), (2,)), segment_module.FLIPS])

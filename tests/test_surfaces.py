@@ -17,7 +17,7 @@ from common.surfaces import (
     surfels,
 )
 
-DISTANCES = ("hd_mm", "hd95_mm", "assd_mm")
+DISTANCES = ("hd_mm", "hd95_mm", "assd_mm", "asd_mm")
 
 
 def sphere(centre, radius, side=48):
@@ -135,9 +135,8 @@ def test_two_single_voxels():
     target, pred = box((9, 9, 9), (4, 4, 1), (5, 5, 2)), box((9, 9, 9), (4, 4, 5), (5, 5, 6))
     metrics = surface_metrics(pred, target, (3, 2, 0.5), (1, 1.5, 2))
     # Nodes lie 0.5 mm apart along x: half of the area of each is 3 apart steps nearer than the other half.
-    assert metrics == pytest.approx(
-        {"hd_mm": 2.0, "hd95_mm": 2.0, "assd_mm": 1.75, "nsd_1mm": 0, "nsd_1.5mm": 0.5, "nsd_2mm": 1}
-    )
+    distances = {"hd_mm": 2.0, "hd95_mm": 2.0, "assd_mm": 1.75, "asd_mm": 1.75}
+    assert metrics == pytest.approx(distances | {"nsd_1mm": 0, "nsd_1.5mm": 0.5, "nsd_2mm": 1})
     assert hd95_voxel_edges(pred, target, (3, 2, 0.5)) == 2
 
 
@@ -153,12 +152,13 @@ def test_percentile_is_by_area_not_by_count():
     assert metrics["hd95_mm"] == 0 and metrics["hd_mm"] == 3
     far = distances.pred_mm2 @ distances.pred_to_target_mm
     assert metrics["assd_mm"] == pytest.approx(far / (distances.pred_mm2.sum() + distances.target_mm2.sum()))
+    assert metrics["asd_mm"] == pytest.approx(far / distances.pred_mm2.sum() / 2), "the way back is all 0"
 
 
 def test_a_mask_against_itself():
     mask = blobs(0)
     assert surface_metrics(mask, mask, (1, 2, 3)) == {
-        "hd_mm": 0, "hd95_mm": 0, "assd_mm": 0, "nsd_1mm": 1, "nsd_2mm": 1,
+        "hd_mm": 0, "hd95_mm": 0, "assd_mm": 0, "asd_mm": 0, "nsd_1mm": 1, "nsd_2mm": 1,
     }  # fmt: skip
     assert hd95_voxel_edges(mask, mask, (1, 2, 3)) == 0
 
@@ -211,14 +211,14 @@ def test_empty_masks_of_all_kinds():
     assert diagonal_mm(shape, spacing) == pytest.approx(diagonal)
     for pred, target in ((one, empty), (empty, one)):
         metrics = surface_metrics(pred, target, spacing)
-        assert [metrics[k] for k in DISTANCES] == pytest.approx([diagonal] * 3)
+        assert [metrics[k] for k in DISTANCES] == pytest.approx([diagonal] * len(DISTANCES))
         assert metrics["nsd_1mm"] == metrics["nsd_2mm"] == 0
         assert hd95_voxel_edges(pred, target, spacing) == pytest.approx(diagonal)
         distances = surface_distances(pred, target, spacing)
         assert sorted(a.size for a in vars(distances).values()) == [0, 0, 8, 8]
         assert all(np.isinf(getattr(distances, k)).all() for k in ("pred_to_target_mm", "target_to_pred_mm"))
     both = surface_metrics(empty, empty, spacing)
-    assert len(both) == 5 and all(math.isnan(v) for v in both.values())
+    assert len(both) == len(DISTANCES) + 2 and all(math.isnan(v) for v in both.values())
     assert math.isnan(hd95_voxel_edges(empty, empty, spacing))
     assert not math.isnan(surface_metrics(one, one, spacing)["hd_mm"])
 
