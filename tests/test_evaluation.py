@@ -126,10 +126,10 @@ def folders(tmp_path):
     return tmp_path
 
 
-def run(folder, pred="pred", labelled=ALL, **options) -> dict[str, str]:
+def run(folder, pred="pred", labelled=ALL, window_hu=(-160, 240), **options) -> dict[str, str]:
     folders = [str(folder / name) for name in (pred, "labels")]
     cases = dict.fromkeys(("case_1", "case_2", "p3"), labelled)
-    return evaluate_folder(*folders, folder / "out", ORGANS, cases, window_hu=(-160, 240), **options)
+    return evaluate_folder(*folders, folder / "out", ORGANS, cases, window_hu=window_hu, **options)
 
 
 def table(folder, name) -> list[dict]:
@@ -246,6 +246,36 @@ def test_scans_of_the_picture_lie_on_the_masks_grid_and_may_be_mr(folders, monke
     write_nifti(folders / "images/p3.nii.gz", mr[1:], SPACING_MM, orientation="LPS")
     with pytest.raises(ValueError, match=r"p3.nii.gz \(11, 30, 40\) lies on another grid than"):
         run(folders, images=folders / "images")
+
+
+def test_volumes_and_sites_only_where_they_are_asked_for(folders):
+    assert run(folders) == {}
+    assert not {"volume_agreement.csv", "sites.csv"} & {path.name for path in (folders / "out").iterdir()}
+    sites = {"case_1": "north", "case_2": "north", "p3": "south"}
+    assert run(folders, volumes=True, sites=sites) == {}
+    liver = {r["name"]: r for r in table(folders, "volume_agreement.csv")}["liver"]
+    assert (liver["cases"], liver["bias_mm3"]) == ("3", f"{-800 / 3:.6g}"), "p3 is empty"
+    by_site = {(r["site"], r["name"]): r for r in table(folders, "sites.csv")}
+    assert float(by_site["north", "liver"]["dice"]) == pytest.approx(0.95)
+    assert by_site["south", "liver"]["missed"] == "1" and ("all", "aorta") in by_site
+    text = (folders / "out/summary.md").read_text()
+    assert "| north | liver | 2 | 0 | 0.950 |" in text and "| liver | 3 | 800 | 533 |" in text
+    run(folders)
+    assert not (folders / "out/sites.csv").exists(), "of an earlier evaluation"
+
+
+def test_without_a_window_no_scan_is_taken_for_a_ct(folders, monkeypatch):
+    ranges = []
+
+    def pictures(image, *_, value_range, **more):
+        ranges.append(tuple(value_range))
+        return contour_pictures(image, *_, value_range=value_range, **more)
+
+    contour_pictures = montage.contour_pictures
+    monkeypatch.setattr(montage, "contour_pictures", pictures)
+    (folders / "images/case_2.nii.gz").unlink()
+    assert run(folders, images=folders / "images", window_hu=None) == {}
+    assert sorted(ranges) == [(-900, 60), (-900, 60), (0, 1)]
 
 
 def test_worst_and_median_cases():

@@ -116,3 +116,31 @@ def test_the_legend_names_what_is_there():
         "uterus": (45, 46, 47),
     }
     assert planes.legend_of(labels * 0, {}, colors) == {}
+
+
+def test_a_close_up_cuts_through_structures_and_not_between_them():
+    """Two structures of 6 x 4 x 4 voxels, left and right; the middle of both lies at the edge of one."""
+    labels = np.zeros((40, 50, 60), np.uint8)
+    labels[10:16, 20:24, 10:14], labels[10:16, 20:24, 40:44] = 1, 2
+    labels[12, 21, 9] = 1
+    assert planes.fullest(labels > 0) == (12, 21, 10)
+    assert planes.fullest(labels < 0) == middle(labels < 0) == (20, 25, 30)
+    assert planes.close_up_box(labels == 2, (2, 1, 1), 5) == ((7, 15, 35), (19, 29, 49))
+    assert planes.close_up_box(labels == 2, (2, 1, 1), 500) == ((0, 0, 0), (40, 50, 60))
+    assert planes.close_up_box(labels == 3, (2, 1, 1), 5) == ((0, 0, 0), (40, 50, 60))
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+def test_panels_of_a_close_up(with_target, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(planes, "save_panels", lambda path, rows, titles, legend: seen.append(rows))
+    grey, pred = np.zeros((40, 50, 60), np.int16), np.zeros((40, 50, 60), np.uint8)
+    pred[10:16, 20:24, 10:14], pred[10:16, 20:24, 40:44] = 1, 2
+    target = np.roll(pred, 2, axis=1) if with_target else None
+    look = {"palette": COLORS, "value_range": (0, 1), "voxel_mm": 0.5, "margin_mm": 5.0}
+    save_planes(tmp_path / "p.png", grey, (1, 1, 1), pred, target, **look)
+    longer = 2 if with_target else 0
+    assert [row[0].shape for row in seen[0]] == [(28 + 2 * longer, 88), (32, 88), (32, 28 + 2 * longer)]
+    drawn = [(row[-2 if with_target else -1].std(axis=-1) > 0).sum() for row in seen[0]]
+    if not with_target:
+        assert drawn == [2 * 8 * 8, 2 * 12 * 8, 12 * 8], "the sagittal plane cuts one of the two"

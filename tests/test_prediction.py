@@ -34,6 +34,8 @@ def test_a_region_smaller_than_a_patch_is_read_with_its_surroundings(tmp_path, c
     told = capsys.readouterr().out
     assert told.startswith("case.nii.gz: body, 16 x 20 x 16 of 20 x 30 x 40 voxels; scores and labels take")
     assert 0 < reading.need.host_mib < 5 and reading.need.device_mib == 0
+    already_read = read_region(file, region, (4, 4, 4), (8, 8, 8), 3, **options, scan=image + 1)
+    np.testing.assert_array_equal(already_read.image, reading.image + 1)
 
 
 def options_of(**more):

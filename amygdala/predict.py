@@ -1,0 +1,267 @@
+"""Segment the amygdalae, or the parts of the hippocampus, in T1 scans, on the scans' own grids.
+
+    python amygdala/predict.py --weights exp/Amygdala/test/fold_0_best.pt --source T1.nii.gz --overlay
+    python amygdala/predict.py --weights fold_0_best.pt fold_1_best.pt --source scans/ --out masks
+
+Scans are NIfTI or .mgz (FreeSurfer), in any orientation. In a whole head a small network first finds the
+region to search. Of each scan <name> it writes <name>_mask.nii.gz (the scan's own grid and affine) and
+<name>.json (volumes, region, warnings, seconds, memory); of all scans volumes.csv, in mm3, with the asymmetry
+of left and right. Several --weights, such as the folds of a run, are averaged. For research only.
+"""
+
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from amygdala.localiser import find_box
+from amygdala.model import load_trained
+from amygdala.segment import check_ensemble, segment
+from amygdala.structures import COLORS, DATASETS, NUM_CLASSES, DataSet
+from common import batch, distributed, prediction
+from common.checkpoints import TrainedModel
+from common.components import lies_left_of, remove_stray_pieces
+from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
+from common.files import write_json
+from common.hardware import choose_precision, describe_device, start_device
+from common.intensity import mr_scaling
+from common.label_measures import label_counts
+from common.nifti import Scan, case_name, load_nifti, save_label
+from common.planes import legend_of, middle, save_planes
+from common.runs import run_dir_of
+from common.volumes import Box
+
+OWN_NAMES = ("_mask",)  # masks of this script are not scans
+TABLE = "volumes.csv"
+MARGIN_MM, PIXEL_MM = 25.0, 0.5  # of --overlay: what is shown around the structures, side of a pixel
+BESIDE_MM = 20.0  # a region whose middle lies farther from that of the head is suspicious
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--weights",
+        required=True,
+        nargs="+",
+        help="trained model: fold_<i>_best.pt in the folder of a run of train.py; several, such as all folds "
+        "of a run, are averaged, which takes so many times as long",
+    )
+    prediction.add_scan_flags(parser)
+    parser.add_argument(
+        "--overlay",
+        action=Switch,
+        default=False,
+        help="write <name>_overlay.png, a close-up of three planes through the structures",
+    )
+    parser.add_argument(
+        "--save_prob",
+        action=Switch,
+        default=False,
+        help="also write a probability map of each label to probabilities/",
+    )
+    parser.add_argument(
+        "--tta",
+        action=Switch,
+        default=False,
+        help="average the prediction with that of the scan mirrored left to right, where left and right "
+        "labels change places; takes twice as long, and only for models trained with --flip_sides",
+    )
+    prediction.add_window_flags(parser)
+    parser.add_argument(
+        "--clean_up",
+        action=Switch,
+        default=True,
+        help="keep only the largest piece of each label and report what was removed; --no-clean_up keeps the "
+        "mask as the network gave it",
+    )
+    add_prediction_flags(parser)
+    return parser
+
+
+def load_scan(path: Path) -> Scan:
+    """Read a scan; ValueError if it is a single slice, or all of it has one value."""
+    scan = load_nifti(path)
+    if min(scan.shape) < 2:
+        raise ValueError(f"{path}: a single slice ({scan.shape} voxels z y x); a 3-D scan is needed")
+    if scan.array.min() == scan.array.max():
+        raise ValueError(f"{path}: all voxels are {scan.array.min():g}; is it the right file?")
+    return scan
+
+
+def side_columns(dataset: DataSet) -> dict[int, str]:
+    """{label: its column in volumes.csv}: left_mm3 and right_mm3 where the labels are the two sides."""
+    names = dataset.structures.names
+    if dataset.sides:
+        return {label: f"{name.split()[0]}_mm3" for label, name in names.items()}
+    return {label: f"{name.replace(' ', '_')}_mm3" for label, name in names.items()}
+
+
+def asymmetry_index(left: float, right: float) -> float | None:
+    """100 * (left - right) / their mean: above 0 the left one is larger; None without either."""
+    return 200 * (left - right) / (left + right) if left + right else None
+
+
+def find_warnings(
+    labels: np.ndarray, volumes_mm3: dict[int, float], dataset: DataSet, beside_mm: float
+) -> list[str]:
+    """Sentences about what a person should look at.
+
+    Args:
+        labels: (z, y, x) in RAS+.
+        volumes_mm3: {label: volume}.
+        beside_mm: how far the region that was searched lies beside the middle of the head.
+    """
+    found = []
+    low, high = dataset.volume_mm3
+    names = dataset.structures.names
+    if not any(volumes_mm3.values()):
+        found.append("nothing found, its mask is empty")
+    else:
+        for label, volume in volumes_mm3.items():
+            if not low <= volume <= high:
+                found.append(
+                    f"{names[label]} of {volume:.0f} mm3 is hardly plausible ({low:.0f} to {high:.0f} mm3 in "
+                    "adults); look at --overlay"
+                )
+    for left, right in dataset.sides:
+        if lies_left_of(labels, right, left):
+            found.append(
+                f"the {names[right]} lies left of the {names[left]}; are left and right exchanged in the "
+                "file?"
+            )
+    if beside_mm > BESIDE_MM:
+        found.append(
+            f"the region searched lies {beside_mm:.0f} mm beside the middle of the head; is it a whole head, "
+            "and is its orientation right?"
+        )
+    return found
+
+
+def beside_middle_mm(image: np.ndarray, box: Box, spacing_mm: Sequence[float]) -> float:
+    """How far, left or right, the middle of a box lies from that of what is bright in a scan (z, y, x)."""
+    in_box = (box[0][2] + box[1][2] - 1) / 2
+    return abs(in_box - middle(image > image.mean())[2]) * spacing_mm[2]
+
+
+def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Namespace) -> dict:
+    """Write all files of one scan; returns its row of volumes.csv."""
+    started, name, scan = time.perf_counter(), case_name(path), load_scan(path)
+    model = models[0]
+    dataset = DATASETS[model.preprocessing["dataset"]]
+    region = find_box(model, scan.array, scan.spacing_mm)
+    beside_mm = beside_middle_mm(scan.array, region, scan.spacing_mm) if dataset.localised else 0.0
+    reading = prediction.read_region(
+        scan,
+        region,
+        model.preprocessing["spacing_mm"],
+        model.config["patch_size"],
+        NUM_CLASSES,
+        batch_size=args.batch_size,
+        device=model.device,
+        source="region searched",
+        scan=scan.array,
+    )
+    maps_of = list(dataset.structures.names) if args.save_prob else []
+    with (
+        prediction.probability_maps(out, maps_of, scan, reading) as maps,
+        prediction.window_bar(path.name) as progress,
+    ):
+        labels = segment(
+            models,
+            reading.image,
+            scan.spacing_mm,
+            box=reading.region,
+            tta=args.tta,
+            overlap=args.overlap,
+            batch_size=args.batch_size,
+            probabilities=maps,
+            progress=progress,
+        )
+    removed: dict[int, dict] = {}
+    if args.clean_up:
+        labels, removed = remove_stray_pieces(labels, scan.voxel_mm3, compact=dataset.structures.names)
+    save_label(out / f"{name}_mask.nii.gz", reading.on_scan(labels, scan), scan)
+    counts = label_counts(labels, NUM_CLASSES)
+    volumes_mm3 = {label: float(counts[label] * scan.voxel_mm3) for label in dataset.structures.names}
+    problems = find_warnings(labels, volumes_mm3, dataset, beside_mm)
+    for problem in problems:
+        tqdm.write(f"warning: {path.name}: {problem}")
+    if args.overlay:
+        save_planes(
+            out / f"{name}_overlay.png",
+            reading.image,
+            scan.spacing_mm,
+            labels,
+            palette=COLORS[1:],
+            value_range=grey_range(reading.image),
+            voxel_mm=PIXEL_MM,
+            title=name,
+            legend=legend_of(labels, dataset.structures.names, COLORS),
+            margin_mm=MARGIN_MM,
+        )
+    columns = side_columns(dataset)
+    volumes = {columns[label]: volume for label, volume in volumes_mm3.items()}
+    if dataset.sides:
+        volumes["asymmetry_index"] = asymmetry_index(*volumes_mm3.values())
+    notes = prediction.prediction_notes(path, model, reading.need, started)
+    notes |= {
+        "weights": list(map(str, args.weights)),
+        "region": {"start": list(region[0]), "stop": list(region[1]), "axes": "z y x in RAS"},
+        "volumes": volumes,
+        "clean_up": {dataset.structures.names[label]: entry for label, entry in removed.items()},
+        "warnings": problems,
+    }
+    write_json(out / f"{name}.json", notes)
+    return {
+        "scan": str(path),
+        **volumes,
+        "removed_mm3": 1000 * sum(entry["removed_ml"] for entry in removed.values()),
+        "warnings": "; ".join(problems),
+        "seconds": notes["seconds"],
+        "peak_mib": notes["peak_mib"],
+    }
+
+
+def grey_range(image: np.ndarray) -> tuple[float, float]:
+    """Which grey values are black and white in pictures of an MR."""
+    low, high, *_ = mr_scaling(image)
+    return low, max(high, low + 1e-6)  # of a region without contrast
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    with distributed.session():
+        device = start_device(args.device, distributed.local_rank())
+        precision = choose_precision(args.amp, device)
+        models = [load_trained(path, device, precision) for path in args.weights]
+        check_ensemble(models, args.weights)
+        if args.tta:
+            for model in models:
+                prediction.check_tta(model)
+        columns = side_columns(DATASETS[models[0].preprocessing["dataset"]]).values()
+        out = Path(args.out) if args.out else run_dir_of(args.weights[0]) / "predictions"
+
+        def predict(path: Path) -> dict:
+            return predict_scan(models, path, out, args)
+
+        failed = prediction.predict_scans(
+            predict,
+            args.source,
+            out,
+            own_names=OWN_NAMES,
+            recursive=args.recursive,
+            table=TABLE,
+            machine=f"{describe_device(device)}, {precision.name}",
+            found=lambda row: ", ".join(f"{c.removesuffix('_mm3')} {row[c]:.0f} mm3" for c in columns),
+        )
+        return batch.exit_code(failed)
+
+
+if __name__ == "__main__":
+    run_script(main)
