@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from amygdala.head import add_surroundings
 from amygdala.structures import DATASETS
 from common.files import read_json
 from common.hdf5 import CaseFile
@@ -40,9 +41,9 @@ class Cohort:
         """Open the folder and divide its subjects.
 
         With `fold` or `leave_site_out` the published test cases are left alone, and the training cases are
-        divided; see `stratified_folds`, `leave_group_out` and, for the part that chooses the best epoch,
-        `hold_out`. With neither all training cases are trained on. The folds of a `folds.json` in the folder,
-        a list of lists of names, count instead of drawn ones.
+        divided; see `stratified_folds` and `leave_group_out`. With neither the published parts hold. Where
+        there is a test part, some subjects of the others choose the best epoch; see `hold_out`. The folds of
+        a `folds.json` in the folder, a list of lists of names, count instead of drawn ones.
 
         Args:
             dataset: the data set that is expected; None takes any.
@@ -83,7 +84,7 @@ class Cohort:
                 raise ValueError(f"--fold {fold}: with {len(parts)} folds choose 0 to {len(parts) - 1}")
             test = parts[fold]
             train = [name for name in train if name not in set(test)]
-        if validation and (fold is not None or leave_site_out is not None):
+        if validation and test:
             rest, rest_sites = ({name: of[name] for name in train} for of in (subjects, sites))
             train, val = hold_out(rest, rest_sites, seed=seed)
         self.split = {"train": train, "val": val, "test": test}
@@ -109,15 +110,24 @@ class PatchDataset(Dataset):
     The patch lies around the middle of what is labelled in scans of whole heads, around that of the volume in
     crops; it is moved at random by up to `jitter` voxels along each axis. No volume is ever read whole.
 
+    With the probability `surroundings` what skull stripping has blanked is filled, see `add_surroundings`.
+
     The dict: image (1, d, h, w) float32 grey values; label (d, h, w) uint8; case, its number; seed.
     """
 
     def __init__(
-        self, cohort: Cohort, names: Sequence[str], patch_size: Sequence[int], length: int, *, jitter: int = 8
+        self,
+        cohort: Cohort,
+        names: Sequence[str],
+        patch_size: Sequence[int],
+        length: int,
+        *,
+        jitter: int = 8,
+        surroundings: float = 0.0,
     ) -> None:
         self.cases = [cohort.cases[name] for name in names]
         self.patch_size, self.length, self.jitter = tuple(patch_size), length, jitter
-        self.localised = DATASETS[cohort.dataset].localised
+        self.localised, self.surroundings = DATASETS[cohort.dataset].localised, surroundings
 
     def __len__(self) -> int:
         return self.length
@@ -135,6 +145,9 @@ class PatchDataset(Dataset):
         case = self.cases[number]
         start = self.start(case, seed)
         image = case.read_image(start, self.patch_size).astype(np.float32)
+        rng = np.random.default_rng([seed, 1])
+        if self.localised and rng.random() < self.surroundings:
+            image = add_surroundings(image, float(np.mean(case.spacing_mm)), rng)
         return {
             "image": torch.from_numpy(image)[None],
             "label": torch.from_numpy(case.read_label(start, self.patch_size)),

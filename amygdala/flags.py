@@ -22,7 +22,6 @@ from common.flags import (
     add_augmentation_flags,
     add_ema_flags,
     add_evaluate_flag,
-    add_fold_flags,
     add_update_flags,
     add_validation_flags,
 )
@@ -86,8 +85,24 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
         help="folder that preprocess.py wrote, or demo for phantoms that are made on the spot; default: "
         "dataset/<dataset>",
     )
-    add_fold_flags(data)
-    parser.set_defaults(folds=5, fold="all")
+    data.add_argument(
+        "--folds",
+        type=positive_int,
+        default=5,
+        help="number of parts into which cross-validation divides the subjects of the training part",
+    )
+    data.add_argument(
+        "--fold",
+        default="all",
+        help="part to hold out in this run, 0 to folds - 1; all = one run after the other, for every part; "
+        "test = train on the whole training part and test on the published test part",
+    )
+    data.add_argument(
+        "--split_seed",
+        type=int,
+        default=0,
+        help="number that fixes who is in which fold, whatever the --seed of the training",
+    )
     data.add_argument(
         "--leave_site_out",
         action=Switch,

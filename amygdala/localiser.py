@@ -154,7 +154,8 @@ def train_localiser(
     last = torch.stack(recent[-50:]).mean().item()
     seconds = time.perf_counter() - started
     log(f"localiser: {len(cases)} heads, {updates} updates, loss {last:.3f}, {seconds:.0f} s")
-    return {"state": {name: value.cpu() for name, value in network.state_dict().items()}}
+    state = {name: value.cpu() for name, value in network.state_dict().items()}
+    return {"state": state, "seconds": seconds}
 
 
 def load_localiser(state: dict, device: torch.device) -> nn.Module:

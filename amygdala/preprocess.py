@@ -7,8 +7,8 @@
 
 Reads imagesTr, labelsTr and, for the test, imagesTs and labelsTs: NIfTI or FreeSurfer's .mgz, in any
 orientation. Each scan is turned to RAS, resampled to 1 mm where it has other voxels, and stored whole, with
-the labels 1 and 2. A case that cannot be used is named at the end with the reason and costs the others nothing.
-Run it again to go on where it stopped.
+the labels 1 and 2. A case that cannot be used is named at the end with the reason and costs the others
+nothing. Run it again to go on where it stopped.
 """
 
 import hashlib

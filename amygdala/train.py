@@ -27,11 +27,12 @@ from amygdala.evaluate import evaluate_cases, mean_dice
 from amygdala.flags import add_training_flags, choose
 from amygdala.localiser import train_localiser
 from amygdala.losses import segmentation_loss
-from amygdala.model import architecture, get_model, load_trained
+from amygdala.model import ARCHITECTURE, get_model, load_trained
 from amygdala.structures import DATASETS, NUM_CLASSES
 from amygdala.training import (
     data_lines,
     experiment_folder,
+    fold_names,
     get_augmentation,
     link_weights,
     next_command,
@@ -62,7 +63,7 @@ def build_parser(chosen: Namespace) -> ArgumentParser:
 
 
 def train(
-    args: Namespace, resumed: dict | None, experiment: Path, fold: int
+    args: Namespace, resumed: dict | None, experiment: Path, fold: str
 ) -> tuple[list[dict], dict[str, str]]:
     """One fold, new or `resumed` from a checkpoint; returns the rows of its evaluation and {case that failed:
     reason}."""
@@ -94,7 +95,7 @@ def train(
         amp=args.amp,
         resumed=resumed,
         vram_gib=args.vram,
-        shrink_patch=not DATASETS[args.dataset].localised,  # it has to hold both amygdalae
+        patch_step=0 if DATASETS[args.dataset].localised else 16,  # it has to hold both amygdalae
     )
     precision, plan = setup.precision, setup.plan
     config |= setup.config | {"patch_size": list(plan.patch_size)}
@@ -111,9 +112,7 @@ def train(
         train_set, plan.batch_size, seed=args.seed, workers=args.workers, device=device
     )
     augmentation = get_augmentation(args)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=args.lr, weight_decay=args.weight_decay, eps=1e-5
-    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=args.weight_decay, eps=1e-5)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     average = WeightAverage(network, args.ema_decay) if args.ema else None
     validated = deepcopy(network) if average else network  # the network that best.pt keeps
@@ -207,7 +206,7 @@ def validate(run: Run, trained: TrainedModel, data: Cohort, args: Namespace) -> 
 
 
 def score_best(
-    run: Run, trained: TrainedModel, data: Cohort, experiment: Path, fold: int, args: Namespace
+    run: Run, trained: TrainedModel, data: Cohort, experiment: Path, fold: str, args: Namespace
 ) -> tuple[list[dict], dict[str, str]]:
     """Score best.pt on the scans that were held out, once; name the next command."""
     rows, failed = [], {}
@@ -219,7 +218,7 @@ def score_best(
         run.log(f"Dice of the {len(test)} held-out scans: {mean_dice(rows):.4f}")
         if distributed.is_main():
             write_report(rows, run.folder / "evaluation", f"fold {fold}: {len(test)} held-out scans", failed)
-            if done := note_results(experiment, args, data.folds, fold, rows):
+            if done := note_results(experiment, args, data, fold, rows):
                 run.log(f"all folds are done: {done}")
     run.log(f"written: {experiment}/ with fold_{fold}_best.pt and {run.folder.name}/")
     run.log(next_command(experiment / f"fold_{fold}_best.pt"))
@@ -232,12 +231,13 @@ def main(argv: list[str] | None = None) -> int:
         chosen, with_recipe = choose(argv)
         parser = build_parser(chosen)
         args = parse_args(parser, with_recipe)
-        folds = list(range(count_folds(args))) if args.fold == "all" else [int(args.fold)]
+        resolve_flags(args)
+        folds = fold_names(args) if args.fold == "all" else [args.fold]
         experiment = distributed.on_main(lambda: experiment_folder(args, folds))
-        same = [*architecture(chosen.model, chosen.dimension), "patch_size", "dataset"]
+        same = [*ARCHITECTURE(chosen.model, chosen.dimension), "patch_size", "dataset"]
         failed: dict[str, str] = {}
         for fold in folds:
-            words, found = ["--fold", str(fold)], None
+            words, found = ["--fold", fold], None
             if args.resume is not None and (experiment / f"fold_{fold}" / "weights" / "last.pt").is_file():
                 args, found, _ = runs.resume(
                     parser, [*argv, *words], same=same, name=f"fold_{fold}", root=experiment, stage="amygdala"

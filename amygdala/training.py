@@ -36,19 +36,52 @@ def resolve_flags(args: Namespace) -> None:
         else:
             print(f"--gpu {args.gpu}: there is no graphics card that torch can use; going on without")
     if args.batch_size % world_size():
-        raise ValueError(f"--batch_size {args.batch_size} is that of all {world_size()} processes together; choose a multiple")
+        raise ValueError(
+            f"--batch_size {args.batch_size} is that of all {world_size()} processes together and has to be "
+            "a multiple of their number"
+        )
 
 
-def experiment_folder(args: Namespace, folds: list[int]) -> Path:
-    """exp/<dataset>/<unique_name>, made if need be; _2 behind it if a fold to be trained lies there already."""
-    folder = Path(args.out) / args.dataset / args.model_name
+def open_data(args: Namespace, fold: str) -> Cohort:
+    """The data set, divided as the flags ask; `fold` is the number of a fold or of a site, or "test"."""
+    number = None if fold == "test" else int(fold)
+    sites = site_names(args) if args.leave_site_out else []
+    if sites and not (number is not None and number < len(sites)):
+        raise ValueError(f"--fold {fold}: with {len(sites)} sites choose 0 to {len(sites) - 1}")
+    data = Cohort(
+        args.data_path,
+        dataset=args.dataset,
+        seed=args.split_seed,
+        folds=args.folds,
+        fold=None if sites else number,
+        leave_site_out=sites[number] if sites else None,
+        validation=args.validation and not args.select_on_test,
+    )
+    if args.select_on_test:
+        data.split["val"] = data.split["test"]
+    return data
+
+
+def site_names(args: Namespace) -> list[str]:
+    """The sites of the data set in the order of --leave_site_out."""
+    return sorted(set(Cohort(args.data_path, dataset=args.dataset).sites.values()))
+
+
+def fold_names(args: Namespace) -> list[str]:
+    """The runs of a whole cross-validation: numbers of the folds or, with --leave_site_out, of the sites."""
+    return [str(k) for k in range(len(site_names(args)) if args.leave_site_out else args.folds)]
+
+
+def experiment_folder(args: Namespace, folds: list[str]) -> Path:
+    """exp/<dataset>/<unique_name>; with _2 behind it where one of these folds was trained already."""
+    folder = Path(args.out) / args.dataset / args.unique_name
     if args.resume is None and any((folder / f"fold_{k}").exists() for k in folds):
         return runs.new_run_dir(folder.parent, folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def link_weights(experiment: Path, fold: int) -> None:
+def link_weights(experiment: Path, fold: str) -> None:
     """Names that users of the original code look for: fold_<i>_best.pt, fold_<i>_latest.pt, fold_<i>.txt."""
     targets = {"best.pt": "weights/best.pt", "latest.pt": "weights/last.pt"}
     links = {f"fold_{fold}_{name}": f"fold_{fold}/{target}" for name, target in targets.items()}
@@ -84,10 +117,11 @@ def get_augmentation(args: Namespace) -> Augmentation3d:
 def data_lines(data: Cohort, num_patches: int, num_batches: int) -> list[str]:
     """What the log says about the data."""
     split = data.split
-    counts = ", ".join(f"{len(split[part])} {word}" for part, word in (("train", "training"), ("val", "validation"), ("test", "test")))
-    sites = sorted({data.sites[name] for name in data.cases})
+    sites = sorted(set(data.sites.values()))
+    subjects = len(set(data.subjects.values()))
     lines = [
-        f"cases: {counts}; {len(set(data.subjects.values()))} subjects of {len(sites)} site(s): {', '.join(sites)}",
+        f"cases: {len(split['train'])} training, {len(split['val'])} validation, {len(split['test'])} test; "
+        f"{subjects} subjects of {len(sites)} site(s): {', '.join(sites)}",
         f"{num_patches} patches in an epoch, {num_batches} batches for each process",
     ]
     if split["test"]:
@@ -95,20 +129,20 @@ def data_lines(data: Cohort, num_patches: int, num_batches: int) -> list[str]:
     return lines
 
 
-def note_results(experiment: Path, args: Namespace, folds: int, fold: int, rows: list[dict]) -> Path | None:
+def note_results(experiment: Path, args: Namespace, data: Cohort, fold: str, rows: list[dict]) -> Path | None:
     """Keep the rows of a fold; once all folds are there, write cross_validation.txt and return its path."""
     write_json(experiment / RESULTS.format(fold), {"rows": [_plain(row) for row in rows]})
-    files = [experiment / RESULTS.format(k) for k in range(folds)]
-    if not all(file.is_file() for file in files):
+    files = [experiment / RESULTS.format(k) for k in fold_names(args)]
+    if fold == "test" or not all(file.is_file() for file in files):
         return None
     found = [read_json(file, {"rows": list})["rows"] for file in files]
     by_fold = [[{k: math.nan if v is None else v for k, v in row.items()} for row in rows] for rows in found]
     path = experiment / "cross_validation.txt"
     names = DATASETS[args.dataset].structures.names
-    title = f"{args.model} {args.dimension}, {args.dataset}"
+    notes = [f"{args.model} {args.dimension}, {args.dataset}"]
     if args.select_on_test:
-        title += "; epochs were chosen by the test folds, so that these scores are too good"
-    write_cross_validation(path, by_fold, names, title=title)
+        notes.append("epochs were chosen by the test folds, so that these scores are too good")
+    write_cross_validation(path, by_fold, names, data.sites, notes=notes)
     return path
 
 
