@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 
 from common.splits import (
+    check_folds,
     check_split,
     fold_split,
+    hold_out,
+    leave_group_out,
     natural_key,
     patients_of,
     read_splits,
     save_splits,
     split_by_patient,
+    stratified_folds,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,3 +299,128 @@ def test_leading_zeros_change_no_split():
     for part in split:
         numbers = [int(case[1:]) for case in split[part]]
         assert numbers == sorted(numbers) == [int(case[1:]) for case in same[part]]
+
+
+# ---- folds that are exact partitions, stratified by group ----
+
+
+def group_of(numbers: dict[str, int]) -> tuple[dict[str, str], dict[str, str]]:
+    """({case: patient}, {case: group}) of so many patients in each group, with one case each."""
+    groups = {f"{group}{n}": group for group, number in numbers.items() for n in range(1, number + 1)}
+    return {case: case for case in groups}, groups
+
+
+def test_patients_of_single_groups_are_dealt_out_in_natural_order():
+    """Nothing to shuffle, so that every fold is known: like cards, one group after the other."""
+    patients, groups = group_of({f"s{n}": 1 for n in range(1, 11)})
+    assert stratified_folds(patients, groups, folds=3) == [
+        ["s11", "s41", "s71", "s101"],
+        ["s21", "s51", "s81"],
+        ["s31", "s61", "s91"],
+    ]
+
+
+def test_each_group_is_spread_over_all_folds():
+    """7, 5 and 3 patients lie at places 0-6, 7-11 and 12-14; fold k gets the places k, k + 5, k + 10."""
+    patients, groups = group_of({"A": 7, "B": 5, "C": 3})
+    parts = stratified_folds(patients, groups, folds=5)
+    assert ["".join(sorted(groups[case] for case in part)) for part in parts] == [
+        "AAB", "AAB", "ABC", "ABC", "ABC"
+    ]  # fmt: skip
+    assert sorted(case for part in parts for case in part) == sorted(patients)
+
+
+def test_the_drawing_is_that_of_a_seeded_generator_of_the_group():
+    """The text "<seed> <group>" seeds it, so that another site changes nothing in this one."""
+    patients, groups = group_of({"A": 5})
+    order = ["A1", "A2", "A3", "A4", "A5"]
+    random.Random("3 A").shuffle(order)
+    assert stratified_folds(patients, groups, folds=5, seed=3) == [[case] for case in order]
+    assert stratified_folds(patients, groups, folds=5) == [["A3"], ["A2"], ["A4"], ["A1"], ["A5"]]
+    more = group_of({"A": 5, "B": 5})
+    parts = stratified_folds(*more, folds=5, seed=3)
+    assert [[case for case in part if case[0] == "A"] for part in parts] == [[case] for case in order]
+
+
+def test_no_patient_is_divided_and_all_are_tested_once():
+    patients = SCANS | {"traveller_1": "traveller", "traveller_2": "traveller"}
+    groups = {case: f"site{len(case) % 2}" for case in patients} | {"traveller_1": "x", "traveller_2": "y"}
+    for folds in (2, 3, 5, 13):
+        parts = stratified_folds(patients, groups, folds=folds, seed=1)
+        check_folds(parts, patients)
+        sizes = [len({patients[case] for case in part}) for part in parts]
+        assert sum(sizes) == 13 and max(sizes) - min(sizes) <= 1
+
+
+def test_folds_are_the_same_in_every_process_and_for_every_order_of_the_cases():
+    """As on two machines: text hashes differ, and folders are listed in another order."""
+    program = (
+        "import json, random, sys; from common.splits import *; names = [f'c{n}' for n in range(40)]; "
+        "random.Random(int(sys.argv[1])).shuffle(names); subjects = {c: 'p' + c[:2] for c in names}; "
+        "sites = {c: 'site' + c[-1] for c in names}; "
+        "print(json.dumps([stratified_folds(subjects, sites, folds=4, seed=5), "
+        "hold_out(subjects, sites, seed=5), leave_group_out(subjects, {c: sites['c1'] if c[:2] == 'c1' "
+        "else 'rest' for c in names}, 'site1')]))"
+    )
+    found = set()
+    for number in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": number, "PYTHONPATH": str(ROOT)}
+        found.add(
+            subprocess.check_output([sys.executable, "-c", program, number], env=environment, text=True)
+        )
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "folds", "message"),
+    [
+        ({"A": 3}, 1, r"1 folds: choose 2 to 3 for 3 patient\(s\)"),
+        ({"A": 2, "B": 1}, 4, r"4 folds: choose 2 to 3 for 3 patient\(s\)"),
+        ({}, 2, r"2 folds: choose 2 to 0"),
+    ],
+)
+def test_folds_that_cannot_be_made(numbers, folds, message):
+    with pytest.raises(ValueError, match=message):
+        stratified_folds(*group_of(numbers), folds=folds)
+
+
+def test_a_sixth_of_the_patients_is_held_out_spread_over_the_groups():
+    """12 patients: 2, at the places 3 and 9 of 12. 64: 10. 5: 1, since nothing cannot choose an epoch."""
+    patients, groups = group_of({"A": 6, "B": 6})
+    rest, held_out = hold_out(patients, groups)
+    assert sorted(groups[case] for case in held_out) == ["A", "B"]
+    assert sorted(rest + held_out) == sorted(patients) and not set(rest) & set(held_out)
+    singles = group_of({f"s{n}": 1 for n in range(1, 13)})
+    assert hold_out(*singles)[1] == ["s41", "s101"]
+    assert len(hold_out(*group_of({"A": 64}))[1]) == 10
+    assert len(hold_out(*group_of({"A": 5}))[1]) == 1
+    rest, held_out = hold_out(SCANS, dict.fromkeys(SCANS, ""), share=0.5)
+    assert not {SCANS[case] for case in rest} & {SCANS[case] for case in held_out}
+    assert len({SCANS[case] for case in held_out}) == 6
+    with pytest.raises(ValueError, match=r"1 patient\(s\) cannot be divided into training and validation"):
+        hold_out(*group_of({"A": 1}))
+
+
+def test_leaving_a_group_out_leaves_out_what_its_patients_have_elsewhere():
+    patients = {"a10": "a", "a2": "a", "b1": "b", "c1": "c"}
+    groups = {"a10": "X", "a2": "Y", "b1": "X", "c1": "Y"}
+    assert leave_group_out(patients, groups, "X") == (["c1"], ["a10", "b1"])
+    assert leave_group_out(patients, groups, "Y") == (["b1"], ["a2", "c1"])
+    with pytest.raises(ValueError, match="'Z' cannot be left out: the cases are of X, Y"):
+        leave_group_out(patients, groups, "Z")
+    with pytest.raises(ValueError, match="'X' cannot be left out: the cases are of X"):
+        leave_group_out({"a": "a"}, {"a": "X"}, "X")
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [
+        ([["a1"], ["a2", "b"]], r"patient a stands in fold 0 \(case a1\) and in fold 1 \(case a2\)"),
+        ([["a1", "a2"], ["b", "b"]], "case b stands twice"),
+        ([["a1", "a2"], []], "no fold tests b"),
+        ([["a1", "a2"], ["b", "c"]], "fold 1 names case c, which is not in the data set"),
+    ],
+)
+def test_folds_that_are_no_exact_partition_are_refused(folds, message):
+    with pytest.raises(ValueError, match=f"folds.json: {message}"):
+        check_folds(folds, {"a1": "a", "a2": "a", "b": "b"}, "folds.json")
