@@ -125,8 +125,13 @@ def test_sides_of_one_label_are_told_by_the_head_not_by_the_array(tmp_path, orie
 
 
 def test_one_label_lying_in_an_oblique_head(tmp_path):
-    """Turned by 40 degrees in the scanner: sides go by world coordinates, which the affine tells."""
+    """Turned by 40 degrees: sides go by world coordinates, as the affine tells them.
+
+    A crumb at x = 34, y = 32 lies right of the middle of the head (29, 20) in the array, but left in the
+    world: 34 cos 40 - 32 sin 40 = 5.5 mm, against 29 cos 40 - 20 sin 40 = 9.4 mm.
+    """
     image, labels = head()
+    labels[12, 32, 34] = 1
     turn = np.deg2rad(40)
     affine = np.eye(4)
     affine[:2, :2] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
@@ -204,8 +209,8 @@ def one_label(kind: str):
     if kind == "left":
         mask[..., 30:] = 0
     if kind == "both left":
-        mask[..., 30:] = 0
-        mask[11:16, 8:13, 4:9] = 1
+        mask[:] = 0
+        mask[10:15, 16:21, 2:7], mask[10:15, 16:21, 23:28] = 1, 1  # 21 mm apart, the head's middle is at 29
     return image, mask
 
 
