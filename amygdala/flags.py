@@ -143,6 +143,14 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
         help="largest distance in voxels, along each axis, of a training patch from the structures' middle",
     )
 
+    data.add_argument(
+        "--localiser_updates",
+        type=positive_int,
+        default=300,
+        help="number of updates of the localiser, which finds the amygdalae in whole heads and is trained "
+        "first; about a minute on two processor cores",
+    )
+
     learning = parser.add_argument_group("learning")
     add_update_flags(learning, "patches, over all processes,", batch_size=2, accumulate=1, weight_decay=0.05)
     learning.add_argument("--lr", type=positive_float, default=6e-4, help="highest learning rate")

@@ -27,12 +27,12 @@ from common.training import optimizer_step
 from common.volumes import Box, resample, resample_labels, resampled_shape
 
 SPACING_MM = 4.0
-GRID = (64, 64, 64)  # of training: 256 mm, a whole head
+GRID = (48, 56, 48)  # of training: 192 x 224 x 192 mm, a brain and what is around it
 WIDTH = 8
 SIGMA_MM = 6.0  # of the blob that is asked for around the middle of a structure
-UPDATES, BATCH, LR = 400, 2, 3e-3
+BATCH, LR = 2, 3e-3
 SURROUNDINGS = 0.5  # share of the training heads that get a made-up skull
-SHIFT = 6  # voxels, by which a training head lies elsewhere in the grid
+SHIFT = 4  # voxels, by which a training head lies elsewhere in the grid
 AUGMENTATION = Augmentation3d(
     spatial_probability=0.9,
     rotation_deg=(20, 20, 20),
@@ -121,8 +121,8 @@ def train_localiser(
     device: torch.device,
     precision: Precision,
     seed: int,
+    updates: int,
     log: Callable[[str], None],
-    updates: int = UPDATES,
 ) -> dict:
     """Train on whole heads; returns what `find_middles` needs, as plain values and tensors.
 

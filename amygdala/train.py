@@ -123,7 +123,7 @@ def train(
     if DATASETS[args.dataset].localised and not resumed:
         heads = [data.cases[name] for name in split["train"]]
         notes["localiser"] = distributed.on_main(
-            lambda: train_localiser(heads, device, precision, args.seed, print)
+            lambda: train_localiser(heads, device, precision, args.seed, args.localiser_updates, print)
         )
     trained = TrainedModel(validated, config, device, precision, notes, split)
 
@@ -199,7 +199,7 @@ def validate(run: Run, trained: TrainedModel, data: Cohort, args: Namespace) -> 
     if names and ((run.epoch + 1) % args.val_every == 0 or run.is_last_epoch):
         trained.network.eval()
         chosen = names[:: math.ceil(len(names) / args.val_cases)]
-        rows, failed = evaluate_cases(trained, data, chosen, surfaces=False)
+        rows, failed = evaluate_cases([trained], data, chosen, surfaces=False)
         for name, reason in failed.items():
             run.log(f"warning: {name} could not be validated: {reason}")
     return {"val_dice": mean_dice(rows)}
@@ -214,11 +214,11 @@ def score_best(
     test = data.split["test"]
     if args.evaluate and test:
         best = load_trained(weights, trained.device, trained.precision)
-        rows, failed = evaluate_cases(best, data, test)
+        rows, failed = evaluate_cases([best], data, test)
         run.log(f"Dice of the {len(test)} held-out scans: {mean_dice(rows):.4f}")
         if distributed.is_main():
             write_report(rows, run.folder / "evaluation", f"fold {fold}: {len(test)} held-out scans", failed)
-            if done := note_results(experiment, args, data, fold, rows):
+            if not failed and (done := note_results(experiment, args, data, fold, rows)):
                 run.log(f"all folds are done: {done}")
     run.log(f"written: {experiment}/ with fold_{fold}_best.pt and {run.folder.name}/")
     run.log(next_command(experiment / f"fold_{fold}_best.pt"))
