@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from math import prod
 
 import torch
@@ -12,7 +14,11 @@ from amygdala.depthwise import DepthwiseConv3d
 from common.layers import BATCH_NORM, CONV, InstanceNorm
 
 NORMS = ("in", "bn", "ln")
-ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU}
+ACTIVATIONS = {  # in place of what a norm made, which nobody else reads
+    "relu": partial(nn.ReLU, inplace=True),
+    "leaky_relu": partial(nn.LeakyReLU, inplace=True),
+    "gelu": nn.GELU,
+}
 PROJECTIONS = ("depthwise", "linear")
 CONV_EPS = 1e-4  # of instance norms before a convolution of a block; elsewhere PyTorch's 1e-5
 SQUEEZE = 4  # the gate of an MBConv has a quarter of its channels in between
@@ -178,10 +184,9 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Cin, d, h, w) -> (B, Cout, d / scale, ...); `scale` divides the sides."""
-        offsets = torch.cartesian_prod(*(torch.arange(step) for step in self.scale)).tolist()
         corners = [
-            x[(..., *(slice(o, None, step) for o, step in zip(offset, self.scale, strict=True)))]
-            for offset in offsets
+            x[(..., *(slice(offset, None, step) for offset, step in zip(offsets, self.scale, strict=True)))]
+            for offsets in product(*map(range, self.scale))
         ]
         return self.reduce(self.norm(torch.cat(corners, dim=1)))
 
