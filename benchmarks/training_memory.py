@@ -11,9 +11,11 @@ import statistics
 import sys
 import time
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -55,13 +57,21 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def measure(config: dict, shape: tuple, dtype: torch.dtype | None, device: torch.device) -> dict:
+def measure(
+    make_network: Callable[[], nn.Module],
+    loss_function: Callable[..., Tensor],
+    shape: tuple,
+    *,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> dict:
     """Peak of the second step and milliseconds of a later one, on a CUDA card; empty if it does not fit."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     try:
-        network = get_model(config).to(device).train()
-        optimizer = Prodigy(network.parameters())
+        network = make_network().to(device).train()
+        optimizer = make_optimizer(network.parameters())
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         taken_ms, peak_mib = [], 0.0
         for step in range(7):
@@ -73,7 +83,7 @@ def measure(config: dict, shape: tuple, dtype: torch.dtype | None, device: torch
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = network(image)
             target = torch.zeros_like(image[:, 0], dtype=torch.long)
-            scaler.scale(dice_ce_loss(logits, target)).backward()
+            scaler.scale(loss_function(logits, target)).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -114,7 +124,14 @@ def main(argv: list[str] | None = None) -> dict:
                         dtype=dtype,
                     )
                     if on_card:
-                        cell |= measure(config, shape, dtype, device)
+                        cell |= measure(
+                            lambda config=config: get_model(config),
+                            dice_ce_loss,
+                            shape,
+                            make_optimizer=Prodigy,
+                            dtype=dtype,
+                            device=device,
+                        )
                     print(*cell.values(), flush=True)
                     cells.append(cell)
                     title = precision if on_card else {"fp32": "fp32", "bf16": "bf16 or fp16"}[precision]

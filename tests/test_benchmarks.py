@@ -183,6 +183,7 @@ def test_pieces_of_a_scan_and_their_surroundings():
         ("lha_networks", ["--networks", "LHANet tiny", "SegResNet", "--cube", "32", "32", "32",
                           "--slab", "16", "32", "32", "--repeats", "1"]),
         ("lha_blocks", ["--side", "16", "--repeats", "1"]),
+        ("medformer_memory", ["--widths", "half", "--sides", "32", "--device", "cpu"]),
         pytest.param("resampling", ["--ct_shape", "8", "32", "32", "--cube", "12", "--repeats", "1"],
                      marks=pytest.mark.slow),  # fmt: skip
         pytest.param("augmentation", ["--patch_size", "16", "--batches", "1", "--default_batches", "1",

@@ -42,7 +42,6 @@ TINY = dict(
     fusion_dim=16, fusion_heads=4, fusion_depth=1,
 )  # fmt: skip
 CONFIGS = sorted((ROOT / "amygdala" / "config").glob("*/medformer*.yaml"))
-RECIPE = {"patch_size", "batch_size", "lr"}
 
 
 def noise(*shape, seed=0):
@@ -110,16 +109,16 @@ def test_parameters_of_each_module():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_yaml_files_name_every_choice_and_train_within_3_5_gib(path, monkeypatch):
     config = yaml.safe_load(path.read_text(encoding="utf8"))
-    network = {key: value for key, value in config.items() if key not in RECIPE}
     options = set(inspect.signature(MedFormer).parameters) - {"in_channels", "num_classes", "ndim"}
-    assert set(network) == options and set(config) >= RECIPE
+    assert set(config) >= options | {"patch_size", "batch_size", "lr"}
+    network = {key: config[key] for key in options}
     flat = path.stem.endswith("2d")
     totals = {"medformer_3d": 39_591_942, "medformer_half_3d": 10_409_734, "medformer_2d": 19_712_326}
     assert count(on_meta(1, 3, ndim=2 if flat else 3, **network)) == totals[path.stem]
     assert f"{totals[path.stem]:,}" in path.read_text(encoding="utf8")
     slices, *sides = config["patch_size"]
     shape = (config["batch_size"] * slices, 1, *sides) if flat else (config["batch_size"], 1, slices, *sides)
-    if path.parent.name == "Amygdala":  # whose patches are the larger ones
+    if path.parent.name == "Amygdala" and "half" not in path.stem:  # the largest ones
         monkeypatch.setattr("amygdala.depthwise.CACHED_FLOATS", 2**24)  # fewer steps to predict
         peak_mib = training_peak_mib(
             lambda: MedFormer(1, 3, ndim=2 if flat else 3, **network), total_loss, shape
@@ -389,9 +388,13 @@ def test_every_parameter_learns(options):
     shape = (32,) * options.get("ndim", 3)
     target = (noise(2, *shape) > 0).long()
     total_loss(network(noise(2, 1, *shape)), target).backward()
+    silent = set()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 1e-9, name
+        if parameter.grad.abs().max() < 1e-9:
+            silent.add(name)
+    # The last shift of up1 meets only norms, of which the next subtract it again.
+    assert silent == ({"up.0.attention.1.mbconv.norm.bias"} if options.get("norm") == "bn" else set())
 
 
 @pytest.mark.parametrize("options", [{}, {"ndim": 2, "norm": "bn"}])
