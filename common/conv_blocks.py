@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common.layers import CONV, MAX_POOL, make_norm, resize_linear, upsample_to
 
-NORMS = {"in": "plain_instance", "bn": "batch", "ln": "layer"}  # short names -> those of `make_norm`
+NORMS = {"in": "plain_instance", "bn": "batch", "ln": "channel_layer"}  # short names -> those of `make_norm`
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU}
 EPS = {"in": 1e-4, "bn": 1e-5, "ln": 1e-5}  # added to the variance
 

@@ -36,7 +36,7 @@ def make_norm(norm: str, channels: int, ndim: int, eps: float = 1e-5) -> nn.Modu
     Args:
         norm: 'batch'; 'instance', each channel of each image by itself; 'plain_instance', the same without
             scale and shift; 'group', 8 groups of channels (fewer where 8 does not divide `channels`); or
-            'layer', all channels of each voxel. All but the first do not depend on the batch size.
+            'channel_layer', all channels of each voxel. All but the first do not depend on the batch size.
         ndim: 2 or 3 spatial axes.
         eps: added to the variance.
 
@@ -52,9 +52,11 @@ def make_norm(norm: str, channels: int, ndim: int, eps: float = 1e-5) -> nn.Modu
     if norm == "group":
         groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
         return nn.GroupNorm(groups, channels, eps=eps)
-    if norm == "layer":
+    if norm == "channel_layer":
         return ChannelLayerNorm(channels, eps=eps)
-    raise ValueError(f"unknown norm {norm!r}; take batch, instance, plain_instance, group or layer")
+    raise ValueError(
+        f"unknown norm {norm!r}; take batch, instance or group (or plain_instance, channel_layer)"
+    )
 
 
 def upsample_to(x: Tensor, size: torch.Size) -> Tensor:
