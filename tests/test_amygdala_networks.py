@@ -31,7 +31,7 @@ from amygdala.unetpp import UNetPlusPlus
 from amygdala.unetr import UNETR
 from amygdala.vnet import VNet
 from common.config import make_parser, parse_args
-from common.conv_blocks import BasicBlock, PreActivationConv, SingleConv
+from common.conv_blocks import BasicBlock, PreActivationConv, SingleConv, resize_aligned
 from common.hardware import Precision
 from common.layers import InstanceNorm, make_norm, resize_linear
 from common.swin_unetr import SwinUNETR
@@ -336,6 +336,30 @@ def test_linear_interpolation_with_aligned_corners(size):
     x = noise(2, 3, 4, 3, 5)
     expected = F.interpolate(x, size, mode="trilinear", align_corners=True)
     torch.testing.assert_close(resize_linear(x, size, align_corners=True), expected)
+
+
+@pytest.mark.parametrize("size, mode", [((4, 6, 8), "trilinear"), ((6, 9), "bilinear")])
+def test_decoders_upsample_with_aligned_corners(size, mode):
+    x = noise(1, 2, *(side // 2 for side in size))
+    expected = F.interpolate(x, size, mode=mode, align_corners=True)
+    torch.testing.assert_close(resize_aligned(x, size), expected)
+
+
+def test_skips_stand_in_front_of_what_comes_from_below():
+    torch.manual_seed(0)
+    unet, plus, vnet = UNet(base_chan=4), UNetPlusPlus(base_chan=4), VNet(base_chan=4, dropout=0.0)
+    fine, coarse = noise(1, 4, 8, 8, 8), noise(1, 8, 4, 4, 4, seed=1)
+    other = noise(1, 4, 8, 8, 8, seed=2)
+    with torch.no_grad():
+        unet.up[-1].convs[0][0].weight[:, :4] = 0  # the four channels of the skip
+        assert torch.equal(unet.up[-1](coarse, fine), unet.up[-1](coarse, other))
+        node = plus.nodes[1][0]  # its level's two earlier nodes, then the one below
+        node.convs[0][0].weight[:, 4:8] = 0
+        assert torch.equal(node(coarse, fine, fine), node(coarse, fine, other))
+        assert not torch.equal(node(coarse, fine, fine), node(coarse, other, fine))
+        up = vnet.up[-1]  # V-Net has them the other way round
+        up.convs = up.act = nn.Identity()
+        assert torch.equal(up(noise(1, 16, 4, 4, 4), fine)[:, 4:], 2 * fine)
 
 
 @pytest.mark.parametrize("norm", ["in", "bn"])
