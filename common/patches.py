@@ -103,10 +103,20 @@ def patch_start(centre: Sequence[int], patch_shape: Sequence[int], volume_shape:
 
 
 def start_near(
-    place: Sequence[int], patch_shape: Sequence[int], volume_shape: Sequence[int], rng: np.random.Generator
+    place: Sequence[int],
+    patch_shape: Sequence[int],
+    volume_shape: Sequence[int],
+    rng: np.random.Generator,
+    *,
+    jitter: float | None = None,
 ) -> Triple:
-    """First voxel of a patch around `place`, moved at random by JITTER; see `patch_start`."""
-    reach = [int(JITTER * n) for n in patch_shape]
+    """First voxel of a patch around `place`, moved at random; see `patch_start`.
+
+    Args:
+        jitter: largest move along each axis, as a share below 0.5 of the patch's side; None = JITTER.
+    """
+    share = JITTER if jitter is None else jitter
+    reach = [int(share * n) for n in patch_shape]
     centre = [int(c) + int(rng.integers(-r, r + 1)) for c, r in zip(place, reach, strict=True)]
     return patch_start(centre, patch_shape, volume_shape)
 
