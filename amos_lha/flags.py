@@ -6,18 +6,22 @@ from amos_lha.dataset import MODALITIES
 from amos_lha.lha_net import CHECKPOINTING, PRESETS
 from amos_lha.networks import FEATURE_SIZES, HEADS, MODELS
 from amos_lha.sampling import SAMPLING
-from common.config import Switch, add_run_flags, fraction, positive_float, positive_int
+from common.config import Switch, add_run_flags, fraction
 from common.flags import (
     add_augmentation_flags,
+    add_deep_supervision_flag,
     add_ema_flags,
     add_evaluate_flag,
     add_fold_flags,
+    add_model_flags,
+    add_optimizer_flags,
+    add_patch_size_flag,
+    add_patches_flag,
+    add_patient_pattern_flag,
+    add_train_on_validation_flag,
     add_update_flags,
     add_validation_flags,
 )
-
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("warmup_cosine", "cosine_annealing", "poly", "constant")
 
 
 def add_training_flags(parser: ArgumentParser) -> None:
@@ -36,28 +40,11 @@ def add_training_flags(parser: ArgumentParser) -> None:
         default="both",
         help="scans to train on: ct, mr, or both = whatever the folder holds",
     )
-    data.add_argument(
-        "--patient_pattern",
-        help="regular expression whose group finds the patient in the name of a case, such as 'p([0-9]+)'; "
-        "needed where a patient has several scans, which must stand in one part",
-    )
+    add_patient_pattern_flag(data, "which must stand in one part")
     add_fold_flags(data)
-    data.add_argument(
-        "--validation",
-        action=Switch,
-        default=True,
-        help="keep the validation part out of the training, to choose the best epoch by it; --no-validation "
-        "trains on it too and takes the weights of the last epoch, for final models and small data sets",
-    )
-    data.add_argument(
-        "--patch_size",
-        type=positive_int,
-        nargs=3,
-        default=[96, 96, 96],
-        metavar=("Z", "Y", "X"),
-        help="size in voxels, z y x, of what the network sees at a time: multiples of 16, with thick slices "
-        "fewer along z, such as 32 128 128; memory grows with their product",
-    )
+    add_train_on_validation_flag(data)
+    advice = "multiples of 16, with thick slices fewer along z, such as 32 128 128"
+    add_patch_size_flag(data, (96, 96, 96), advice)
     data.add_argument(
         "--sampling",
         choices=SAMPLING,
@@ -65,32 +52,12 @@ def add_training_flags(parser: ArgumentParser) -> None:
         help="where training patches come from: smart = mostly small organs, borders and what goes badly, "
         "original = 70 %% small organs and 20 %% borders, uniform = anywhere in the scan",
     )
-    data.add_argument(
-        "--patches",
-        type=positive_int,
-        default=250,
-        help="number of patches in an epoch, shared evenly by the training scans, and at least one of each",
-    )
+    add_patches_flag(data, 250)
     add_network_flags(parser)
     optim = parser.add_argument_group("optimisation")
     add_update_flags(optim, "patches", batch_size=1, accumulate=2, weight_decay=1e-4)
     add_ema_flags(optim, ema=True, decay=0.999)
-    optim.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="adamw",
-        help="optimiser: adamw with --lr 0.001, or sgd with Nesterov momentum 0.99, which goes with "
-        "--lr 0.01, --schedule poly and --grad_clip 12",
-    )
-    optim.add_argument("--lr", type=positive_float, default=1e-3, help="highest learning rate of the run")
-    optim.add_argument(
-        "--schedule",
-        choices=SCHEDULES,
-        default="warmup_cosine",
-        help="how the learning rate falls: warmup_cosine = rises during the first 5 %% of the run, then half "
-        "a cosine, cosine_annealing = without that rise, poly = as (1 - share of the run) to the power 0.9, "
-        "constant = it does not fall",
-    )
+    add_optimizer_flags(optim, ("warmup_cosine", "cosine_annealing", "poly", "constant"))
     optim.add_argument(
         "--class_weights",
         action=Switch,
@@ -117,12 +84,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
 def add_network_flags(parser: ArgumentParser) -> None:
     """The flags that decide the network, see networks.py."""
     net = parser.add_argument_group("model")
-    net.add_argument(
-        "--model",
-        choices=MODELS,
-        default="LHANet",
-        help="network to train; the README compares their parameters and memory",
-    )
+    add_model_flags(net, MODELS, FEATURE_SIZES)
     net.add_argument(
         "--preset",
         choices=PRESETS,
@@ -148,21 +110,7 @@ def add_network_flags(parser: ArgumentParser) -> None:
         default=False,
         help="LHANet also learns a map of the size groups, which weighs the logits of each group",
     )
-    net.add_argument(
-        "--deep_supervision",
-        action=Switch,
-        default=True,
-        help="in training also predict at a half, a quarter and an eighth of the resolution, and add the "
-        "losses of these predictions",
-    )
-    net.add_argument(
-        "--feature_size",
-        type=int,
-        choices=FEATURE_SIZES,
-        default=24,
-        help="number of channels of the first level of SwinUNetR, doubled at each deeper level; 48 takes "
-        "four times the weights of 24",
-    )
+    add_deep_supervision_flag(net, True)
     net.add_argument(
         "--checkpointing",
         choices=CHECKPOINTING,

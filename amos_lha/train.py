@@ -33,7 +33,6 @@ from amos_lha.training import (
     data_lines,
     epoch_text,
     get_augmentation,
-    get_optimizer,
     open_data,
     run_name,
     shares,
@@ -47,6 +46,7 @@ from common.flags import check_fold_flags
 from common.intensity import scale
 from common.losses import class_weights, patch_errors
 from common.memory import Plan, set_up_step
+from common.optimizers import decay_groups, make_optimizer
 from common.plots import save_curves
 from common.report import write_report
 from common.schedules import learning_rate
@@ -98,7 +98,7 @@ def train(
     )
     weights = class_weights(data.class_frequency()).to(device) if args.class_weights else None
     augmentation = get_augmentation(args)
-    optimizer = get_optimizer(args, network)
+    optimizer = make_optimizer(args.optimizer, decay_groups(network, args.weight_decay), args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     average = WeightAverage(network, args.ema_decay) if args.ema else None
     validated = deepcopy(network) if average else network  # the network that best.pt keeps

@@ -4,9 +4,6 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from amos_lha import preprocess
 from amos_lha.dataset import Amos
 from amos_lha.organs import GROUPS, ORGANS, SIDES
@@ -70,18 +67,6 @@ def get_augmentation(args: Namespace) -> Augmentation3d:
         brightness=0.2,
         value_range=(-3, 3),
     )
-
-
-def get_optimizer(args: Namespace, network: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD; norms and biases, which have one axis, do not decay."""
-    parameters = list(network.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr)
-    return torch.optim.SGD(groups, lr=args.lr, momentum=0.99, nesterov=True)
 
 
 def run_name(args: Namespace) -> str:

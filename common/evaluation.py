@@ -9,6 +9,7 @@ from common.agreement import volume_agreement, volume_lines
 from common.class_metrics import Structures, case_row, case_summary, score_structures
 from common.compare import compare, print_comparison
 from common.config import non_negative_int
+from common.flags import add_patient_pattern_flag
 from common.mask_files import label_files, load_masks, matching_files
 from common.metrics import write_table
 from common.montage import save_worst_and_median
@@ -42,11 +43,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, labels: Collection[int
             help=f"numbers of the structures that the true masks have labels for, if not all {len(labels)}; "
             "what is predicted of others is not scored. Default: what dataset.json beside --target says",
         )
-    parser.add_argument(
-        "--patient_pattern",
-        help="regular expression whose group finds the patient in the name of a case, such as 'p([0-9]+)'; "
-        "needed where a patient has several scans, which then count as one in intervals and tests",
-    )
+    add_patient_pattern_flag(parser, "which then count as one in intervals and tests")
     parser.add_argument(
         "--compare",
         help="folder with the masks of a second run, which are scored in the same way and compared with "

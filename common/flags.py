@@ -2,8 +2,10 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 
-from common.config import Switch, fraction, non_negative_int, positive_int
+from common.config import Switch, fraction, non_negative_int, positive_float, positive_int
+from common.optimizers import OPTIMIZERS
 
 
 def add_fold_flags(group: argparse._ArgumentGroup) -> None:
@@ -17,6 +19,113 @@ def add_fold_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fold",
         help="part to hold out in this run, 0 to folds - 1; all = one run after the other, for every part",
+    )
+
+
+def add_patient_pattern_flag(group: argparse._ActionsContainer, consequence: str) -> None:
+    """--patient_pattern, see `patients_of`; `consequence` is what follows where a patient has several scans,
+    such as "which must stand in one part"."""
+    group.add_argument(
+        "--patient_pattern",
+        help="regular expression whose group finds the patient in the name of a case, such as 'p([0-9]+)'; "
+        f"needed where a patient has several scans, {consequence}",
+    )
+
+
+def add_train_on_validation_flag(group: argparse._ArgumentGroup) -> None:
+    """--validation and --no-validation."""
+    group.add_argument(
+        "--validation",
+        action=Switch,
+        default=True,
+        help="keep the validation part out of the training, to choose the best epoch by it; --no-validation "
+        "trains on it too and takes the weights of the last epoch, for final models and small data sets",
+    )
+
+
+def add_patches_flag(group: argparse._ArgumentGroup, default: int) -> None:
+    """--patches."""
+    group.add_argument(
+        "--patches",
+        type=positive_int,
+        default=default,
+        help="number of patches in an epoch, shared evenly by the training scans, and at least one of each",
+    )
+
+
+def add_patch_size_flag(
+    group: argparse._ArgumentGroup, default: tuple[int, int, int], advice: str, *names: str
+) -> None:
+    """--patch_size and its further `names`.
+
+    Args:
+        default: z y x.
+        advice: what a patch is and which sizes to choose.
+    """
+    group.add_argument(
+        "--patch_size",
+        *names,
+        type=positive_int,
+        nargs=3,
+        default=list(default),
+        metavar=("Z", "Y", "X"),
+        help=f"size in voxels, z y x, of what the network sees at a time: {advice}; memory grows with their "
+        "product",
+    )
+
+
+def add_model_flags(
+    group: argparse._ArgumentGroup, models: Sequence[str], feature_sizes: Sequence[int]
+) -> None:
+    """--model, by default the first one, and --feature_size of SwinUNetR, by default the middle one."""
+    group.add_argument(
+        "--model",
+        choices=models,
+        default=models[0],
+        help="network to train; the README compares their parameters and memory",
+    )
+    group.add_argument(
+        "--feature_size",
+        type=int,
+        choices=feature_sizes,
+        default=feature_sizes[len(feature_sizes) // 2],
+        help="number of channels of the first level of SwinUNetR, doubled at each deeper level; 48 takes "
+        "four times the weights of 24",
+    )
+
+
+def add_deep_supervision_flag(group: argparse._ArgumentGroup, default: bool) -> None:
+    """--deep_supervision."""
+    group.add_argument(
+        "--deep_supervision",
+        action=Switch,
+        default=default,
+        help="in training also predict at a half, a quarter and an eighth of the resolution, and add the "
+        "losses of these predictions",
+    )
+
+
+def add_optimizer_flags(group: argparse._ArgumentGroup, schedules: Sequence[str]) -> None:
+    """--optimizer, --lr and --schedule, of which the first is the default, for `make_optimizer`."""
+    meanings = {
+        "warmup_cosine": "rises during the first 5 %% of the run, then half a cosine",
+        "cosine_annealing": "half a cosine without that rise",
+        "poly": "as (1 - share of the run) to the power 0.9",
+        "constant": "it does not fall",
+    }
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="optimiser: adamw with --lr 0.001, or sgd with Nesterov momentum 0.99, which goes with "
+        "--lr 0.01, --schedule poly and --grad_clip 12",
+    )
+    group.add_argument("--lr", type=positive_float, default=1e-3, help="highest learning rate of the run")
+    group.add_argument(
+        "--schedule",
+        choices=schedules,
+        default=schedules[0],
+        help=f"how the learning rate falls: {', '.join(f'{name} = {meanings[name]}' for name in schedules)}",
     )
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from common.config import Switch, add_run_flags, fraction, non_negative_int, positive_int
-from common.flags import add_ema_flags, add_fold_flags, add_update_flags
+from common.flags import add_deep_supervision_flag, add_ema_flags, add_fold_flags, add_update_flags
 from common.schedules import SCHEDULES
 from lung_tumor.model import LOSSES, MODELS
 
@@ -64,13 +64,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add_fold_flags(data)
     model = parser.add_argument_group("model")
     add_network_flags(model, base_features=64)
-    model.add_argument(
-        "--deep_supervision",
-        action=Switch,
-        default=False,
-        help="in training also predict at a half, a quarter and an eighth of the resolution, and add the "
-        "losses of these predictions",
-    )
+    add_deep_supervision_flag(model, False)
     model.add_argument(
         "--checkpointing",
         action=Switch,

@@ -2,8 +2,14 @@
 
 from argparse import ArgumentParser
 
-from common.config import Switch, add_run_flags, fraction, positive_int
-from common.flags import add_augmentation_flags, add_evaluate_flag, add_update_flags
+from common.config import Switch, add_run_flags, fraction
+from common.flags import (
+    add_augmentation_flags,
+    add_evaluate_flag,
+    add_model_flags,
+    add_patch_size_flag,
+    add_update_flags,
+)
 from verse_spine.networks import FEATURE_SIZES, MODELS
 from verse_spine.training import DEFAULT_LR
 
@@ -33,31 +39,10 @@ def add_training_flags(parser: ArgumentParser, *, patch_size: tuple[int, int, in
         default=False,
         help="fetch VerSe and convert it into --data_path, unless a converted data set is there already",
     )
-    data.add_argument(
-        "--patch_size",
-        "--input_shape",
-        type=positive_int,
-        nargs=3,
-        default=list(patch_size),
-        metavar=("Z", "Y", "X"),
-        help="size in voxels, z y x, of what the network sees at a time: of a patch, or in the first stage "
-        "of the grid that holds a whole scan; best multiples of 16; memory grows with their product",
-    )
+    advice = "of a patch, or in the first stage of the grid that holds a whole scan; best multiples of 16"
+    add_patch_size_flag(data, patch_size, advice, "--input_shape")
     net = parser.add_argument_group("model")
-    net.add_argument(
-        "--model",
-        choices=MODELS,
-        default="UNet",
-        help="network to train; the README compares their parameters and memory",
-    )
-    net.add_argument(
-        "--feature_size",
-        type=int,
-        choices=FEATURE_SIZES,
-        default=24,
-        help="number of channels of the first level of SwinUNetR, doubled at each deeper level; 48 takes "
-        "four times the weights of 24",
-    )
+    add_model_flags(net, MODELS, FEATURE_SIZES)
     net.add_argument(
         "--init_filters",
         type=int,

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
-from common.config import make_parser, positive_int, resolved_config, run_script
-from common.flags import add_validation_flags
+from common.config import make_parser, resolved_config, run_script
+from common.flags import add_patches_flag, add_validation_flags
 from common.losses import dice_ce_loss
 from common.patches import histogram
 from common.plots import save_curves
@@ -78,12 +78,7 @@ def build_parser() -> ArgumentParser:
         help="how HU become the network's input: hu = every scan on one scale, so that a grey value means "
         "one density, patch = each patch by its own range, for comparison only",
     )
-    stage.add_argument(
-        "--patches",
-        type=positive_int,
-        default=250,
-        help="number of patches in an epoch, shared evenly by the training scans, and at least one of each",
-    )
+    add_patches_flag(stage, 250)
     add_validation_flags(stage, every=5, cases=20)
     return parser
 

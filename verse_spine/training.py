@@ -13,6 +13,7 @@ from common.augment import Augmentation3d
 from common.checkpoints import TrainedModel
 from common.config import parse_args, resolved_config
 from common.memory import Plan, StepSetup, set_up_step
+from common.optimizers import make_optimizer
 from common.training import Run
 from verse_spine import download, preprocess
 from verse_spine.dataset import VerSe
@@ -84,9 +85,7 @@ def get_optimizer(name: str, parameters: Iterable, lr: float, weight_decay: floa
     lr = usual_lr(name, lr)
     if name == "prodigy":
         return Prodigy(parameters, lr=lr, weight_decay=weight_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(parameters, lr=lr, momentum=0.99, nesterov=True, weight_decay=weight_decay)
+    return make_optimizer(name, parameters, lr, weight_decay)
 
 
 def usual_lr(name: str, lr: float) -> float:
