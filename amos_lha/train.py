@@ -28,21 +28,20 @@ from amos_lha.losses import levels_and_router, segmentation_loss
 from amos_lha.networks import ARCHITECTURE, get_model, load_trained
 from amos_lha.sampling import SAMPLING
 from amos_lha.training import (
+    CURVES,
     DRAWN,
-    curves,
     data_lines,
     epoch_text,
     get_augmentation,
     open_data,
-    run_name,
     shares,
 )
 from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
-from common.config import make_parser, parse_args, resolved_config, run_script
+from common.config import make_parser, resolved_config, run_script
+from common.cross_validation import run_folds, run_name
 from common.ema import WeightAverage
-from common.flags import check_fold_flags
 from common.intensity import scale
 from common.losses import class_weights, patch_errors
 from common.memory import Plan, set_up_step
@@ -107,8 +106,9 @@ def train(
     parts["difficulty"] = difficulty
 
     # ---- run ----
+    name = run_name(args.model_name, args.fold)
     run = Run(
-        folder or distributed.on_main(lambda: runs.new_run_dir(args.out, run_name(args))),
+        folder or distributed.on_main(lambda: runs.new_run_dir(args.out, name)),
         config,
         flags=resolved_config(args),
         parts=parts,
@@ -162,7 +162,7 @@ def train(
             scores["lr"] = optimizer.param_groups[0]["lr"]
             run.end_epoch(scores | drawn, score, validated.state_dict())
             if distributed.is_main():
-                save_curves(run.folder / "training_curves.png", run.history, curves(run.history), DRAWN)
+                save_curves(run.folder / "training_curves.png", run.history, CURVES, DRAWN, only_above_0=True)
             run.log_epoch(epoch_text(scores, drawn))
     return *score_best(run, trained, data, evaluate=args.evaluate), precision.amp
 
@@ -203,33 +203,9 @@ def score_best(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser, argv = build_parser(), sys.argv[1:] if argv is None else argv
     with distributed.session():
-        args = parse_args(parser, argv)
-        check_fold_flags(args.folds, args.fold, args.resume)
-        if args.fold == "all":
-            failed = cross_validate(parser, args, argv)
-        else:
-            found = runs.resume(parser, argv, same=UNCHANGEABLE, name=run_name(args), stage="amos_lha")
-            _, failed, _ = train(*found)
+        failed = run_folds(train, write_report, build_parser(), argv, same=UNCHANGEABLE, stage="amos_lha")
         return batch.exit_code(failed)
-
-
-def cross_validate(parser: ArgumentParser, args: Namespace, argv: list[str]) -> dict[str, str]:
-    """One run for each fold and a report of all held-out cases; returns {case that failed: reason}."""
-    rows, failed, amp = [], {}, args.amp
-    for fold in range(args.folds):
-        found = runs.resume_fold(
-            parser, argv, fold, args.model_name, amp, same=UNCHANGEABLE, stage="amos_lha"
-        )
-        fold_rows, fold_failed, amp = train(*found, resume_words=runs.with_resume(sys.argv))
-        rows += fold_rows
-        failed |= fold_failed
-    if distributed.is_main():
-        out = runs.new_run_dir(args.out, f"{args.model_name}_all_folds")
-        title = f"all {args.folds} folds, each case scored by a model that never saw it"
-        write_report(rows, out, title, failed)
-    return failed
 
 
 if __name__ == "__main__":

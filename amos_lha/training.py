@@ -4,27 +4,35 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
-from amos_lha import preprocess
+from amos_lha import conversion, phantoms, preprocess
 from amos_lha.dataset import Amos
 from amos_lha.organs import GROUPS, ORGANS, SIDES
-from amos_lha.phantoms import write_amos_phantoms
 from amos_lha.sampling import STRATA
-from common.augment import Augmentation3d
+from common.augment import Augmentation3d, grey_value_probabilities
 from common.config import parse_args
+from common.phantoms import prepare_demo
 
 # Columns of metrics.csv: share of the patches that were drawn for an organ.
 DRAWN = {f"drawn_{name.replace(' ', '_')}": name for name in ORGANS.values()}
+CURVES = {
+    "loss": ["train_loss"],
+    "validation, whole scans": ["val_dice", *(f"dice_{group}" for group in GROUPS)],
+    "patches by stratum, share": [f"share_{stratum}" for stratum in STRATA],
+    "patches by organ, share": list(DRAWN),
+    "learning rate": ["lr"],
+}
 
 
 def demo_dataset(folder: Path = Path("data/demo/amos_lha")) -> Path:
     """Phantom abdomens in AMOS22's layout, converted by the ordinary route; made once."""
-    source, out = write_amos_phantoms(folder / "amos"), folder / "h5"
+    source, out = folder / "amos", folder / "h5"
     flags = ["--data_path", str(source), "--out", str(out), "--spacing", *["4"] * 3, "--workers", "2"]
-    if not (out / "complete").is_file():
-        if preprocess.convert(parse_args(preprocess.build_parser(), flags)):
-            raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
-        (out / "complete").touch()
-    return out
+
+    def make() -> dict[str, str]:
+        phantoms.write_amos_phantoms(source)
+        return preprocess.convert(parse_args(preprocess.build_parser(), flags))
+
+    return prepare_demo(source, out, make, flags, [phantoms, conversion])
 
 
 def open_data(args: Namespace) -> Amos:
@@ -58,19 +66,11 @@ def get_augmentation(args: Namespace) -> Augmentation3d:
         rotation_deg=(30, 15, 15),
         elastic_probability=0,
         low_resolution_probability=args.low_resolution,
-        noise_probability=args.grey_values,
-        blur_probability=args.grey_values,
-        brightness_probability=args.grey_values,
-        contrast_probability=args.grey_values,
-        gamma_probability=args.grey_values,
+        **grey_value_probabilities(args.grey_values),
         noise_sd=0.2,
         brightness=0.2,
         value_range=(-3, 3),
     )
-
-
-def run_name(args: Namespace) -> str:
-    return args.model_name if args.fold is None else f"{args.model_name}_fold{args.fold}"
 
 
 def data_lines(data: Amos, num_patches: int, num_batches: int) -> list[str]:
@@ -96,21 +96,6 @@ def shares(counts: dict[str, float]) -> dict[str, float]:
     total = max(sum(counts.get(stratum, 0) for stratum in STRATA), 1)
     columns = {f"share_{stratum}": stratum for stratum in STRATA} | DRAWN
     return {column: counts.get(name, 0) / total for column, name in columns.items()}
-
-
-def curves(history: list[dict]) -> dict[str, list[str]]:
-    """Panels of the training curves; without the organs and strata that were never drawn, and the validation
-    where there was none."""
-    panels = {
-        "loss": ["train_loss"],
-        "validation, whole scans": ["val_dice", *(f"dice_{group}" for group in GROUPS)],
-        "patches by stratum, share": [f"share_{stratum}" for stratum in STRATA],
-        "patches by organ, share": list(DRAWN),
-        "learning rate": ["lr"],
-    }
-    for title, columns in panels.items():
-        panels[title] = [c for c in columns if any(row[c] > 0 for row in history)]
-    return {title: columns for title, columns in panels.items() if columns}
 
 
 def epoch_text(scores: dict[str, float], drawn: dict[str, float]) -> str:

@@ -25,6 +25,12 @@ Triple = tuple[float, float, float]
 FOLDING_SHARE = 0.4
 
 
+def grey_value_probabilities(probability: float) -> dict[str, float]:
+    """Keywords of `Augmentation3d` that give noise, blur, brightness, contrast and gamma one probability."""
+    changes = ("noise", "blur", "brightness", "contrast", "gamma")
+    return {f"{change}_probability": probability for change in changes}
+
+
 @dataclass(frozen=True)
 class Augmentation3d:
     """What may happen to a patch. Triples are z y x; probabilities in [0, 1], drawn for each item by itself.

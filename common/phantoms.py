@@ -4,16 +4,19 @@ A shape is given by distances in mm that are negative inside. `axes_mm` are thre
 the voxels along z, y and x in mm; `np.ix_(*axes_mm)` makes an open grid of them.
 """
 
+import hashlib
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import EllipsisType
+from types import EllipsisType, ModuleType
 
 import numpy as np
 from scipy import ndimage
 
+from common.files import make_folder
 from common.nifti import write_nifti
 
 LOWEST_HU, HIGHEST_HU = -1024, 3071  # what a CT scanner stores
@@ -240,3 +243,43 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()
         root.rename(folder)
+
+
+def prepare_demo(
+    source: Path,
+    out: Path,
+    make: Callable[[], dict[str, str]],
+    flags: Sequence[str],
+    modules: Sequence[ModuleType],
+) -> Path:
+    """Call `make`, unless its result is there already; what other flags or other code made is made anew.
+
+    Args:
+        source, out: folders side by side, of phantoms and of what they are converted to; both are removed
+            where they are out of date. The file made_by.txt beside them tells.
+        make: writes both; what it finished before it was stopped it need not do again. Returns {failed case:
+            reason}.
+        flags: of the conversion.
+        modules: the task's code that decides how the phantoms come out.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: a case failed.
+    """
+    code = [Path(file).read_bytes() for file in (__file__, *(module.__file__ for module in modules))]
+    made_by = hashlib.sha256(b"".join([*code, *map(str.encode, flags)])).hexdigest()
+    note = make_folder(out.parent) / "made_by.txt"
+    found = note.read_text().split() if note.is_file() else []
+    if found == [made_by, "complete"]:
+        return out
+    if made_by not in found:
+        for folder in (source, out):
+            shutil.rmtree(folder, ignore_errors=True)
+        note.write_text(f"{made_by}\n")
+    if failed := make():
+        reason = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        raise ValueError(f"{source}: the phantoms could not be converted; delete {out.parent} ({reason})")
+    note.write_text(f"{made_by} complete\n")
+    return out

@@ -16,6 +16,8 @@ def save_curves(
     rows: list[dict],
     panels: dict[str, list[str]],
     names: Mapping[str, str] | None = None,
+    *,
+    only_above_0: bool = False,
 ) -> None:
     """One panel for each title: the named columns of `rows` over "epoch"; the file is replaced in one step.
 
@@ -23,9 +25,16 @@ def save_curves(
         rows: one dict for each epoch; values float (NaN leaves a gap).
         panels: {title: [column, ...]}; the legend of more than six columns stands beside the panel.
         names: {column: what the legend calls it}; None, or a column that is not in it: its own name.
+        only_above_0: leave out columns that are 0 or NaN in every row, and panels without any other.
     """
     from matplotlib import colormaps
 
+    if only_above_0:
+        panels = {
+            title: [column for column in columns if any(row[column] > 0 for row in rows)]
+            for title, columns in panels.items()
+        }
+        panels = {title: columns for title, columns in panels.items() if columns}
     figure, axes = new_figure(1, len(panels), (4.2 * len(panels), 3.2))
     for axis, (title, columns) in zip(axes.flat, panels.items(), strict=True):
         if len(columns) > NUM_COLORS:  # else lines would share one

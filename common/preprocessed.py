@@ -1,10 +1,15 @@
-"""A folder that a task's preprocess.py wrote: its cases, and who is in which part."""
+"""Folders that a task's preprocess.py wrote: their cases, and who is in which part."""
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from common import distributed
 from common.files import read_json
-from common.splits import PARTS, check_split, fold_split, read_splits, split_by_patient
+from common.hdf5 import CaseFile
+from common.splits import PARTS, check_split, fold_split, patients_of, read_splits, split_by_patient
 
 
 def read_cases(folder: str | Path, task: str, raw: str) -> tuple[dict, dict[str, dict], dict[str, Path]]:
@@ -101,3 +106,94 @@ def choose_split(
         split = {"train": split["train"] + split["val"], "val": [], "test": split["test"]}
     check_split(split, patients, folder)
     return split
+
+
+class Opened(NamedTuple):
+    """What `open_folders` finds.
+
+    Attributes:
+        cases: {name: CaseFile}; of several folders the names begin with that of the folder.
+        patients: {name: patient}.
+        split: {"train", "val", "test"}: names; patients of one part only.
+        spacing_mm: size of the voxels, z y x.
+        data_path: the folders, in one string.
+    """
+
+    cases: dict[str, CaseFile]
+    patients: dict[str, str]
+    split: dict[str, list[str]]
+    spacing_mm: list[float]
+    data_path: str
+
+
+def open_folders(
+    paths: Sequence[str | Path],
+    task: str,
+    raw: str,
+    *,
+    wanted: Callable[[dict], bool] = lambda entry: True,
+    wish: str = "",
+    patient_pattern: str | None = None,
+    **splitting,
+) -> Opened:
+    """Open one folder or several, whose cases train one network together.
+
+    A folder whose cases all have the part "train" was published in one part: its validation part is drawn.
+
+    Args:
+        task, raw: as of `read_cases`.
+        wanted: whether a case takes part, by its entry, with its "part".
+        wish: the flag that decides that, for the message where no case is left.
+        patient_pattern: as of `patients_of`.
+        splitting: the keyword arguments of `choose_split`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_cases`, `patients_of`, `choose_split`; no case is wanted, none is
+            left to train on, two folders have one name, or voxels of different sizes.
+    """
+    folders = [Path(path) for path in paths]
+    listed = " ".join(map(str, paths))
+    if len({folder.resolve().name for folder in folders}) < len(folders):
+        raise ValueError(f"--data_path {listed}: two folders of one name; rename one")
+    cases, patients, spacings = {}, {}, {}
+    split: dict[str, list[str]] = {part: [] for part in PARTS}
+    for folder in folders:
+        notes, entries, files = read_cases(folder, task, raw)
+        spacings[folder] = notes["spacing_mm"]
+        chosen = {name: entries[name] for name in files if wanted(entries[name])}
+        if not chosen:
+            raise ValueError(f"{folder}: {len(files)} cases, but none of {wish}")
+        prefix = f"{folder.resolve().name}/" if len(folders) > 1 else ""
+        of_case = patients_of(list(chosen), patient_pattern)
+        has_parts = any(entry["part"] != "train" for entry in chosen.values())
+        parts = {name: entry["part"] if has_parts else "" for name, entry in chosen.items()}
+        for part, names in choose_split(folder, parts, of_case, set(entries), **splitting).items():
+            split[part] += [prefix + name for name in names]
+        patients |= {prefix + name: prefix + patient for name, patient in of_case.items()}
+        cases |= {prefix + name: CaseFile(files[name]) for name in chosen}
+    if len({tuple(spacing) for spacing in spacings.values()}) > 1:
+        sizes = "; ".join(f"{folder}: {spacing}" for folder, spacing in spacings.items())
+        raise ValueError(f"voxels of different sizes (mm, z y x): {sizes}; preprocess with one --spacing")
+    if not split["train"]:
+        raise ValueError(f"{listed}: no training case")
+    data_path = " ".join(str(folder.resolve()) for folder in folders)
+    return Opened(cases, patients, split, next(iter(spacings.values())), data_path)
+
+
+def class_frequency(cases: Iterable[CaseFile], num_classes: int) -> np.ndarray:
+    """(num_classes,) share of each class among the voxels of the cases that have labels for it; 0 for a class
+    without any.
+
+    Args:
+        cases: whose attributes hold "labelled", a list of labels, and "voxels", {label as text: voxels}.
+    """
+    found, seen = np.zeros(num_classes), np.zeros(num_classes)
+    for case in cases:
+        voxels = {int(label): count for label, count in case.attributes["voxels"].items()}
+        size = np.prod(case.shape)
+        for label in case.attributes["labelled"]:
+            found[label] += voxels.get(label, 0)
+            seen[label] += size
+        found[0] += size - sum(voxels.values())
+        seen[0] += size
+    return found / np.maximum(seen, 1)

@@ -20,12 +20,12 @@ from common.config import Switch, fraction, make_parser, parse_args, positive_fl
 from common.decathlon import find_decathlon, read_dataset_json
 from common.files import write_json
 from common.flags import add_workers_flag
+from common.phantoms import prepare_demo
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
+from lung_tumor import conversion, phantoms
 from lung_tumor.cases import find_cases, load_case
 from lung_tumor.conversion import WINDOW_HU, Settings, convert_all, median_pixel_mm
-from lung_tumor.dataset import read_notes
 from lung_tumor.explore import explore
-from lung_tumor.phantoms import write_chest_phantoms
 
 
 def build_parser() -> ArgumentParser:
@@ -149,14 +149,15 @@ def write_splits(out: Path, volumes: list[str], args) -> None:
 def demo_dataset(folder: str | Path = "data/demo/lung_tumor") -> Path:
     """Phantom chest CT in the Decathlon layout, converted by the ordinary route; made once."""
     folder = Path(folder)
-    source = write_chest_phantoms(folder / "Task06_Lung")
-    out = folder / "slices"
-    if "pixel_mm" not in read_notes(out, "dataset.json"):  # written last; earlier versions had no pixel size
-        flags = ["--source", str(source), "--out", str(out), "--test_ratio", "0.2", "--empty_ratio", "0.2"]
-        flags += ["--pixel_mm", "2.4"]  # the finest of the phantoms: no small tumour loses pixels
-        if convert(parse_args(build_parser(), flags)):
-            raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
-    return out
+    source, out = folder / "Task06_Lung", folder / "slices"
+    flags = ["--source", str(source), "--out", str(out), "--test_ratio", "0.2", "--empty_ratio", "0.2"]
+    flags += ["--pixel_mm", "2.4"]  # the finest of the phantoms: no small tumour loses pixels
+
+    def make() -> dict[str, str]:
+        phantoms.write_chest_phantoms(source)
+        return convert(parse_args(build_parser(), flags))
+
+    return prepare_demo(source, out, make, flags, [phantoms, conversion])
 
 
 def convert(args: Namespace) -> dict[str, str]:

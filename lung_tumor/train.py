@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed, hardware, runs
 from common.checkpoints import TrainedModel
-from common.config import make_parser, parse_args, resolved_config, run_script
+from common.config import make_parser, resolved_config, run_script
+from common.cross_validation import run_folds, run_name
 from common.ema import WeightAverage
-from common.flags import check_fold_flags
 from common.memory import Plan, set_up_step
 from common.plots import save_curves
 from common.schedules import learning_rate, plateau_drops
@@ -44,10 +44,6 @@ def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     add_training_flags(parser)
     return parser
-
-
-def run_name(args: Namespace) -> str:
-    return args.model_name if args.fold is None else f"{args.model_name}_fold{args.fold}"
 
 
 def open_training_data(args: Namespace) -> tuple[PackedSlices, dict[str, list[str]], dict]:
@@ -114,8 +110,9 @@ def train(
     )
 
     # ---- run ----
+    name = run_name(args.model_name, args.fold)
     run = Run(
-        folder or distributed.on_main(lambda: runs.new_run_dir(args.out, run_name(args))),
+        folder or distributed.on_main(lambda: runs.new_run_dir(args.out, name)),
         config,
         flags=resolved_config(args),
         parts={"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average},
@@ -197,30 +194,9 @@ def score_best(run: Run, trained: TrainedModel, data_path: str) -> tuple[list[di
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser, argv = build_parser(), sys.argv[1:] if argv is None else argv
     with distributed.session():
-        args = parse_args(parser, argv)
-        check_fold_flags(args.folds, args.fold, args.resume)
-        if args.fold == "all":
-            failed = cross_validate(parser, args, argv)
-        else:
-            _, failed, _ = train(*runs.resume(parser, argv, same=UNCHANGEABLE, name=run_name(args)))
+        failed = run_folds(train, write_report, build_parser(), argv, same=UNCHANGEABLE, unit="volume")
         return batch.exit_code(failed)
-
-
-def cross_validate(parser: ArgumentParser, args: Namespace, argv: list[str]) -> dict[str, str]:
-    """One run for each fold and a report of all held-out volumes; returns {volume that failed: reason}."""
-    rows, failed, amp = [], {}, args.amp
-    for fold in range(args.folds):
-        found = runs.resume_fold(parser, argv, fold, args.model_name, amp, same=UNCHANGEABLE)
-        fold_rows, fold_failed, amp = train(*found, resume_words=runs.with_resume(sys.argv))
-        rows += fold_rows
-        failed |= fold_failed
-    if distributed.is_main():
-        out = runs.new_run_dir(args.out, f"{args.model_name}_all_folds")
-        title = f"all {args.folds} folds, each volume scored by a model that never saw it"
-        write_report(rows, out, title, failed)
-    return failed
 
 
 if __name__ == "__main__":

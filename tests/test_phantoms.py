@@ -1,6 +1,7 @@
 """common/phantoms.py: distances, paint and noise by hand, and folders written whole or not at all."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from common.phantoms import (
     noisy_hu,
     oval_mm,
     paint,
+    prepare_demo,
     smooth_field,
     tube_mm,
     voxel_axes_mm,
@@ -180,3 +182,35 @@ def test_phantoms_that_are_there_are_known_by_their_index(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="something else than three phantoms;"):
         already_written(tmp_path, "index.json", {"description": "three phantoms"})
+
+
+def test_a_demo_is_made_once_and_anew_where_code_or_flags_changed(tmp_path):
+    code, made = tmp_path / "phantoms.py", []
+    code.write_text("radius = 1")
+    source, out = tmp_path / "demo" / "scans", tmp_path / "demo" / "h5"
+
+    def make(failed=None):
+        made.append([folder.name for folder in (source, out) if folder.is_dir()])
+        for folder in (source, out):
+            folder.mkdir(exist_ok=True)
+        if failed is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return failed or {}
+
+    def prepare(failed=None, flags=("--spacing", "4")):
+        return prepare_demo(source, out, lambda: make(failed), flags, [SimpleNamespace(__file__=str(code))])
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(KeyboardInterrupt)
+    with pytest.raises(ValueError, match="could not be converted; delete .*demo .a: too thin"):
+        prepare({"a": "too thin"})
+    assert prepare() == prepare() == out
+    assert made == [[], ["scans", "h5"], ["scans", "h5"]], "what was stopped goes on, what is finished stays"
+    prepare(flags=("--spacing", "5"))
+    code.write_text("radius = 2")
+    prepare(flags=("--spacing", "5"))
+    prepare(flags=("--spacing", "5"))
+    assert made[3:] == [[], []], "older ones are removed first"
+    (tmp_path / "demo" / "made_by.txt").unlink()  # as of versions without it
+    prepare(flags=("--spacing", "5"))
+    assert made[5:] == [[]]

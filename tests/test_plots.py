@@ -76,6 +76,13 @@ def test_many_curves_have_colours_and_names_of_their_own_and_a_legend_beside_the
     assert axis.get_legend().get_window_extent().x0 >= axis.get_window_extent().x1
 
 
+def test_columns_that_never_are_above_0_can_be_left_out(figures, tmp_path):
+    rows = [{"epoch": 0, "a": 0.0, "b": NAN, "c": NAN}, {"epoch": 1, "a": 0.0, "b": 0.5, "c": NAN}]
+    save_curves(tmp_path / "curves.png", rows, {"one": ["a", "b"], "none": ["a", "c"]}, only_above_0=True)
+    (axis,) = figures[0].axes
+    assert axis.get_title() == "one" and [line.get_label() for line in axis.lines] == ["b"]
+
+
 def test_curves_draw_the_named_columns_over_epochs(figures, tmp_path):
     rows = curve_rows(4)
     save_curves(tmp_path / "curves.png", rows, PANELS)

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common import distributed, runs
-from common.augment import Augmentation3d
+from common.augment import Augmentation3d, grey_value_probabilities
 from common.checkpoints import TrainedModel
 from common.config import parse_args, resolved_config
 from common.memory import Plan, StepSetup, set_up_step
 from common.optimizers import make_optimizer
+from common.phantoms import prepare_demo
 from common.training import Run
-from verse_spine import download, preprocess
+from verse_spine import anatomy, download, phantoms, preprocess
 from verse_spine.dataset import VerSe
 from verse_spine.networks import get_model, uses_checkpointing
-from verse_spine.phantoms import write_verse_phantoms
 from verse_spine.prodigy import Prodigy
 
 # Learning rates that replace --lr 1.0, which only Prodigy understands.
@@ -39,14 +39,14 @@ def open_data(args: Namespace) -> VerSe:
 
 def demo_dataset(folder: Path = Path("data/demo/verse_spine")) -> Path:
     """Phantom spines in VerSe's layout, converted by the ordinary route; made once."""
-    source = write_verse_phantoms(folder / "verse")
-    out = folder / "h5"
+    source, out = folder / "verse", folder / "h5"
     flags = ["--source", str(source), "--out", str(out), "--spacing", *["3"] * 3, "--workers", "2"]
-    if not (out / "complete").is_file():
-        if preprocess.convert(parse_args(preprocess.build_parser(), flags)):
-            raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
-        (out / "complete").touch()
-    return out
+
+    def make() -> dict[str, str]:
+        phantoms.write_verse_phantoms(source)
+        return preprocess.convert(parse_args(preprocess.build_parser(), flags))
+
+    return prepare_demo(source, out, make, flags, [phantoms, anatomy, preprocess])
 
 
 def validation_names(verse: VerSe) -> list[str]:
@@ -72,11 +72,7 @@ def get_augmentation(args: Namespace) -> Augmentation3d:
         spatial_probability=args.rotate_scale,
         elastic_probability=args.elastic,
         low_resolution_probability=args.low_resolution,
-        noise_probability=args.grey_values,
-        blur_probability=args.grey_values,
-        brightness_probability=args.grey_values,
-        contrast_probability=args.grey_values,
-        gamma_probability=args.grey_values,
+        **grey_value_probabilities(args.grey_values),
     )
 
 
