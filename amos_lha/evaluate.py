@@ -15,17 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import labelled_organs
 from amos_lha.dataset import Amos, case_scaling
 from amos_lha.organs import GROUPS, ORGANS, STRUCTURES, WINDOW_HU
 from amos_lha.segment import segment
 from common import batch, distributed
 from common.checkpoints import TrainedModel
-from common.class_metrics import case_row, case_summary, mean_of_classes, score_structures
+from common.class_metrics import mean_of_classes
 from common.config import make_parser, parse_args, run_script
-from common.decathlon import read_dataset_json
-from common.evaluation import add_evaluation_flags, evaluate_folder
-from common.mask_files import label_files
+from common.evaluation import Masks, add_evaluation_flags, evaluate_folder, labelled_beside, score_cases
 
 
 def build_parser() -> ArgumentParser:
@@ -42,30 +39,17 @@ def evaluate_cases(
     surfaces: bool = True,
     table: Path | None = None,
 ) -> tuple[list[dict], dict[str, str]]:
-    """Predict and score preprocessed cases on their own grid, shared over the processes.
+    """Predict and score preprocessed cases on their own grid; `surfaces`, `table` and the result are those of
+    `score_cases`."""
 
-    Args:
-        surfaces: also the distances between surfaces, which take longer.
-        table: CSV file that gets a row for each case as soon as it is scored.
-
-    Returns:
-        (rows of `score_structures` with "case" and "patient" in front, in the order of `names`; {failed case:
-        reason}), the same in every process.
-    """
-
-    def evaluate(name: str) -> dict:
+    def masks_of(name: str) -> Masks:
         case = data.cases[name]
         notes = case.attributes
         scaling = case_scaling(case, model.preprocessing)
         pred = segment(model, case.image, case.spacing_mm, scaling, notes["modality"])
-        labelled = [int(organ) for organ in notes["labelled"]]
-        scores = score_structures(
-            pred, case.label[...], case.spacing_mm, STRUCTURES, labelled, surfaces=surfaces
-        )
-        return case_row(name, data.patients[name], scores, case_summary(scores))
+        return Masks(pred, case.label[...], case.spacing_mm, [int(organ) for organ in notes["labelled"]])
 
-    rows, failed = batch.each(evaluate, names, unit="case", table=table)
-    return [row for of_case in rows for row in of_case["classes"]], failed
+    return score_cases(masks_of, names, STRUCTURES, data.patients, surfaces=surfaces, table=table)
 
 
 def mean_dice(rows: list[dict]) -> float:
@@ -81,17 +65,12 @@ def group_dice(rows: list[dict]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     with distributed.session():
-        folder = Path(args.target).resolve().parent
-        notes, path = read_dataset_json(folder), folder / "dataset.json"
-        labelled = {
-            name: labelled_organs(name, notes, args.labelled, path) for name in label_files(args.target)
-        }
         failed = evaluate_folder(
             args.pred,
             args.target,
             Path(args.out),
             STRUCTURES,
-            labelled,
+            labelled_beside(args.target, args.labelled, ORGANS),
             images=args.images,
             other=args.compare,
             patient_pattern=args.patient_pattern,

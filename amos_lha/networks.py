@@ -11,26 +11,17 @@ from amos_lha.organs import NUM_CLASSES
 from common import checkpoints
 from common.checkpoints import TrainedModel
 from common.hardware import Precision
-from common.nnunet import PlainUNet, ResEncUNet
+from common.nnunet import PlainUNet, ResEncUNet, strides_for
 from common.segformer3d import SegFormer3D
 from common.segresnet import SegResNet
 from common.swin_unetr import SwinUNETR
 
 MODELS = ("LHANet", "UNet", "ResEncUNet", "SegResNet", "SegFormer3D", "SwinUNetR")
 # Flags that decide the shape of the weights; a run can only be resumed with the same ones.
-ARCHITECTURE = (
-    "model",
-    "preset",
-    "heads",
-    "attention",
-    "router",
-    "deep_supervision",
-    "feature_size",
-)
+ARCHITECTURE = ("model", "preset", "heads", "attention", "router", "deep_supervision", "feature_size")
 HEADS = ("size_aware", "shared")  # of LHANet
 FEATURE_SIZES = (12, 24, 48)  # of SwinUNetR
 SEGRESNET_WIDTH = 16
-THICK = 2.5  # z is halved only while its spacing is below so many times that within the slice
 
 
 def get_model(config: dict, spacing_mm: Sequence[float]) -> nn.Module:
@@ -40,47 +31,21 @@ def get_model(config: dict, spacing_mm: Sequence[float]) -> nn.Module:
     LHANet, UNet and ResEncUNet give a list, see there.
     """
     name, policy = config["model"], config["checkpointing"]
+    levels = {"strides": strides_for(spacing_mm), "deep_supervision": config["deep_supervision"]}
     if name == "LHANet":
-        return LHANet(
-            config["preset"],
-            heads=config["heads"],
-            attention=config["attention"],
-            router=config["router"],
-            deep_supervision=config["deep_supervision"],
-            checkpointing=policy,
-            strides=strides_for(spacing_mm),
-        )
-    again = policy not in (False, "none")  # the others have one policy
+        of_its_own = {key: config[key] for key in ("heads", "attention", "router")}
+        return LHANet(config["preset"], checkpointing=policy, **of_its_own, **levels)
+    recompute = policy not in (False, "none")  # the others have one policy
     if name in ("UNet", "ResEncUNet"):
         network = PlainUNet if name == "UNet" else ResEncUNet
-        return network(
-            1,
-            NUM_CLASSES,
-            strides=strides_for(spacing_mm),
-            deep_supervision=config["deep_supervision"],
-            checkpointing=again,
-        )
+        return network(1, NUM_CLASSES, checkpointing=recompute, **levels)
     if name == "SegResNet":
-        return SegResNet(1, NUM_CLASSES, width=SEGRESNET_WIDTH, checkpointing=again)
+        return SegResNet(1, NUM_CLASSES, width=SEGRESNET_WIDTH, checkpointing=recompute)
     if name == "SegFormer3D":
-        return SegFormer3D(1, NUM_CLASSES, checkpointing=again)
+        return SegFormer3D(1, NUM_CLASSES, checkpointing=recompute)
     if name == "SwinUNetR":
-        return SwinUNETR(1, NUM_CLASSES, width=config["feature_size"], checkpointing=again)
+        return SwinUNETR(1, NUM_CLASSES, width=config["feature_size"], checkpointing=recompute)
     raise ValueError(f"unknown model {name!r}; take one of {', '.join(MODELS)}")
-
-
-def strides_for(spacing_mm: Sequence[float]) -> list[list[int]]:
-    """Strides z y x of the four steps down for voxels of `spacing_mm` (z y x).
-
-    Thick slices are left alone until the voxels are less than 2.5 times as thick as they are wide.
-    """
-    z, in_plane = spacing_mm[0], min(spacing_mm[1:])
-    strides = []
-    for _ in range(4):
-        step = 1 if z >= THICK * in_plane else 2
-        strides.append([step, 2, 2])
-        z, in_plane = z * step, in_plane * 2
-    return strides
 
 
 def load_trained(weights: str | Path, device: torch.device, precision: Precision) -> TrainedModel:
@@ -91,9 +56,7 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
     """
 
     def make_network(checkpoint: dict) -> nn.Module:
-        config, found = checkpoint["config"], checkpoint.get("stage", "another task")
-        if found != "amos_lha" or config.get("model") not in MODELS:
-            raise ValueError(f"not weights of amos_lha/train.py but of {found}; swapped?")
-        return get_model(config, checkpoint["preprocessing"]["spacing_mm"])
+        checkpoints.require_stage(checkpoint, "amos_lha", MODELS, "amos_lha/train.py")
+        return get_model(checkpoint["config"], checkpoint["preprocessing"]["spacing_mm"])
 
     return checkpoints.load_trained(weights, device, precision, make_network)

@@ -41,11 +41,7 @@ FRAMES, TURNTABLE_SIZE = 24, (280, 280)  # of a whole abdomen: 30 s of CPU time 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--weights",
-        required=True,
-        help="trained model: weights/best.pt in the folder of a run of train.py",
-    )
+    prediction.add_weights_flag(parser, "train.py")
     prediction.add_scan_flags(parser)
     parser.add_argument(
         "--modality",
@@ -60,13 +56,8 @@ def build_parser() -> ArgumentParser:
         help="search the whole CT and not only the box of the body; slower, but right if organs are left out "
         "of the box",
     )
-    parser.add_argument(
-        "--tta",
-        action=Switch,
-        default=False,
-        help="average the prediction with that of the scan mirrored left to right, where left and right "
-        "organs change places; takes twice as long, and only for models trained with --flip_sides",
-    )
+    swap = "; left and right organs change places, so only for models trained with --flip_sides"
+    prediction.add_tta_flag(parser, swap)
     prediction.add_window_flags(parser)
     parser.add_argument(
         "--clean_up",
@@ -75,16 +66,7 @@ def build_parser() -> ArgumentParser:
         help="remove stray pieces of organs and report them, but none of stomach and duodenum; "
         "--no-clean_up keeps the mask as the network gave it",
     )
-    parser.add_argument(
-        "--save_probabilities",
-        type=int,
-        nargs="+",
-        choices=list(ORGANS),
-        default=[],
-        metavar="ORGAN",
-        help="also write probability maps of these organs, by number, such as 4 11 12; each takes a byte of "
-        "disk for each voxel while the scan is predicted",
-    )
+    prediction.add_probability_flag(parser, "organs", ORGANS, "4 11 12")
     prediction.add_picture_flags(
         parser,
         "organs",

@@ -4,7 +4,7 @@ import pickle
 import random
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,21 @@ class TrainedModel:
     precision: Precision
     preprocessing: dict
     split: dict[str, list[str]]
+
+
+def require_stage(checkpoint: dict, stage: str, models: Collection[str], script: str) -> None:
+    """Refuse the checkpoint of another script.
+
+    Args:
+        stage: what its "stage" must be; models: what its "model" may be.
+        script: that writes such checkpoints, for the message.
+
+    Raises:
+        ValueError: it is that of something else.
+    """
+    found = checkpoint.get("stage", "another task")
+    if found != stage or checkpoint["config"].get("model") not in models:
+        raise ValueError(f"not weights of {script} but of {found}; swapped?")
 
 
 def load_trained(

@@ -1,14 +1,18 @@
 """Masks in files scored against true ones: what evaluate.py of several tasks does with folders."""
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from common import batch, distributed, report
 from common.agreement import volume_agreement, volume_lines
 from common.class_metrics import Structures, case_row, case_summary, score_structures
 from common.compare import compare, print_comparison
 from common.config import non_negative_int
+from common.decathlon import labelled_numbers, read_dataset_json
 from common.flags import add_patient_pattern_flag
 from common.mask_files import label_files, load_masks, matching_files
 from common.metrics import write_table
@@ -57,6 +61,63 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, labels: Collection[int
     )
 
 
+def labelled_beside(
+    target: str | Path, flag: list[int] | None, known: Collection[int]
+) -> dict[str, tuple[int, ...]]:
+    """{case: labels that it was annotated with} for every file of `target`; see `labelled_numbers`.
+
+    Args:
+        flag: numbers that --labelled gives; None: what dataset.json in the folder above `target` says.
+        known: numbers of all labels that there may be.
+    """
+    folder = Path(target).resolve().parent
+    notes, path = read_dataset_json(folder), folder / "dataset.json"
+    return {name: labelled_numbers(name, notes, flag, known, path) for name in label_files(target)}
+
+
+class Masks(NamedTuple):
+    """Two label maps (z, y, x) of one case on one grid; see `score_structures`."""
+
+    pred: np.ndarray
+    target: np.ndarray
+    spacing_mm: Sequence[float]
+    labelled: Collection[int]
+    voxel_mm3: float | None = None
+
+
+def score_cases(
+    masks_of: Callable[[str], Masks],
+    names: Sequence[str],
+    structures: Structures,
+    patients: Mapping[str, str],
+    *,
+    surfaces: bool = True,
+    table: Path | None = None,
+) -> tuple[list[dict], dict[str, str]]:
+    """Score cases by their names, shared over the processes.
+
+    Args:
+        masks_of: predicts or reads a case.
+        patients: {case: patient}.
+        surfaces: also the distances between surfaces, which take longer.
+        table: CSV file that gets a row for each case as soon as it is scored.
+
+    Returns:
+        (rows of `score_structures` with "case" and "patient" in front, in the order of `names`; {failed
+        case: reason}), the same in every process.
+    """
+
+    def score(name: str) -> dict:
+        pred, target, spacing_mm, labelled, voxel_mm3 = masks_of(name)
+        rows = score_structures(
+            pred, target, spacing_mm, structures, labelled, surfaces=surfaces, voxel_mm3=voxel_mm3
+        )
+        return case_row(name, patients[name], rows, case_summary(rows))
+
+    rows, failed = batch.each(score, names, unit="case", table=table)
+    return [row for of_case in rows for row in of_case["classes"]], failed
+
+
 def score_files(
     preds: Mapping[str, Path],
     targets: Mapping[str, Path],
@@ -73,27 +134,16 @@ def score_files(
         labelled, patients: {case: labels} and {case: patient}.
         table: CSV file that gets a row for each case as soon as it is scored.
 
-    Returns:
-        (rows of `score_structures` with "case" and "patient" in front, in the order of `targets`; {failed
-        case: reason}), the same in every process.
+    Returns: as `score_cases`, in the order of `targets`.
     """
 
-    def score(name: str) -> dict:
+    def masks_of(name: str) -> Masks:
         if name not in preds:
             raise FileNotFoundError(f"no prediction for {targets[name]}")
         target, pred = load_masks(targets[name], preds[name])
-        rows = score_structures(
-            pred.array,
-            target.array,
-            target.spacing_mm,
-            structures,
-            labelled[name],
-            voxel_mm3=target.voxel_mm3,
-        )
-        return case_row(name, patients[name], rows, case_summary(rows))
+        return Masks(pred.array, target.array, target.spacing_mm, labelled[name], target.voxel_mm3)
 
-    rows, failed = batch.each(score, list(targets), unit="case", table=table)
-    return [row for of_case in rows for row in of_case["classes"]], failed
+    return score_cases(masks_of, list(targets), structures, patients, table=table)
 
 
 def evaluate_folder(

@@ -22,6 +22,21 @@ from common.recomputation import stage_runner
 CHANNELS = (32, 64, 128, 256, 320, 320)  # of the six levels
 STRIDES = ((2, 2, 2),) * 5  # z y x, of the five steps down
 RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6)  # of the six levels of the residual encoder
+THICK = 2.5  # z is halved only while its spacing is below so many times that within the slice
+
+
+def strides_for(spacing_mm: Sequence[float]) -> list[list[int]]:
+    """Strides z y x of the four steps down for voxels of `spacing_mm` (z y x).
+
+    Thick slices are left alone until the voxels are less than 2.5 times as thick as they are wide.
+    """
+    z, in_plane = spacing_mm[0], min(spacing_mm[1:])
+    strides = []
+    for _ in range(4):
+        step = 1 if z >= THICK * in_plane else 2
+        strides.append([step, 2, 2])
+        z, in_plane = z * step, in_plane * 2
+    return strides
 
 
 def _two_convs(in_channels: int, out_channels: int, kernel: tuple, stride: tuple = (1, 1, 1)) -> nn.Module:

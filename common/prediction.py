@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from common.checkpoints import TrainedModel
 from common.config import Switch, fraction, positive_int
 from common.files import make_folder
 from common.hardware import describe_device, peak_memory_mib
+from common.inference import predict_labels, warn_of_memory
 from common.nifti import NIFTI_SUFFIXES, NiftiFile, case_name, save_probability
 from common.volumes import Box, Triple, crop
 from common.windows import MIB, PredictionPeak, prediction_peak_mib, reading_box
@@ -26,6 +27,15 @@ from common.windows import MIB, PredictionPeak, prediction_peak_mib, reading_box
 ROWS_PRINTED = 20
 FLIPS = ((), (2,))  # of --tta: as it is, left to right
 PROBABILITIES = "probabilities"  # folder of the maps, apart from the masks
+
+
+def add_weights_flag(parser: argparse.ArgumentParser, script: str, of: str = "") -> None:
+    """--weights of a run of `script`; `of` tells the model from others, such as "of the second stage "."""
+    parser.add_argument(
+        "--weights",
+        required=True,
+        help=f"trained model {of}: weights/best.pt in the folder of a run of {script}".replace(" :", ":"),
+    )
 
 
 def add_scan_flags(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +68,33 @@ def add_window_flags(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="number of windows that are computed at a time; more are faster on a large GPU, fewer take "
         "less memory",
+    )
+
+
+def add_tta_flag(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """--tta; `more` is what a user must know besides, after a comma or semicolon."""
+    parser.add_argument(
+        "--tta",
+        action=Switch,
+        default=False,
+        help="average the prediction with that of the scan mirrored left to right; takes twice as long"
+        f"{more}",
+    )
+
+
+def add_probability_flag(
+    parser: argparse.ArgumentParser, what: str, labels: Collection[int], example: str
+) -> None:
+    """--save_probabilities, for `probability_maps`; `what` are the labels, such as "organs"."""
+    parser.add_argument(
+        "--save_probabilities",
+        type=int,
+        nargs="+",
+        choices=list(labels),
+        default=[],
+        metavar="LABEL",
+        help=f"also write probability maps of these {what}, by number, such as {example}; each takes a byte "
+        "of disk for each voxel while the scan is predicted",
     )
 
 
@@ -156,6 +193,34 @@ def read_region(
     first, last = (tuple(np.subtract(corner, start).tolist()) for corner in region)
     image = file.read_box(start, stop) if scan is None else crop(scan, start, stop)
     return Reading(image, start, stop, (first, last), need)
+
+
+def predict_volume(
+    model: TrainedModel,
+    volume,
+    spacing_mm: Sequence[float],
+    *,
+    network: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **options,
+) -> np.ndarray:
+    """`predict_labels` with the patch, the voxels, the device and the precision of a trained model.
+
+    Args:
+        volume, spacing_mm: as of `predict_labels`.
+        network: in the place of that of the model.
+        options: the other arguments of `predict_labels`.
+    """
+    return predict_labels(
+        network or model.network,
+        volume,
+        spacing_mm=spacing_mm,
+        working_spacing_mm=model.preprocessing["spacing_mm"],
+        patch_shape=tuple(model.config["patch_size"]),
+        device=model.device,
+        precision=model.precision,
+        on_message=warn_of_memory,
+        **options,
+    )
 
 
 @contextlib.contextmanager

@@ -148,8 +148,8 @@ def open_folders(
         splitting: the keyword arguments of `choose_split`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_cases`, `patients_of`, `choose_split`; no case is wanted, none is
-            left to train on, two folders have one name, or voxels of different sizes.
+        FileNotFoundError, ValueError: as `read_cases`, `patients_of`, `choose_split`; no case is wanted, none
+            is left to train on, two folders have one name, or voxels of different sizes.
     """
     folders = [Path(path) for path in paths]
     listed = " ".join(map(str, paths))

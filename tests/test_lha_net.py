@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from amos_lha.lha_net import PMSA, PRESETS, LHANet, SizeAwareHeads, TrainingOutput, routed
-from amos_lha.networks import ARCHITECTURE, MODELS, get_model, load_trained, strides_for
+from amos_lha.networks import ARCHITECTURE, MODELS, get_model, load_trained
 from amos_lha.organs import GROUPS
 from common.checkpoints import save_checkpoint
 from common.hardware import Precision
 from common.losses import dice_ce_loss
 from common.memory import training_peak_mib
+from common.nnunet import strides_for
 
 THICK_SLICES = [[1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
 CUBES = [[2, 2, 2]] * 4

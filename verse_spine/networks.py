@@ -89,9 +89,7 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
     """
 
     def make_network(checkpoint: dict) -> nn.Module:
-        config, found = checkpoint["config"], checkpoint.get("stage", "another task")
-        if found != stage or config.get("model") not in MODELS:
-            raise ValueError(f"not weights of verse_spine/train_{stage}.py but of {found}; swapped?")
-        return get_model(config, checkpoint["num_outputs"])
+        checkpoints.require_stage(checkpoint, stage, MODELS, f"verse_spine/train_{stage}.py")
+        return get_model(checkpoint["config"], checkpoint["num_outputs"])
 
     return checkpoints.load_trained(weights, device, precision, make_network)

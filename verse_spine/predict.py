@@ -41,12 +41,7 @@ TABLE = "predictions.csv"
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--weights",
-        required=True,
-        help="trained model of the second stage: weights/best.pt in the folder of a run of "
-        "train_segmentation.py",
-    )
+    prediction.add_weights_flag(parser, "train_segmentation.py", "of the second stage")
     parser.add_argument(
         "--heatmap_weights",
         help="trained model of the first stage: weights/best.pt in the folder of a run of "
@@ -65,12 +60,7 @@ def build_parser() -> ArgumentParser:
         help="segment only this box: <name>.json of an earlier run, or a JSON file with {'start': [z, y, "
         "x], 'stop': [z, y, x]} in voxels of the scan in RAS",
     )
-    parser.add_argument(
-        "--tta",
-        action=Switch,
-        default=False,
-        help="average the prediction with that of the scan mirrored left to right; takes twice as long",
-    )
+    prediction.add_tta_flag(parser)
     prediction.add_window_flags(parser)
     parser.add_argument(
         "--clean_up",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from common.hardware import autocast
-from common.inference import predict_labels, warn_of_memory
 from common.nifti import NiftiFile
+from common.prediction import predict_volume
 from common.volumes import box_of, crop, expand_box
 from verse_spine.heatmap import HU_RANGE, MARGIN_MM, SmallGrid, heatmap_box, scan_box
 from verse_spine.labels import LABEL_NAMES, Centroids, body_centres, centroids_to_voxels, num_outputs
@@ -97,23 +97,18 @@ def segment(
         mirror: average with the prediction of the left-right mirrored scan; vertebrae look alike both ways.
     """
     start_stop = None if box is None else tuple(tuple(int(v) for v in corner) for corner in box)
-    return predict_labels(
-        model.network,
+    return predict_volume(
+        model,
         volume,
-        spacing_mm=spacing_mm,
-        working_spacing_mm=model.preprocessing["spacing_mm"],
-        patch_shape=tuple(model.config["patch_size"]),
+        spacing_mm,
         num_classes=num_outputs(model.config["labels"]),
         prepare=intensity_scaling(model, volume),
-        device=model.device,
         overlap=overlap,
         batch_size=batch_size,
         flips=((), (2,)) if mirror else (),
         value_range=hu_range(model),
         air_below=AIR_BELOW_HU,
-        precision=model.precision,
         progress=progress,
-        on_message=warn_of_memory,
         box=start_stop,
     )
 
