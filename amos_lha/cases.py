@@ -55,7 +55,7 @@ def list_data_set(folder: str | Path, labelled: list[int] | None = None) -> tupl
     """Every case of a folder, complete or not, in natural order of the names, part by part.
 
     Args:
-        labelled: numbers of the organs that are labelled in all cases; None: see `labelled_organs`.
+        labelled: numbers of the organs that are labelled in all cases; None: see `labelled_numbers`.
 
     Returns:
         cases; problems: a sentence for each file that had to be left out, and for each name in two parts.
@@ -75,8 +75,8 @@ def list_data_set(folder: str | Path, labelled: list[int] | None = None) -> tupl
     files, problems = list_parts(root, PARTS)
     cases = []
     for part, file in files:
+        organs = labelled_numbers(file.case_id, notes, labelled, ORGANS, path)
         modality = modality_of_case(file.case_id, notes)
-        organs = labelled_organs(file.case_id, notes, labelled, path)
         cases.append(Case(file.case_id, part, modality, organs, file.image, file.label))
     return cases, problems
 
@@ -86,17 +86,9 @@ def list_any(folder: str | Path, labelled: list[int] | None = None) -> tuple[lis
     paths = [path for path in Path(folder).glob("*") if is_nifti(path)]
     if find_decathlon(folder) is not None or not paths:
         return list_data_set(folder, labelled)
-    organs = labelled_organs("", {}, labelled, Path(folder))
-    cases = []
-    for path in sorted(paths, key=lambda path: natural_key(path.name)):
-        name = case_name(path)
-        cases.append(Case(name, "labels", modality_of_case(name, {}), organs, None, path))
-    return cases, []
-
-
-def labelled_organs(name: str, notes: dict, flag: list[int] | None, path: Path) -> tuple[int, ...]:
-    """Numbers of the organs that a case has labels for; see `labelled_numbers`."""
-    return labelled_numbers(name, notes, flag, ORGANS, path)
+    organs = labelled_numbers("", {}, labelled, ORGANS, Path(folder))
+    named = [(case_name(path), path) for path in sorted(paths, key=lambda path: natural_key(path.name))]
+    return [Case(name, "labels", modality_of_case(name, {}), organs, None, path) for name, path in named], []
 
 
 def modality_of_case(name: str, notes: dict) -> str | None:

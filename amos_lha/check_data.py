@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha.cases import AMOS22, Case, list_any
 from amos_lha.organs import ORGANS, SIDES, group_of
-from common import check_cases
+from common import check_cases, distributed
 from common.config import make_parser, non_negative_int, parse_args, run_script
 from common.conversion import each_case
 from common.flags import add_labelled_flag, add_workers_flag
@@ -81,10 +81,8 @@ def check(args: Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    try:
+    with distributed.session():  # an error that the user can mend is one line
         return 1 if check(args) else 0
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """LHA-Net: a light U-Net with attention over a pyramid of scales and a head for each size of organ.
 
     stride  1   image ── stem ──────────────────── + ── DecoderLevel 0 ──┐ small
-    stride  2            EncoderLevel 1 ────────── + ── DecoderLevel 1 ──┤ medium   SizeAwareHeads ── logits
+    stride  2            EncoderLevel 1 ────────── + ── DecoderLevel 1 ──┤ medium   Heads ── logits
     stride  4            EncoderLevel 2 ── PMSA ── + ── DecoderLevel 2 ──┘ large
     stride  8            EncoderLevel 3 ── PMSA ── + ── DecoderLevel 3
     stride 16            EncoderLevel 4 ── PMSA ───┘
@@ -182,41 +182,39 @@ class DecoderLevel(nn.Module):
         return self.block(self.up(x) + skip)
 
 
-class SharedHead(nn.Module):
-    """One 1x1x1 convolution at stride 1 for all classes."""
+class Heads(nn.Module):
+    """A 1x1x1 convolution at stride 1 for all classes; size-aware, small organs also get logits from there,
+    medium ones from stride 2 and large ones from stride 4.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.all = nn.Conv3d(channels, NUM_CLASSES, 1)
-
-    def forward(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> Tensor:
-        return self.all(fine)
-
-
-class SizeAwareHeads(nn.Module):
-    """Background and small organs from stride 1, medium ones from stride 2, large ones from stride 4.
-
-    What a coarser level says is brought to stride 1, where a 1x1x1 convolution for all classes adds detail;
-    all logits meet in one softmax.
+    What a coarser level says is brought to stride 1; all logits meet in one softmax.
     """
 
-    def __init__(self, widths: tuple[int, ...], kernels: list) -> None:
+    def __init__(self, widths: tuple[int, ...], kernels: list, size_aware: bool = True) -> None:
         super().__init__()
         self.all = nn.Conv3d(widths[0], NUM_CLASSES, 1)
         self.groups = nn.ModuleDict()
         for group, width, kernel in zip(GROUPS, widths, kernels, strict=True):  # small, medium, large
-            self.groups[group] = nn.Sequential(
-                ConvNormAct(width, width // 2, kernel), nn.Conv3d(width // 2, len(GROUPS[group]), 1)
-            )
+            if size_aware:
+                self.groups[group] = nn.Sequential(
+                    ConvNormAct(width, width // 2, kernel), nn.Conv3d(width // 2, len(GROUPS[group]), 1)
+                )
 
-    def forward(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> Tensor:
+    def forward(self, *features: Tensor) -> Tensor:
         """Features (N, C0..C2, ...) of strides 1, 2, 4 -> logits (N, 16, D, H, W) in the order of labels."""
-        channels = list(self.all(fine).unbind(dim=1))
-        for (group, organs), x in zip(GROUPS.items(), (fine, middle, coarse), strict=True):
-            own = resize_linear(self.groups[group](x), fine.shape[2:]).unbind(dim=1)
-            for organ, logits in zip(organs, own, strict=True):
-                channels[organ] = channels[organ] + logits
-        return torch.stack(channels, dim=1)
+        logits, size = self.all(features[0]), features[0].shape[2:]
+        if not self.groups:
+            return logits
+        heads = zip(self.groups.values(), features, strict=True)
+        return add_to_groups(logits, [resize_linear(head(x), size).unbind(dim=1) for head, x in heads])
+
+
+def add_to_groups(logits: Tensor, more: list) -> Tensor:
+    """Logits (N, 16, D, H, W) plus, for each group of organs, what `more` holds for each of them (N, D, H, W)."""
+    channels = list(logits.unbind(dim=1))
+    for organs, of_group in zip(GROUPS.values(), more, strict=True):
+        for organ, of_organ in zip(organs, of_group, strict=True):
+            channels[organ] = channels[organ] + of_organ
+    return torch.stack(channels, dim=1)
 
 
 class LHANet(nn.Module):
@@ -266,10 +264,7 @@ class LHANet(nn.Module):
             widths, attended = (c[i - 1], c[i]), attention and i >= 2
             self.encoder.append(EncoderLevel(i, widths, blocks[i - 1], kernels[i], strides[i - 1], attended))
             self.decoder.append(DecoderLevel(i - 1, widths[::-1], kernels[i - 1], strides[i - 1]))
-        if heads == "size_aware":
-            self.heads = SizeAwareHeads(c[:3], kernels[:3])
-        else:
-            self.heads = SharedHead(c[0])
+        self.heads = Heads(c[:3], kernels[:3], heads == "size_aware")
         self.router = nn.Conv3d(c[1], len(GROUPS), 1) if router else None
         self.supervision = None
         if deep_supervision:
@@ -328,8 +323,5 @@ class LHANet(nn.Module):
 def routed(logits: Tensor, router: Tensor) -> Tensor:
     """Logits (N, 16, D, H, W) of organs plus the log probability of their group; `router` (N, 3, d, h, w)."""
     scores = resize_linear(router.float().log_softmax(dim=1), logits.shape[2:]).to(logits.dtype)
-    channels = list(logits.unbind(dim=1))
-    for organs, score in zip(GROUPS.values(), scores.unbind(dim=1), strict=True):
-        for organ in organs:
-            channels[organ] = channels[organ] + score
-    return torch.stack(channels, dim=1)
+    groups = zip(GROUPS.values(), scores.unbind(dim=1), strict=True)
+    return add_to_groups(logits, [[score] * len(organs) for organs, score in groups])

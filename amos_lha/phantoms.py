@@ -4,22 +4,19 @@ CT with the 15 organs at their usual places, sides and volumes, and what could b
 heart, muscles, bones. They model no disease; scores on them mean nothing for patients.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from amos_lha.organs import ORGANS
 from common.phantoms import (
     Canvas,
-    already_written,
+    PhantomCase,
     ellipsoid_mm,
-    new_folder,
     noisy_hu,
     oval_mm,
     voxel_axes_mm,
-    write_pair,
+    write_data_set,
 )
 
 ORIENTATIONS = ("LAS", "LPS", "RAS")  # of the stored files, in turn
@@ -179,36 +176,26 @@ def write_amos_phantoms(
         folder/dataset.json
 
     Patients differ in build, slices (5, 3 or 1.5 mm), stored orientation and origin; every fifth has no
-    gallbladder, every fifth neither prostate nor uterus. The folder appears when it is complete; if it is
-    there already, nothing is done.
+    gallbladder, every fifth neither prostate nor uterus.
 
     Args:
         num_train, num_val: 1 or more; each case is another patient.
         in_plane_mm: size of a voxel within a slice, about; AMOS has 0.6 to 0.9.
 
     Raises:
-        FileExistsError: the folder holds something else, or phantoms of other arguments.
+        FileExistsError: as of `write_data_set`, which does not write twice.
     """
-    folder = Path(folder)
+
+    def make(index: int) -> PhantomCase:
+        rng = np.random.default_rng([seed, index])
+        side_mm = in_plane_mm * rng.uniform(0.93, 1.07)
+        spacing_mm = THICKNESS_MM[index % len(THICKNESS_MM)], side_mm, side_mm
+        absent = ABSENT.get(index % 5, ())
+        image, label = abdomen_phantom(int(rng.integers(2**32)), spacing_mm=spacing_mm, absent=absent)
+        orientation = ORIENTATIONS[index % len(ORIENTATIONS)]
+        origin_mm = rng.uniform(-300, 100, 3)
+        return PhantomCase(f"amos_{1 + index:04d}", image, label, spacing_mm, origin_mm, orientation)
+
     contents = {"phantoms": [num_train, num_val], "seed": seed, "in_plane_mm": in_plane_mm}
-    if already_written(folder, "phantoms.json", contents):
-        return folder
     parts = ["Tr"] * num_train + ["Va"] * num_val
-    listed: dict[str, list] = {"Tr": [], "Va": []}
-    with new_folder(folder) as root:
-        for index, part in enumerate(tqdm(parts, desc="phantoms", unit="case", disable=None)):
-            rng = np.random.default_rng([seed, index])
-            side_mm = in_plane_mm * rng.uniform(0.93, 1.07)
-            spacing_mm = THICKNESS_MM[index % len(THICKNESS_MM)], side_mm, side_mm
-            absent = ABSENT.get(index % 5, ())
-            image, label = abdomen_phantom(int(rng.integers(2**32)), spacing_mm=spacing_mm, absent=absent)
-            name, origin_mm = f"amos_{1 + index:04d}", rng.uniform(-300, 100, 3)
-            orientation = ORIENTATIONS[index % len(ORIENTATIONS)]
-            entry = write_pair(root, part, name, image, label, spacing_mm, origin_mm, orientation)
-            listed[part].append(entry)
-        notes = {"name": "synthetic abdomens", "modality": {"0": "CT"}, "numTraining": num_train}
-        notes["labels"] = {"0": "background"} | {str(number): name for number, name in ORGANS.items()}
-        notes |= {"training": listed["Tr"], "validation": listed["Va"], "test": []}
-        (root / "dataset.json").write_text(json.dumps(notes, indent=1) + "\n")
-        (root / "phantoms.json").write_text(json.dumps(contents) + "\n")
-    return folder
+    return write_data_set(Path(folder), contents, "synthetic abdomens", parts, ORGANS, make)

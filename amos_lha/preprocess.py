@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha.cases import AMOS22, Case, list_data_set
 from amos_lha.conversion import PRESETS, convert_case
+from common import distributed
 from common.config import make_parser, parse_args, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
 from common.flags import add_labelled_flag, add_workers_flag
@@ -135,11 +136,9 @@ def _listed(names: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    try:
+    with distributed.session():  # an error that the user can mend is one line
         if convert(args):
             return 1
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     config = "--config amos_lha/lha_net.yaml"
     print(f"next: python amos_lha/train.py {config} --data_path {shlex.quote(args.out)}")
     return 0

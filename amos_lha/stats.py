@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from amos_lha.cases import Case, list_any, load_case
 from amos_lha.conversion import PRESETS
 from amos_lha.organs import ORGANS, group_of
+from common import distributed
 from common.config import make_parser, parse_args, positive_float, run_script
 from common.conversion import each_case, print_failed
 from common.files import make_folder
@@ -109,10 +110,8 @@ def statistics(args: Namespace) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    try:
+    with distributed.session():  # an error that the user can mend is one line
         return 1 if statistics(args) else 0
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import EllipsisType, ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
+from tqdm import tqdm
 
 from common.files import make_folder
 from common.nifti import write_nifti
@@ -210,6 +212,53 @@ def write_pair(
         write_nifti(path, array, spacing_mm, origin_mm=tuple(origin_mm), orientation=orientation)
         entry[kind] = f"./{path.relative_to(root).as_posix()}"
     return entry
+
+
+class PhantomCase(NamedTuple):
+    """A scan and its label, for `write_pair`."""
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray
+    spacing_mm: Sequence[float]
+    origin_mm: Sequence[float]
+    orientation: str
+
+
+def write_data_set(
+    folder: Path,
+    contents: dict,
+    name: str,
+    parts: Sequence[str],
+    labels: Mapping[int, str],
+    make: Callable[[int], PhantomCase],
+) -> Path:
+    """Write phantoms of CT in the Decathlon's layout with its dataset.json; returns the folder.
+
+    The folder appears when it is complete; if it is there already, nothing is done.
+
+    Args:
+        contents: what decides how they come out, noted in phantoms.json.
+        name: of the data set.
+        parts: of the cases: Tr for training, Va for validation.
+        labels: {number: name}, without the background.
+        make: number of a case from 0 on -> the case.
+
+    Raises:
+        FileExistsError: the folder holds something else, or phantoms of other contents.
+    """
+    if already_written(folder, "phantoms.json", contents):
+        return folder
+    listed: dict[str, list] = {"Tr": [], "Va": []}
+    with new_folder(folder) as root:
+        for index, part in enumerate(tqdm(parts, desc="phantoms", unit="case", disable=None)):
+            listed[part].append(write_pair(root, part, *make(index)))
+        notes = {"name": name, "modality": {"0": "CT"}, "numTraining": len(listed["Tr"])}
+        notes["labels"] = {"0": "background"} | {str(number): label for number, label in labels.items()}
+        notes |= {"training": listed["Tr"], "validation": listed["Va"], "test": []}
+        (root / "dataset.json").write_text(json.dumps(notes, indent=1) + "\n")
+        (root / "phantoms.json").write_text(json.dumps(contents) + "\n")
+    return folder
 
 
 def already_written(folder: Path, index_name: str, contents: dict) -> bool:

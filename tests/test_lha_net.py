@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amos_lha.lha_net import PMSA, PRESETS, LHANet, SizeAwareHeads, TrainingOutput, routed
+from amos_lha.lha_net import PMSA, PRESETS, Heads, LHANet, TrainingOutput, routed
 from amos_lha.networks import ARCHITECTURE, MODELS, get_model, load_trained
 from amos_lha.organs import GROUPS
 from common.checkpoints import save_checkpoint
@@ -206,7 +206,7 @@ def test_thick_slices_do_not_see_each_other_at_the_finest_levels():
 
 def test_heads_lie_in_the_order_of_labels():
     """Each head says which organ it means by its bias; all else is silenced."""
-    heads = SizeAwareHeads((4, 6, 8), [(3, 3, 3)] * 3)
+    heads = Heads((4, 6, 8), [(3, 3, 3)] * 3)
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.zero_()
@@ -219,7 +219,7 @@ def test_heads_lie_in_the_order_of_labels():
 
 
 def test_which_stride_an_organ_is_seen_at():
-    heads = SizeAwareHeads((4, 6, 8), [(3, 3, 3)] * 3).eval()
+    heads = Heads((4, 6, 8), [(3, 3, 3)] * 3).eval()
     features = [noise(1, 4, 8, 8, 8), noise(1, 6, 4, 4, 4), noise(1, 8, 2, 2, 2)]
     with torch.no_grad():
         before = heads(*features)
