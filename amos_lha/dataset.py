@@ -16,6 +16,7 @@ from amos_lha.organs import NUM_CLASSES, ORGANS
 from amos_lha.sampling import Sampler
 from common.hdf5 import CaseFile
 from common.intensity import Scaling, fingerprint
+from common.losses import labelled_mask
 from common.preprocessed import class_frequency, open_folders
 
 MODALITIES = ("ct", "mr", "both")
@@ -83,13 +84,6 @@ def case_scaling(case: CaseFile, preprocessing: dict) -> Scaling:
     return Scaling(*preprocessing["scaling"])
 
 
-def labelled_mask(organs: Sequence[int]) -> np.ndarray:
-    """(16,) bool: the background and these organs."""
-    mask = np.zeros(NUM_CLASSES, bool)
-    mask[[0, *organs]] = True
-    return mask
-
-
 class PatchDataset(Dataset):
     """Item (index, seed) -> one training patch, as a dict.
 
@@ -112,7 +106,7 @@ class PatchDataset(Dataset):
         self.patch_size, self.length = tuple(patch_size), length
         self.sampler = Sampler(self.cases, self.patch_size, shares)
         self.scalings = torch.tensor([case_scaling(case, data.preprocessing) for case in self.cases])
-        self.labelled = [labelled_mask(case.attributes["labelled"]) for case in self.cases]
+        self.labelled = [labelled_mask(NUM_CLASSES, case.attributes["labelled"]) for case in self.cases]
 
     def __len__(self) -> int:
         return self.length
@@ -125,7 +119,7 @@ class PatchDataset(Dataset):
             "image": torch.from_numpy(case.read_image(drawn.start, self.patch_size).astype(np.float32))[None],
             "label": torch.from_numpy(case.read_label(drawn.start, self.patch_size)),
             "scaling": self.scalings[drawn.case],
-            "labelled": torch.from_numpy(self.labelled[drawn.case]),
+            "labelled": self.labelled[drawn.case],
             "case": drawn.case,
             "seed": seed,
             "stratum": drawn.stratum,

@@ -6,22 +6,8 @@ from amos_lha.dataset import MODALITIES
 from amos_lha.lha_net import CHECKPOINTING, PRESETS
 from amos_lha.networks import FEATURE_SIZES, HEADS, MODELS
 from amos_lha.sampling import SAMPLING
+from common import flags
 from common.config import Switch, add_run_flags, fraction
-from common.flags import (
-    add_augmentation_flags,
-    add_deep_supervision_flag,
-    add_ema_flags,
-    add_evaluate_flag,
-    add_fold_flags,
-    add_model_flags,
-    add_optimizer_flags,
-    add_patch_size_flag,
-    add_patches_flag,
-    add_patient_pattern_flag,
-    add_train_on_validation_flag,
-    add_update_flags,
-    add_validation_flags,
-)
 
 
 def add_training_flags(parser: ArgumentParser) -> None:
@@ -40,11 +26,11 @@ def add_training_flags(parser: ArgumentParser) -> None:
         default="both",
         help="scans to train on: ct, mr, or both = whatever the folder holds",
     )
-    add_patient_pattern_flag(data, "which must stand in one part")
-    add_fold_flags(data)
-    add_train_on_validation_flag(data)
+    flags.add_patient_pattern_flag(data, "which must stand in one part")
+    flags.add_fold_flags(data)
+    flags.add_train_on_validation_flag(data)
     advice = "multiples of 16, with thick slices fewer along z, such as 32 128 128"
-    add_patch_size_flag(data, (96, 96, 96), advice)
+    flags.add_patch_size_flag(data, (96, 96, 96), advice)
     data.add_argument(
         "--sampling",
         choices=SAMPLING,
@@ -52,12 +38,12 @@ def add_training_flags(parser: ArgumentParser) -> None:
         help="where training patches come from: smart = mostly small organs, borders and what goes badly, "
         "original = 70 %% small organs and 20 %% borders, uniform = anywhere in the scan",
     )
-    add_patches_flag(data, 250)
+    flags.add_patches_flag(data, 250)
     add_network_flags(parser)
     optim = parser.add_argument_group("optimisation")
-    add_update_flags(optim, "patches", batch_size=1, accumulate=2, weight_decay=1e-4)
-    add_ema_flags(optim, ema=True, decay=0.999)
-    add_optimizer_flags(optim, ("warmup_cosine", "cosine_annealing", "poly", "constant"))
+    flags.add_update_flags(optim, "patches", batch_size=1, accumulate=2, weight_decay=1e-4)
+    flags.add_ema_flags(optim, ema=True, decay=0.999)
+    flags.add_optimizer_flags(optim, ("warmup_cosine", "cosine_annealing", "poly", "constant"))
     optim.add_argument(
         "--class_weights",
         action=Switch,
@@ -67,7 +53,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
     )
     augment = parser.add_argument_group("augmentation")
     rotation = "30 degrees in the axial plane and 15 about the other axes"
-    add_augmentation_flags(augment, "training patches", rotation=rotation, shares=(0.3, 0.1, 0.15))
+    flags.add_augmentation_flags(augment, "training patches", rotation=rotation, shares=(0.3, 0.1, 0.15))
     augment.add_argument(
         "--flip_sides",
         type=fraction,
@@ -76,15 +62,15 @@ def add_training_flags(parser: ArgumentParser) -> None:
         "with them; above 0 the network can no longer tell the sides by where liver and spleen lie",
     )
     val = parser.add_argument_group("validation")
-    add_validation_flags(val, every=10, cases=10)
-    add_evaluate_flag(val)
+    flags.add_validation_flags(val, every=10, cases=10)
+    flags.add_evaluate_flag(val)
     add_run_flags(parser, epochs=200, early_stopping=0, model_name="lha_net", out="runs/amos_lha")
 
 
 def add_network_flags(parser: ArgumentParser) -> None:
     """The flags that decide the network, see networks.py."""
     net = parser.add_argument_group("model")
-    add_model_flags(net, MODELS, FEATURE_SIZES)
+    flags.add_model_flags(net, MODELS, FEATURE_SIZES)
     net.add_argument(
         "--preset",
         choices=PRESETS,
@@ -110,7 +96,7 @@ def add_network_flags(parser: ArgumentParser) -> None:
         default=False,
         help="LHANet also learns a map of the size groups, which weighs the logits of each group",
     )
-    add_deep_supervision_flag(net, True)
+    flags.add_deep_supervision_flag(net, True)
     net.add_argument(
         "--checkpointing",
         choices=CHECKPOINTING,

@@ -31,23 +31,16 @@ from common.layers import (
     padded_to_multiple,
     resize_linear,
 )
-from common.recomputation import checkpointed
+from common.recomputation import stage_runner
 
 STRIDES = ((2, 2, 2),) * 4  # z y x, of the four steps down
 CHECKPOINTING = ("none", "high", "all")
 
 
-class Preset(NamedTuple):
-    """Channels C0..C4, and residual blocks of the encoder levels 1 to 4."""
-
-    channels: tuple[int, int, int, int, int]
-    blocks: tuple[int, int, int, int]
-
-
-PRESETS = {
-    "tiny": Preset((8, 16, 32, 64, 96), (1, 1, 2, 2)),
-    "small": Preset((16, 32, 64, 128, 160), (1, 2, 2, 2)),
-    "base": Preset((24, 48, 96, 192, 256), (1, 2, 3, 3)),
+PRESETS = {  # channels C0..C4; residual blocks of the encoder levels 1 to 4
+    "tiny": ((8, 16, 32, 64, 96), (1, 1, 2, 2)),
+    "small": ((16, 32, 64, 128, 160), (1, 2, 2, 2)),
+    "base": ((24, 48, 96, 192, 256), (1, 2, 3, 3)),
 }
 
 
@@ -209,7 +202,7 @@ class Heads(nn.Module):
 
 
 def add_to_groups(logits: Tensor, more: list) -> Tensor:
-    """Logits (N, 16, D, H, W) plus, for each group of organs, what `more` holds for each of them (N, D, H, W)."""
+    """Logits (N, 16, D, H, W) plus `more`, (N, D, H, W) for each organ of each group."""
     channels = list(logits.unbind(dim=1))
     for organs, of_group in zip(GROUPS.values(), more, strict=True):
         for organ, of_organ in zip(organs, of_group, strict=True):
@@ -253,6 +246,8 @@ class LHANet(nn.Module):
             raise ValueError(f"unknown preset {preset!r}; take tiny, small or base")
         if heads not in ("size_aware", "shared"):
             raise ValueError(f"heads is {heads!r}; take size_aware or shared")
+        if checkpointing not in (*CHECKPOINTING, True, False):
+            raise ValueError(f"checkpointing is {checkpointing!r}; take one of {', '.join(CHECKPOINTING)}")
         strides = [tuple(stride) for stride in strides]
         c, blocks = PRESETS[preset]
         kernels = kernels_of_levels(strides)
@@ -270,20 +265,11 @@ class LHANet(nn.Module):
         if deep_supervision:
             self.supervision = nn.ModuleList(nn.Conv3d(width, NUM_CLASSES, 1) for width in c[1:4])
 
-    @property
-    def checkpointing(self) -> str:
-        return self._checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, policy: str | bool) -> None:
-        self._checkpointing = {True: "all", False: "none"}.get(policy, policy)
-        if self._checkpointing not in CHECKPOINTING:
-            raise ValueError(f"checkpointing is {policy!r}; take one of {', '.join(CHECKPOINTING)}")
-
     def run(self, level: int, module: nn.Module, *inputs: Tensor) -> Tensor:
         """`module(*inputs)`, computed again in backward where the policy says so for this level."""
-        again = self.checkpointing == "all" or (self.checkpointing == "high" and level <= 1)
-        return checkpointed(module, *inputs) if again and self.training else module(*inputs)
+        if self.checkpointing == "high" and level > 1:
+            return module(*inputs)
+        return stage_runner(self)(module, *inputs)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor] | TrainingOutput:
         """image (N, 1, D, H, W), any size -> logits (N, 16, D, H, W).

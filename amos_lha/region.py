@@ -3,7 +3,7 @@
 import numpy as np
 from tqdm import tqdm
 
-from amos_lha.cases import modality_of_case
+from amos_lha.cases import modality_of_name
 from amos_lha.conversion import BODY_HU, BODY_MARGIN_MM
 from common.checkpoints import TrainedModel
 from common.hu import why_not_hu
@@ -27,7 +27,7 @@ def scan_modality(name: str, wish: str, trained: str, image: np.ndarray) -> str:
     by_values = "mr" if why_not_hu(image) else "ct"
     modality = wish
     if wish == "auto":
-        modality = modality_of_case(name, {}) or (by_values if trained == "both" else trained)
+        modality = modality_of_name(name) or (by_values if trained == "both" else trained)
     if trained not in (modality, "both"):
         raise ValueError(
             f"{name}: a scan of {modality.upper()}, but the model was trained on {trained.upper()} only. If "

@@ -1,35 +1,15 @@
 """A trained network applied to a whole scan: organ numbers on the scan's own grid."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from amos_lha.dataset import labelled_mask
 from amos_lha.organs import NUM_CLASSES, SIDES
 from common.checkpoints import TrainedModel
 from common.intensity import Scaling, scale, stored_range
-from common.losses import merge_unlabelled
-from common.prediction import FLIPS, mirrored_classes, predict_volume
+from common.prediction import FLIPS, mirrored_classes, only_trained, predict_volume
 
 AIR_BELOW_HU = -500  # windows of a CT without a brighter voxel hold no body
-NEVER = -1e4  # logit of an organ that no training case had labels for
-
-
-def only_trained(network: Callable[[Tensor], Tensor], labelled: Sequence[int]) -> Callable:
-    """The network with organs that no training case had labels for as parts of the background.
-
-    Training asks only for their sum with the background (marginal softmax). What is left of each by itself
-    says nothing, and could be the highest score.
-    """
-    mask = torch.from_numpy(labelled_mask(labelled))
-
-    def predict(image: Tensor) -> Tensor:
-        logits = network(image)
-        return merge_unlabelled(logits, mask.expand(len(logits), -1)).clamp(min=NEVER)
-
-    return network if mask.all() else predict
 
 
 def segment(
@@ -56,7 +36,7 @@ def segment(
         model,
         volume,
         spacing_mm,
-        network=only_trained(model.network, model.preprocessing["labelled"]),
+        network=only_trained(model.network, NUM_CLASSES, model.preprocessing["labelled"]),
         num_classes=NUM_CLASSES,
         prepare=lambda image: scale(image, scaling),
         flips=FLIPS if tta else (),

@@ -21,21 +21,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from amos_lha import training
 from amos_lha.dataset import Amos, PatchDataset
 from amos_lha.evaluate import evaluate_cases, group_dice, mean_dice
 from amos_lha.flags import add_training_flags
 from amos_lha.losses import levels_and_router, segmentation_loss
 from amos_lha.networks import ARCHITECTURE, get_model, load_trained
 from amos_lha.sampling import SAMPLING
-from amos_lha.training import (
-    CURVES,
-    DRAWN,
-    data_lines,
-    epoch_text,
-    get_augmentation,
-    open_data,
-    shares,
-)
 from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
@@ -70,7 +62,7 @@ def train(
     runs.seed_everything(args.seed, args.deterministic)
 
     # ---- data, network, precision ----
-    data = distributed.main_first(lambda: open_data(args))
+    data = distributed.main_first(lambda: training.open_data(args))
     split, notes = data.split, data.preprocessing
     runs.require_same_data(resumed, split, notes, ["spacing_mm", "scaling"], notes["data_path"])
     config = resolved_config(args)
@@ -96,7 +88,7 @@ def train(
         train_set, plan.batch_size, seed=args.seed, workers=args.workers, device=device
     )
     weights = class_weights(data.class_frequency()).to(device) if args.class_weights else None
-    augmentation = get_augmentation(args)
+    augmentation = training.get_augmentation(args)
     optimizer = make_optimizer(args.optimizer, decay_groups(network, args.weight_decay), args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     average = WeightAverage(network, args.ema_decay) if args.ema else None
@@ -123,7 +115,7 @@ def train(
         resume_words=resume_words,
         wandb_project="amos_lha" if args.use_wandb else None,
     )
-    for line in [*setup.lines, *data_lines(data, num_patches, len(loader))]:
+    for line in [*setup.lines, *training.data_lines(data, num_patches, len(loader))]:
         run.log(line)
     model = distributed.wrap(network, device)
 
@@ -157,13 +149,14 @@ def train(
             if average:
                 validated.load_state_dict(average.average)
             scores = validate(run, trained, data, args)
-            drawn = shares(run.counts)
+            drawn = training.shares(run.counts)
             score = scores["val_dice"] if split["val"] else run.epoch  # else the last weights are the best
             scores["lr"] = optimizer.param_groups[0]["lr"]
             run.end_epoch(scores | drawn, score, validated.state_dict())
             if distributed.is_main():
-                save_curves(run.folder / "training_curves.png", run.history, CURVES, DRAWN, only_above_0=True)
-            run.log_epoch(epoch_text(scores, drawn))
+                picture = run.folder / "training_curves.png"
+                save_curves(picture, run.history, training.CURVES, training.DRAWN, only_above_0=True)
+            run.log_epoch(training.epoch_text(scores, drawn))
     return *score_best(run, trained, data, evaluate=args.evaluate), precision.amp
 
 

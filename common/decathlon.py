@@ -22,6 +22,25 @@ class Case:
     label: Path | None
 
 
+@dataclass(frozen=True)
+class LabelledCase:
+    """One scan and its label in a data set of several parts that may be partly labelled.
+
+    Attributes:
+        part: "train", "val" or "test"; "labels" in a folder of label maps alone.
+        modality: "ct" or "mr"; None where it is not known.
+        labelled: numbers that the case has labels for, present in the scan or not.
+        image, label: None where the data set does not have the file.
+    """
+
+    name: str
+    part: str
+    modality: str | None
+    labelled: tuple[int, ...]
+    image: Path | None
+    label: Path | None
+
+
 def find_decathlon(folder: str | Path) -> Path | None:
     """The folder that holds imagesTr: `folder` itself or its only subfolder that does; None without one."""
     folder = Path(folder)
@@ -114,6 +133,59 @@ def list_parts(folder: str | Path, parts: Mapping[str, str]) -> tuple[list[tuple
                 )
             cases.append((part, case))
     return cases, problems
+
+
+def list_labelled(
+    folder: str | Path,
+    parts: Mapping[str, str],
+    names: Mapping[int, str],
+    labelled: list[int] | None = None,
+    *,
+    data_set: str,
+    spellings: Mapping[int, Collection[str]],
+) -> tuple[list[LabelledCase], list[str]]:
+    """Every case of a folder, complete or not, in natural order of the names, part by part.
+
+    Args:
+        parts: as of `list_parts`; names, data_set, spellings: as of `check_label_names`.
+        labelled: numbers that all cases have labels for; None: see `labelled_numbers`.
+
+    Returns:
+        cases, with the modality that dataset.json tells; problems: as of `list_parts`.
+
+    Raises:
+        FileNotFoundError: no such folder, or no folder imagesTr in it.
+        ValueError: dataset.json cannot be read, its labels are not those of the data set, or a number is
+            none of `names`.
+    """
+    root = find_decathlon(folder)
+    if root is None:
+        others = ", ".join(f"{kind}s{end}/" for end in parts if end != "Tr" for kind in ("image", "label"))
+        raise FileNotFoundError(
+            f"--data_path {folder}: no folder imagesTr in it; expected {data_set}'s layout imagesTr/, "
+            f"labelsTr/ and, if there are any, {others} and dataset.json"
+        )
+    notes, path = read_dataset_json(root), root / "dataset.json"
+    check_label_names(notes, names, spellings, data_set, path)
+    files, problems = list_parts(root, parts)
+    cases = []
+    for part, file in files:
+        numbers = labelled_numbers(file.case_id, notes, labelled, names, path)
+        cases.append(LabelledCase(file.case_id, part, modality_of(notes), numbers, file.image, file.label))
+    return cases, problems
+
+
+def list_label_maps(
+    folder: str | Path, names: Mapping[int, str], labelled: list[int] | None = None
+) -> list[LabelledCase]:
+    """Every NIfTI file of a folder as a case of the part "labels", a label map without a scan.
+
+    Args:
+        names, labelled: as of `list_labelled`.
+    """
+    numbers = labelled_numbers("", {}, labelled, names, Path(folder))
+    paths = sorted(filter(is_nifti, Path(folder).glob("*")), key=lambda path: natural_key(path.name))
+    return [LabelledCase(case_name(path), "labels", None, numbers, None, path) for path in paths]
 
 
 def read_dataset_json(folder: str | Path) -> dict:

@@ -4,7 +4,7 @@ logits are (N, C, *spatial) before softmax, targets (N, *spatial) int64 in [0, C
 `dice_ce_loss` also take the single logit of a binary network, (N, 1, *spatial) before the sigmoid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +161,13 @@ def class_weights(frequency: Tensor) -> Tensor:
 
 
 # ---- several levels, cases that lack labels of some classes ----
+
+
+def labelled_mask(num_classes: int, labelled: Collection[int]) -> Tensor:
+    """(num_classes,) bool: the background and these classes."""
+    mask = torch.zeros(num_classes, dtype=torch.bool)
+    mask[[0, *labelled]] = True
+    return mask
 
 
 def merge_unlabelled(logits: Tensor, labelled: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ from common.config import Switch, fraction, positive_int
 from common.files import make_folder
 from common.hardware import describe_device, peak_memory_mib
 from common.inference import predict_labels, warn_of_memory
+from common.losses import labelled_mask, merge_unlabelled
 from common.nifti import NIFTI_SUFFIXES, NiftiFile, case_name, save_probability
 from common.volumes import Box, Triple, crop
 from common.windows import MIB, PredictionPeak, prediction_peak_mib, reading_box
 
 ROWS_PRINTED = 20
 FLIPS = ((), (2,))  # of --tta: as it is, left to right
+NEVER = -1e4  # logit of a class that no training case had labels for
 PROBABILITIES = "probabilities"  # folder of the maps, apart from the masks
 
 
@@ -221,6 +223,27 @@ def predict_volume(
         on_message=warn_of_memory,
         **options,
     )
+
+
+def only_trained(
+    network: Callable[[torch.Tensor], torch.Tensor], num_classes: int, labelled: Collection[int]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The network with classes that no training case had labels for as parts of the background.
+
+    Training asks only for their sum with the background (marginal softmax). What is left of each by itself
+    says nothing, and could be the highest score.
+
+    Args:
+        num_classes: channels of its logits.
+        labelled: classes that a training case had labels for, without the background.
+    """
+    mask = labelled_mask(num_classes, labelled)
+
+    def predict(image: torch.Tensor) -> torch.Tensor:
+        logits = network(image)
+        return merge_unlabelled(logits, mask.expand(len(logits), -1)).clamp(min=NEVER)
+
+    return network if mask.all() else predict
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ def _plain(module: nn.Module, *inputs: Tensor) -> Tensor:
 def stage_runner(network: nn.Module) -> Callable[..., Tensor]:
     """What a network's `forward` calls its stages with: `run(stage, *inputs)`.
 
-    Stages are `checkpointed` where `network.checkpointing` is set and the network is in training mode;
-    otherwise they run as they are.
+    Stages are `checkpointed` where `network.checkpointing` is set (neither False nor "none") and the network
+    is in training mode; otherwise they run as they are.
     """
-    return checkpointed if network.checkpointing and network.training else _plain
+    is_set = network.checkpointing not in (False, "none")
+    return checkpointed if is_set and network.training else _plain

@@ -305,13 +305,23 @@ def test_checkpointing_policies_give_the_same_gradients_and_keep_less(options):
     assert kept["all"] < 0.6 * kept["high"] and kept["high"] < 0.6 * kept["none"]
 
 
-def test_checkpointing_takes_the_planners_yes_and_no():
-    network = on_meta()
-    for value, policy in ((True, "all"), (False, "none"), ("high", "high")):
-        network.checkpointing = value
-        assert network.checkpointing == policy
+@pytest.mark.parametrize("model", ["LHANet", "UNet"])
+def test_checkpointing_takes_the_planners_words_and_yes_and_no(model):
+    image, kept = noise(1, 1, 32, 32, 64), {}
+    network = get_model(CONFIG | {"model": model, "preset": "tiny"}, (2, 1.5, 1.5)).train()
+    for policy in ("none", False, "all", True):
+        network.checkpointing, sizes = policy, []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            network(image)
+        kept[str(policy)] = sum(sizes)
+    assert kept["none"] == kept["False"] > 2 * kept["all"] and kept["all"] == kept["True"]
+
+
+def test_policies_of_checkpointing():
     with pytest.raises(ValueError, match="checkpointing is 'some'; take one of none, high, all"):
-        network.checkpointing = "some"
+        on_meta(checkpointing="some")
     assert on_meta(model="UNet", checkpointing="high").checkpointing is True
     assert on_meta(model="SwinUNetR", checkpointing=False).checkpointing is False
 
