@@ -39,10 +39,8 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
         notes.append(f"too small for these voxels, therefore gone: {lost}")
     if not native[1:].any():
         notes.append("holds no organ")
-    attributes = {
-        "name": case.name,
-        "modality": case.modality,
-        "labelled": list(case.labelled),
+    about = {"name": case.name, "modality": case.modality, "labelled": list(case.labelled)}
+    attributes = about | {
         **grid_attributes(scan, box, working.affine),
         "scaling": None if scaling is None else list(scaling),
         "foreground_sample": sample_inside(working.image, working.labels, SAMPLE, SEED),
@@ -51,11 +49,8 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
     index = location_index(working.labels, boundary_per_class=True, seed=SEED)
     file = out / "cases" / f"{case.name}.h5"
     used = write_case(file, working.image, working.labels, attributes=attributes, index=index)
-    return {
-        "name": case.name,
+    return about | {
         "part": case.part,
-        "modality": case.modality,
-        "labelled": list(case.labelled),
         "shape": list(working.image.shape),
         "organ_ml": {str(n): round(native[n] * scan.voxel_mm3 / 1000, 3) for n in ORGANS if native[n]},
         "compression": used,

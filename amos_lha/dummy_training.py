@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha import train
-from amos_lha.evaluate import mean_dice
 from common import distributed, runs
+from common.class_metrics import mean_dice
 from common.config import fraction, run_script
 
 DEMO = Path(__file__).with_name("demo.yaml")

@@ -20,7 +20,7 @@ from amos_lha.organs import GROUPS, ORGANS, STRUCTURES, WINDOW_HU
 from amos_lha.segment import segment
 from common import batch, distributed
 from common.checkpoints import TrainedModel
-from common.class_metrics import mean_of_classes
+from common.class_metrics import mean_dice
 from common.config import make_parser, parse_args, run_script
 from common.evaluation import Masks, add_evaluation_flags, evaluate_folder, labelled_beside, score_cases
 
@@ -32,12 +32,7 @@ def build_parser() -> ArgumentParser:
 
 
 def evaluate_cases(
-    model: TrainedModel,
-    data: Amos,
-    names: list[str],
-    *,
-    surfaces: bool = True,
-    table: Path | None = None,
+    model: TrainedModel, data: Amos, names: list[str], *, surfaces: bool = True, table: Path | None = None
 ) -> tuple[list[dict], dict[str, str]]:
     """Predict and score preprocessed cases on their own grid; `surfaces`, `table` and the result are those of
     `score_cases`."""
@@ -50,11 +45,6 @@ def evaluate_cases(
         return Masks(pred, case.label[...], case.spacing_mm, [int(organ) for organ in notes["labelled"]])
 
     return score_cases(masks_of, names, STRUCTURES, data.patients, surfaces=surfaces, table=table)
-
-
-def mean_dice(rows: list[dict]) -> float:
-    """Mean over the organs of the mean over the cases that have the organ or a false alarm of it."""
-    return mean_of_classes(rows, "dice")["mean"]
 
 
 def group_dice(rows: list[dict]) -> dict[str, float]:

@@ -24,11 +24,9 @@ from common.layers import (
     Conv3d,
     ConvNormAct,
     InstanceNorm,
-    check_image,
-    check_not_padded,
     fast_layout,
     kernels_of_levels,
-    padded_to_multiple,
+    pad_for_levels,
     resize_linear,
 )
 from common.recomputation import stage_runner
@@ -45,15 +43,10 @@ PRESETS = {  # channels C0..C4; residual blocks of the encoder levels 1 to 4
 
 
 class TrainingOutput(NamedTuple):
-    """What a network with a router returns in training.
+    """What a network with a router returns in training."""
 
-    Attributes:
-        levels: logits (N, 16, ...) at stride 1 and, with deep supervision, at strides 2, 4 and 8.
-        router: (N, 3, ...) scores of the groups small, medium and large at stride 2; None without a router.
-    """
-
-    levels: list[Tensor]
-    router: Tensor | None
+    levels: list[Tensor]  # logits (N, 16, ...) at stride 1; with deep supervision also at strides 2, 4 and 8
+    router: Tensor | None  # (N, 3, ...) scores of the groups small, medium, large at stride 2; None without
 
 
 class ResidualBlock(nn.Module):
@@ -261,9 +254,8 @@ class LHANet(nn.Module):
             self.decoder.append(DecoderLevel(i - 1, widths[::-1], kernels[i - 1], strides[i - 1]))
         self.heads = Heads(c[:3], kernels[:3], heads == "size_aware")
         self.router = nn.Conv3d(c[1], len(GROUPS), 1) if router else None
-        self.supervision = None
-        if deep_supervision:
-            self.supervision = nn.ModuleList(nn.Conv3d(width, NUM_CLASSES, 1) for width in c[1:4])
+        more_heads = (nn.Conv3d(width, NUM_CLASSES, 1) for width in c[1:4])
+        self.supervision = nn.ModuleList(more_heads) if deep_supervision else None
 
     def run(self, level: int, module: nn.Module, *inputs: Tensor) -> Tensor:
         """`module(*inputs)`, computed again in backward where the policy says so for this level."""
@@ -280,10 +272,8 @@ class LHANet(nn.Module):
         Raises:
             ValueError: wrong shape; in training with deep supervision, sides that had to be padded.
         """
-        check_image(image, 1, ndim=3)
-        padded, crop = padded_to_multiple(image, self.multiple, two_blocks=True)
-        if self.training and self.supervision is not None:
-            check_not_padded(image, padded, self.multiple)
+        supervised = self.training and self.supervision is not None
+        padded, crop = pad_for_levels(image, 1, self.multiple, supervised)
         x = fast_layout(self.run(0, self.stem, padded))  # (N, C0, D, H, W)
         skips = [x]
         for level, encoder in enumerate(self.encoder, start=1):
@@ -298,10 +288,10 @@ class LHANet(nn.Module):
             router = self.router(features[1])
             logits = routed(logits, router)
         logits = logits[crop]
-        if not self.training or (self.supervision is None and router is None):
+        if not supervised and (router is None or not self.training):
             return logits
         levels = [logits]
-        if self.supervision is not None:
+        if supervised:
             levels += [head(x) for head, x in zip(self.supervision, features[1:4], strict=True)]
         return levels if router is None else TrainingOutput(levels, router)
 

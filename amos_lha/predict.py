@@ -24,11 +24,11 @@ from amos_lha.region import find_region, scaling_of
 from amos_lha.segment import segment
 from common import batch, distributed, prediction
 from common.checkpoints import TrainedModel
-from common.components import lies_left_of, remove_stray_pieces
+from common.components import remove_stray_pieces
 from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
 from common.files import write_json
 from common.hardware import choose_precision, describe_device, start_device
-from common.label_measures import label_counts
+from common.label_measures import label_volumes_ml
 from common.nifti import case_name, open_nifti, save_label
 from common.planes import legend_of, save_planes
 from common.runs import run_dir_of
@@ -112,19 +112,10 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args: Namespace) ->
     if args.clean_up:
         labels, removed = remove_stray_pieces(labels, file.voxel_mm3, compact=COMPACT, parted=PARTED)
     save_label(out / f"{name}_mask.nii.gz", reading.on_scan(labels, file), file)
-    is_mirrored = lies_left_of(labels, LIVER, SPLEEN)
-    if is_mirrored:
-        tqdm.write(
-            f"warning: {path.name}: the liver lies left of the spleen; are left and right exchanged in the "
-            "file? Then left and right organs are too"
-        )
-    counts = label_counts(labels, NUM_CLASSES)
+    is_mirrored = prediction.warn_if_mirrored(path, labels, LIVER, SPLEEN, ORGANS)
     # Of an organ that the model was not trained on, nothing is known: its column stays empty.
-    volumes_ml = {
-        organ: float(counts[n] * file.voxel_mm3 / 1000) if n in model.preprocessing["labelled"] else None
-        for n, organ in ORGANS.items()
-    }
-    if not counts[1:].any():
+    volumes_ml = label_volumes_ml(labels, ORGANS, file.voxel_mm3, model.preprocessing["labelled"])
+    if not labels.any():
         tqdm.write(f"warning: {path.name}: no organ found, its mask is empty")
     if args.save_preview:
         save_planes(
@@ -173,12 +164,8 @@ def main(argv: list[str] | None = None) -> int:
             names = ", ".join(ORGANS[organ] for organ in sorted(unknown))
             raise ValueError(f"--save_probabilities: the model was not trained on labels of {names}")
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
-
-        def predict(path: Path) -> dict:
-            return predict_scan(model, path, out, args)
-
         failed = prediction.predict_scans(
-            predict,
+            lambda path: predict_scan(model, path, out, args),
             args.source,
             out,
             own_names=OWN_NAMES,

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha import training
 from amos_lha.dataset import Amos, PatchDataset
-from amos_lha.evaluate import evaluate_cases, group_dice, mean_dice
+from amos_lha.evaluate import evaluate_cases, group_dice
 from amos_lha.flags import add_training_flags
 from amos_lha.losses import levels_and_router, segmentation_loss
 from amos_lha.networks import ARCHITECTURE, get_model, load_trained
@@ -31,6 +31,7 @@ from amos_lha.sampling import SAMPLING
 from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
+from common.class_metrics import mean_dice
 from common.config import make_parser, resolved_config, run_script
 from common.cross_validation import run_folds, run_name
 from common.ema import WeightAverage
@@ -178,8 +179,7 @@ def score_best(
 ) -> tuple[list[dict], dict[str, str]]:
     """Score best.pt on whole test scans, or validation scans where there are none; name the next command."""
     part = "test" if data.split["test"] else "val"
-    rows: list[dict] = []
-    failed: dict[str, str] = {}
+    rows, failed = [], {}
     weights = run.best_or_last()
     if evaluate and data.split[part]:
         run.log(f"now the whole {part} scans with {weights}")

@@ -38,14 +38,14 @@ def demo_dataset(folder: Path = Path("data/demo/amos_lha")) -> Path:
 def open_data(args: Namespace) -> Amos:
     """The data sets that the flags name."""
     paths = [demo_dataset() if path == "demo" else path for path in args.data_path]
-    folds = {"folds": args.folds, "fold": None if args.fold is None else int(args.fold)}
     data = Amos(
         paths,
         args.modality,
         seed=args.seed,
+        folds=args.folds,
+        fold=None if args.fold is None else int(args.fold),
         validation=args.validation,
         patient_pattern=args.patient_pattern,
-        **folds,
     )
     for name in data.split["train"]:
         organs = data.cases[name].attributes["labelled"]

@@ -261,6 +261,12 @@ def mean_of_classes(rows: Sequence[dict], metric: str) -> dict[str, float]:
     return result
 
 
+def mean_dice(rows: Sequence[dict]) -> float:
+    """Mean over the classes of the mean over the cases that have the class or a false alarm of it; rows as of
+    `class_table`. NaN without any."""
+    return mean_of_classes(rows, "dice")["mean"]
+
+
 def group_table(rows: Sequence[dict]) -> list[dict]:
     """One row for each group of classes and metric, at last of all classes as group "all".
 

@@ -73,6 +73,19 @@ def label_counts(labels: np.ndarray, num_labels: int) -> np.ndarray:
     return counts
 
 
+def label_volumes_ml(
+    labels: np.ndarray, names: Mapping[int, str], voxel_mm3: float, known: Collection[int]
+) -> dict[str, float | None]:
+    """{name: volume in mL} of the labels in a (z, y, x) map; None where nothing is known of a label.
+
+    Args:
+        names: {label: name}; no higher label may be in the map.
+        known: labels that were looked for.
+    """
+    counts = label_counts(labels, 1 + max(names))
+    return {name: float(counts[n] * voxel_mm3 / 1000) if n in known else None for n, name in names.items()}
+
+
 def round_trip(
     labels: np.ndarray, spacing_mm: Sequence[float], working_mm: Sequence[float]
 ) -> tuple[np.ndarray, dict[int, float]]:

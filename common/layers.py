@@ -158,6 +158,27 @@ def check_not_padded(image: Tensor, padded: Tensor, multiple: tuple[int, ...]) -
         )
 
 
+def pad_for_levels(
+    image: Tensor, in_channels: int, multiple: tuple[int, ...], keeps_grid: bool
+) -> tuple[Tensor, tuple]:
+    """An image (N, in_channels, D, H, W) of any size as a 3-D network with levels takes it, and the way back.
+
+    Args:
+        multiple: of the sides, z y x.
+        keeps_grid: refuse an image that would have to be padded, as in deep supervision.
+
+    Returns: as `padded_to_multiple`.
+
+    Raises:
+        ValueError: as `check_image` and `check_not_padded`.
+    """
+    check_image(image, in_channels, ndim=3)
+    padded, crop = padded_to_multiple(image, multiple, two_blocks=True)
+    if keeps_grid:
+        check_not_padded(image, padded, multiple)
+    return padded, crop
+
+
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 

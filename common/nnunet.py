@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from common.layers import (
     ConvNormAct,
     InstanceNorm,
-    check_image,
-    check_not_padded,
     fast_layout,
     kernels_of_levels,
-    padded_to_multiple,
+    pad_for_levels,
     resize_linear,
 )
 from common.recomputation import stage_runner
@@ -138,12 +136,9 @@ class PlainUNet(nn.Module):
         Raises:
             ValueError: wrong shape; with deep supervision in training, sides that had to be padded.
         """
-        check_image(image, self.in_channels, ndim=3)
         run = stage_runner(self)
-        padded, crop = padded_to_multiple(image, self.multiple, two_blocks=True)
         supervised = self.training and self.supervision is not None
-        if supervised:
-            check_not_padded(image, padded, self.multiple)
+        padded, crop = pad_for_levels(image, self.in_channels, self.multiple, supervised)
         x, skips = fast_layout(padded), []
         for down in self.down:
             x = run(down, x)

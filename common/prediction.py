@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from common import batch, distributed
 from common.checkpoints import TrainedModel
+from common.components import lies_left_of
 from common.config import Switch, fraction, positive_int
 from common.files import make_folder
 from common.hardware import describe_device, peak_memory_mib
@@ -260,6 +261,23 @@ def probability_maps(
         for n in classes:
             path = make_folder(out / PROBABILITIES) / f"{case_name(file.path)}_{n:02d}.nii.gz"
             save_probability(path, reading.on_scan(maps.pop(n), file), file)
+
+
+def warn_if_mirrored(path: Path, labels: np.ndarray, right: int, left: int, names: Mapping[int, str]) -> bool:
+    """Whether the label that lies on the patient's right is found left of the other one, with a warning.
+
+    Args:
+        labels: (z, y, x) of the scan, in RAS+.
+        right, left: such as liver and spleen.
+        names: {label: name}.
+    """
+    is_mirrored = lies_left_of(labels, right, left)
+    if is_mirrored:
+        tqdm.write(
+            f"warning: {path.name}: the {names[right]} lies left of the {names[left]}; are left and right "
+            "exchanged in the file? Then left and right organs are too"
+        )
+    return is_mirrored
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from amos_lha import evaluate
-from amos_lha.evaluate import evaluate_cases, group_dice, mean_dice
+from amos_lha.evaluate import evaluate_cases, group_dice
 from amos_lha.organs import NUM_CLASSES, ORGANS, STRUCTURES, TOLERANCES_MM, group_of
 from common.checkpoints import TrainedModel
-from common.class_metrics import score_structures
+from common.class_metrics import mean_dice, score_structures
 from common.hardware import Precision
 from common.hdf5 import CaseFile, write_case
 from common.nifti import write_nifti

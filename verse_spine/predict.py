@@ -177,12 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.heatmap_weights:
             heatmap = load_trained(args.heatmap_weights, device, precision, "heatmap")
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
-
-        def predict(path: Path) -> dict:
-            return predict_scan(model, heatmap, path, out, args)
-
         failed = prediction.predict_scans(
-            predict,
+            lambda path: predict_scan(model, heatmap, path, out, args),
             args.source,
             out,
             own_names=OWN_NAMES,
