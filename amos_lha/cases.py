@@ -10,12 +10,14 @@ has to tell whether they are CT or MR, e.g. "modality": {"0": "CT"}.
 """
 
 import re
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
 from amos_lha.organs import ORGANS
 from common.decathlon import LabelledCase as Case
 from common.decathlon import find_decathlon, list_label_maps, list_labelled
+from common.flags import add_labelled_flag, add_workers_flag
 from common.nifti import Scan
 from common.pairs import load_labelled
 
@@ -23,6 +25,19 @@ PARTS = {"Tr": "train", "Va": "val", "Ts": "test"}  # ending of the folder: part
 FIRST_MR = 500
 AMOS22 = "AMOS22 has 200 CT and 40 MR for training, 100 CT and 20 MR for validation"
 SPELLINGS = {5: ("oesophagus",), 8: ("arota",), 9: ("postcava",)}  # the latter two are AMOS's own
+
+
+def add_raw_data_flags(parser: ArgumentParser, also: str = "") -> None:
+    """--data_path, --labelled and --workers of the scripts that read AMOS22 itself; `also` is what else
+    --data_path may be."""
+    parser.add_argument(
+        "--data_path",
+        default="data/amos22",
+        help="folder that holds the data set in AMOS22's layout (imagesTr, labelsTr, imagesVa, labelsVa)"
+        f"{also}",
+    )
+    add_labelled_flag(parser, "this data set")
+    add_workers_flag(parser)
 
 
 def list_data_set(folder: str | Path, labelled: list[int] | None = None) -> tuple[list[Case], list[str]]:

@@ -16,12 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import AMOS22, Case, list_any
+from amos_lha.cases import AMOS22, Case, add_raw_data_flags, list_any
 from amos_lha.organs import ORGANS, SIDES, group_of
 from common import check_cases, distributed
 from common.config import make_parser, non_negative_int, parse_args, run_script
 from common.conversion import each_case
-from common.flags import add_labelled_flag, add_workers_flag
 
 RIGHT_AND_LEFT = (*SIDES, (6, 1))  # the liver lies right of the spleen
 NEEDS = {"train": ("scan", "label"), "val": ("scan", "label"), "test": ("scan",), "labels": ("label",)}
@@ -29,11 +28,7 @@ NEEDS = {"train": ("scan", "label"), "val": ("scan", "label"), "test": ("scan",)
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--data_path",
-        default="data/amos22",
-        help="folder that holds the data set in AMOS22's layout, or label maps alone",
-    )
+    add_raw_data_flags(parser, ", or label maps alone")
     parser.add_argument("--out", help="folder that check.csv is written to, with a row for each case")
     parser.add_argument(
         "--speck_voxels",
@@ -42,8 +37,6 @@ def build_parser() -> ArgumentParser:
         help="parts of an organ that are apart from its largest part and smaller than this many voxels are "
         "remarked on; 0 = none are",
     )
-    add_labelled_flag(parser, "this data set")
-    add_workers_flag(parser)
     return parser
 
 

@@ -18,12 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import AMOS22, Case, list_data_set
+from amos_lha.cases import AMOS22, Case, add_raw_data_flags, list_data_set
 from amos_lha.conversion import PRESETS, convert_case
 from common import distributed
 from common.config import make_parser, parse_args, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
-from common.flags import add_labelled_flag, add_workers_flag
 from common.pairs import median_spacing
 from common.working_case import resolve_spacing
 
@@ -32,11 +31,7 @@ THICK = 2.5  # slices so many times as thick as the voxels wanted are pointed ou
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--data_path",
-        default="data/amos22",
-        help="folder that holds the data set in AMOS22's layout (imagesTr, labelsTr, imagesVa, labelsVa)",
-    )
+    add_raw_data_flags(parser)
     parser.add_argument("--out", default="data/amos", help="folder that the converted data set is written to")
     parser.add_argument(
         "--spacing",
@@ -53,8 +48,6 @@ def build_parser() -> ArgumentParser:
         help="which scans to convert: ct (task 1 of AMOS22), mr, or both (task 2); default: ct. Also tells "
         "what the scans are where neither their names nor dataset.json do",
     )
-    add_labelled_flag(parser, "this data set")
-    add_workers_flag(parser)
     return parser
 
 

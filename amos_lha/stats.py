@@ -14,26 +14,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amos_lha.cases import Case, list_any, load_case
+from amos_lha.cases import Case, add_raw_data_flags, list_any, load_case
 from amos_lha.conversion import PRESETS
 from amos_lha.organs import ORGANS, group_of
 from common import distributed
 from common.config import make_parser, parse_args, positive_float, run_script
 from common.conversion import each_case, print_failed
 from common.files import make_folder
-from common.flags import add_labelled_flag, add_workers_flag
-from common.label_measures import describe_labels, label_rows, round_trip
+from common.label_measures import describe_labels, label_rows, label_text, round_trip
 from common.metrics import write_table
 from common.working_case import Spacing, resolve_spacing
 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--data_path",
-        default="data/amos22",
-        help="folder that holds the data set in AMOS22's layout, or label maps alone",
-    )
+    add_raw_data_flags(parser, ", or label maps alone")
     parser.add_argument(
         "--out", default="runs/amos_lha/statistics", help="folder that statistics.csv is written to"
     )
@@ -52,8 +47,6 @@ def build_parser() -> ArgumentParser:
         help="also tell the Dice that is left of each label after it is resampled to this voxel size, and "
         "back; no network trained there can be better. light, fine, native, or millimetres z y x",
     )
-    add_labelled_flag(parser, "this data set")
-    add_workers_flag(parser)
     return parser
 
 
@@ -95,13 +88,9 @@ def statistics(args: Namespace) -> dict[str, str]:
     for row in rows:
         group = size_group(row["ml"], *args.sizes_ml)
         row |= {"group": group_of(row["label"]), "group_by_size": group}
-        text = f"{row['label']:2} {row['name']}: {row['scans']} of {row['labelled']}"
-        if row["scans"]:
-            extent = " x ".join(f"{row[f'extent_{axis}_mm']:.0f}" for axis in "zyx")
-            text += f", median {row['ml']:.3g} mL ({group}), {extent} mm (z y x)"
-        if not math.isnan(row.get("round_trip_dice", math.nan)):
-            text += f", round trip {row['round_trip_dice']:.3f}"
-        print(text)
+        round_trip_dice = row.get("round_trip_dice", math.nan)
+        round_trip_text = "" if math.isnan(round_trip_dice) else f", round trip {round_trip_dice:.3f}"
+        print(label_text(row, f" ({group})") + round_trip_text)
     path = make_folder(args.out) / "statistics.csv"
     write_table(path, rows)
     print(f"{len(results)} cases; see {path}")

@@ -97,7 +97,8 @@ def each(
         table: CSV file of the rows. It begins anew and gets each row as soon as the item is finished, so that
             a process that is killed leaves the rows of what it has finished. Of several processes the first
             writes this file and the others <name>.process1.csv and so on, until all rows are put together.
-            Lists and dicts in a row are left out of it.
+            Lists and dicts in a row are left out of it. One of an earlier run stays beside it as
+            <name>.earlier1.csv and so on, with a line that says so.
 
     Returns:
         (rows in the order of `items`, {failed item: reason}), the same in every process.
@@ -162,10 +163,14 @@ def exit_code(failed: Mapping[Item, str]) -> int:
 
 
 def _begin_tables(table: Path) -> Path:
-    """Remove the tables of an earlier run; the table that this process writes to."""
+    """Give the tables of an earlier run another name; the table that this process writes to."""
     if distributed.is_main():
+        number = 1
         for path in _tables(table):
-            path.unlink()
+            while (earlier := table.with_name(f"{table.stem}.earlier{number}{table.suffix}")).exists():
+                number += 1
+            path.rename(earlier)
+            tqdm.write(f"{path.name} of an earlier run is now {earlier}")
     distributed.barrier()
     rank = distributed.rank()
     return table if rank == 0 else table.with_name(f"{table.stem}.process{rank}{table.suffix}")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -166,7 +167,19 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """DistributedDataParallel when there are several processes, else the model itself."""
     if not dist.is_initialized():
         return model
+    for parameter in model.parameters():
+        if 1 in parameter.shape and parameter.requires_grad:
+            # Strides of an axis of length 1 mean nothing, and gradients come with others than DDP's buffers
+            # have, of which it warns.
+            parameter.register_hook(partial(_with_strides, parameter.stride()))
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def _with_strides(strides: tuple[int, ...], grad: torch.Tensor) -> torch.Tensor:
+    """The gradient with these strides where they differ along axes of length 1 only, else as it is."""
+    pairs = zip(grad.shape, grad.stride(), strides, strict=True)
+    same = all(has == wanted for size, has, wanted in pairs if size > 1)
+    return grad.as_strided(grad.shape, strides) if same else grad
 
 
 def no_sync(model: nn.Module, quiet: bool) -> AbstractContextManager:

@@ -194,3 +194,16 @@ def label_rows(
             row[quantity] = float(np.median(numbers)) if numbers else math.nan
         rows.append(row)
     return rows
+
+
+def label_text(row: Mapping, size: str = "") -> str:
+    """A row of `label_rows` as a line: how many scans have the label, its median volume and extent.
+
+    Args:
+        size: what is said of the volume, such as " (small)".
+    """
+    text = f"{row['label']:2} {row['name']}: {row['scans']} of {row['labelled']}"
+    if row["scans"]:
+        extent = " x ".join(f"{row[f'extent_{axis}_mm']:.0f}" for axis in "zyx")
+        text += f", median {row['ml']:.3g} mL{size}, {extent} mm (z y x)"
+    return text

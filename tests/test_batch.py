@@ -157,7 +157,18 @@ def test_the_table_grows_case_by_case(tmp_path):
     assert seen == [[], ["x"], ["x", "y"]], "an earlier table is not added to"
     assert rows[0]["classes"] == [{"a": 1}]
     assert table.read_text().splitlines() == ["case,nan,value", "x,,0.333333", "y,,0.333333", "z,,0.333333"]
-    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_tables_of_earlier_runs_stay_beside_it(tmp_path, capfd):
+    table = tmp_path / "t.csv"
+    (tmp_path / "t.process1.csv").write_text("case\nof a run that was killed\n")
+    for name in ("a", "b", "c"):
+        batch.each(lambda item: {"case": item}, [name], unit="scan", table=table)
+    names = ["t.csv", "t.earlier1.csv", "t.earlier2.csv", "t.earlier3.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    found = [rows_of(tmp_path / name)[0]["case"] for name in names]
+    assert found == ["c", "of a run that was killed", "a", "b"]
+    assert f"t.csv of an earlier run is now {tmp_path / 't.earlier3.csv'}" in "".join(capfd.readouterr())
 
 
 def test_a_table_that_cannot_be_written_is_the_failure_of_its_case(tmp_path, monkeypatch):
