@@ -22,7 +22,7 @@ from amos_lha.networks import load_trained
 from amos_lha.organs import COLORS, COMPACT, LIVER, NUM_CLASSES, ORGANS, PARTED, SPLEEN, WINDOW_HU
 from amos_lha.region import find_region, scaling_of
 from amos_lha.segment import segment
-from common import batch, distributed, prediction
+from common import batch, distributed, prediction, prediction_flags
 from common.checkpoints import TrainedModel
 from common.components import remove_stray_pieces
 from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
@@ -41,8 +41,8 @@ FRAMES, TURNTABLE_SIZE = 24, (280, 280)  # of a whole abdomen: 30 s of CPU time 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    prediction.add_weights_flag(parser, "train.py")
-    prediction.add_scan_flags(parser)
+    prediction_flags.add_weights_flag(parser, "train.py")
+    prediction_flags.add_scan_flags(parser)
     parser.add_argument(
         "--modality",
         choices=["ct", "mr", "auto"],
@@ -57,8 +57,8 @@ def build_parser() -> ArgumentParser:
         "of the box",
     )
     swap = "; left and right organs change places, so only for models trained with --flip_sides"
-    prediction.add_tta_flag(parser, swap)
-    prediction.add_window_flags(parser)
+    prediction_flags.add_tta_flag(parser, swap)
+    prediction_flags.add_window_flags(parser)
     parser.add_argument(
         "--clean_up",
         action=Switch,
@@ -66,8 +66,8 @@ def build_parser() -> ArgumentParser:
         help="remove stray pieces of organs and report them, but none of stomach and duodenum; "
         "--no-clean_up keeps the mask as the network gave it",
     )
-    prediction.add_probability_flag(parser, "organs", ORGANS, "4 11 12")
-    prediction.add_picture_flags(
+    prediction_flags.add_probability_flag(parser, "organs", ORGANS, "4 11 12")
+    prediction_flags.add_picture_flags(
         parser,
         "organs",
         "a picture of their surfaces from three sides, and an animation of a full turn",

@@ -14,7 +14,7 @@ from common.patches import Triple, start_near, uniform_start
 
 # Shares of the training patches by --sampling. They are centred near a voxel of: a small organ, any organ
 # (each that the case has is as likely as the others), the border of an organ, an organ of a case that the
-# network segments badly; or they lie anywhere. With 40 % small organs and 10 % anywhere small organs came out a
+# network segments badly; or they lie anywhere. With 40 % small organs and 10 % anywhere small ones came out a
 # little better, medium ones much worse (benchmarks/results/organ_training.md).
 SAMPLING = {
     "smart": {"small": 0.30, "any": 0.20, "boundary": 0.10, "hard": 0.15, "uniform": 0.25},

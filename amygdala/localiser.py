@@ -6,12 +6,13 @@ fold, before the segmentation, and is kept in the checkpoints of the fold.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from amygdala.head import add_surroundings
 from amygdala.structures import DATASETS
@@ -122,9 +123,8 @@ def train_localiser(
     precision: Precision,
     seed: int,
     updates: int,
-    log: Callable[[str], None],
 ) -> dict:
-    """Train on whole heads; returns what `find_middles` needs, as plain values and tensors.
+    """Train on whole heads; returns {"state": weights, "loss", "seconds"} for checkpoints.
 
     Args:
         cases: training cases with both structures.
@@ -136,7 +136,7 @@ def train_localiser(
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     average = WeightAverage(network, 0.98)
     recent = []
-    for update in range(updates):
+    for update in tqdm(range(updates), "localiser", unit="update", leave=False, disable=None):
         drawn = [heads.draw(rng) for _ in range(BATCH)]
         image = torch.from_numpy(np.stack([head[0] for head in drawn]))[:, None].to(device)
         label = torch.from_numpy(np.stack([head[1] for head in drawn])).to(device)
@@ -151,11 +151,9 @@ def train_localiser(
         optimizer_step(network, optimizer, scaler, lr, 1.0, average)
         recent.append(loss.detach())
     network.load_state_dict(average.average)
-    last = torch.stack(recent[-50:]).mean().item()
-    seconds = time.perf_counter() - started
-    log(f"localiser: {len(cases)} heads, {updates} updates, loss {last:.3f}, {seconds:.0f} s")
     state = {name: value.cpu() for name, value in network.state_dict().items()}
-    return {"state": state, "seconds": seconds}
+    last = torch.stack(recent[-50:]).mean().item()
+    return {"state": state, "loss": last, "seconds": time.perf_counter() - started}
 
 
 def load_localiser(state: dict, device: torch.device) -> nn.Module:

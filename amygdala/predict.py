@@ -24,7 +24,7 @@ from amygdala.localiser import find_box
 from amygdala.model import load_trained
 from amygdala.segment import check_ensemble, segment
 from amygdala.structures import COLORS, DATASETS, NUM_CLASSES, DataSet
-from common import batch, distributed, prediction
+from common import batch, distributed, prediction, prediction_flags
 from common.checkpoints import TrainedModel
 from common.components import lies_left_of, remove_stray_pieces
 from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
@@ -52,7 +52,7 @@ def build_parser() -> ArgumentParser:
         help="trained model: fold_<i>_best.pt in the folder of a run of train.py; several, such as all folds "
         "of a run, are averaged, which takes so many times as long",
     )
-    prediction.add_scan_flags(parser)
+    prediction_flags.add_scan_flags(parser)
     parser.add_argument(
         "--overlay",
         action=Switch,
@@ -72,7 +72,7 @@ def build_parser() -> ArgumentParser:
         help="average the prediction with that of the scan mirrored left to right, where left and right "
         "labels change places; takes twice as long, and only for models trained with --flip_sides",
     )
-    prediction.add_window_flags(parser)
+    prediction_flags.add_window_flags(parser)
     parser.add_argument(
         "--clean_up",
         action=Switch,

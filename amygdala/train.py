@@ -15,30 +15,32 @@ import math
 import sys
 from argparse import ArgumentParser, Namespace
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amygdala.dataset import Cohort, PatchDataset
 from amygdala.evaluate import evaluate_cases, mean_dice
 from amygdala.flags import add_training_flags, choose
-from amygdala.localiser import train_localiser
 from amygdala.losses import segmentation_loss
 from amygdala.model import ARCHITECTURE, get_model, load_trained
-from amygdala.structures import DATASETS, NUM_CLASSES
+from amygdala.structures import NUM_CLASSES
 from amygdala.training import (
     data_lines,
     experiment_folder,
     fold_names,
     get_augmentation,
-    link_weights,
+    get_localiser,
     next_command,
+    note_fold,
     note_results,
     open_data,
     resolve_flags,
+    set_up,
+    time_left,
 )
 from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
@@ -46,19 +48,21 @@ from common.checkpoints import TrainedModel
 from common.config import make_parser, parse_args, resolved_config, run_script
 from common.ema import WeightAverage
 from common.intensity import scale_by_own_values
-from common.memory import Plan, set_up_step
+from common.optimizers import decay_groups
 from common.plots import save_curves
 from common.report import write_report
 from common.schedules import learning_rate
 from common.training import Run, optimizer_step
 
 WARMUP, LEAST_LR = 0.05, 1e-6
+EPS = 1e-5  # of AdamW, for steps in half precision
 CURVES = {"loss": ["train_loss"], "Dice of whole scans": ["val_dice"], "learning rate": ["lr"]}
 
 
-def build_parser(chosen: Namespace) -> ArgumentParser:
+def build_parser(chosen: Namespace | None = None) -> ArgumentParser:
+    """The flags for a model, dimension and data set, as `choose` finds them; None = the defaults."""
     parser = make_parser(__doc__)
-    add_training_flags(parser, chosen)
+    add_training_flags(parser, chosen or choose([])[0])
     return parser
 
 
@@ -76,35 +80,16 @@ def train(
     runs.require_same_data(resumed, split, notes, ["spacing_mm"], notes["data_path"])
     config = resolved_config(args) | {"num_classes": NUM_CLASSES}
     network = get_model(config).to(device)
-
-    def loss_function(output: Tensor | list[Tensor], target: Tensor) -> Tensor:
-        return segmentation_loss(output, target, loss=args.loss, boundary=args.boundary_weight)
-
-    setup = set_up_step(
-        network,
-        lambda checkpointing: get_model(config | {"checkpointing": checkpointing}),
-        loss_function,
-        Plan(
-            tuple(args.patch_size),
-            args.batch_size // distributed.world_size(),
-            args.accumulate,
-            args.checkpointing,
-        ),
-        device,
-        name=args.model,
-        amp=args.amp,
-        resumed=resumed,
-        vram_gib=args.vram,
-        patch_step=0 if DATASETS[args.dataset].localised else 16,  # it has to hold both amygdalae
-    )
+    loss_function = partial(segmentation_loss, loss=args.loss, boundary=args.boundary_weight)
+    setup = set_up(args, config, network, loss_function, device, resumed)
     precision, plan = setup.precision, setup.plan
     config |= setup.config | {"patch_size": list(plan.patch_size)}
-    num_patches = max(args.patches, args.batch_size)
+    notes["localiser"] = get_localiser(args, data, device, precision, resumed)
     train_set = PatchDataset(
         data,
         split["train"],
         plan.patch_size,
-        num_patches,
+        max(args.patches, args.batch_size),
         jitter=args.jitter,
         surroundings=args.surroundings if args.augment else 0.0,
     )
@@ -112,48 +97,36 @@ def train(
         train_set, plan.batch_size, seed=args.seed, workers=args.workers, device=device
     )
     augmentation = get_augmentation(args)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=args.weight_decay, eps=1e-5)
+    groups = decay_groups(network, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=EPS)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     average = WeightAverage(network, args.ema_decay) if args.ema else None
     validated = deepcopy(network) if average else network  # the network that best.pt keeps
-    parts = {"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average}
-
-    # ---- localiser ----
-    notes["localiser"] = resumed["preprocessing"]["localiser"] if resumed else None
-    if DATASETS[args.dataset].localised and not resumed:
-        heads = [data.cases[name] for name in split["train"]]
-        notes["localiser"] = distributed.on_main(
-            lambda: train_localiser(heads, device, precision, args.seed, args.localiser_updates, print)
-        )
     trained = TrainedModel(validated, config, device, precision, notes, split)
 
     # ---- run ----
     folder = experiment / f"fold_{fold}"
-    time_budget_s = args.time_budget
-    if time_budget_s and notes["localiser"]:
-        time_budget_s = max(1.0, time_budget_s - notes["localiser"]["seconds"])
     run = Run(
         folder,
         config,
         flags=resolved_config(args),
-        parts=parts,
+        parts={"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average},
         notes={"preprocessing": notes, "split": split, "stage": "amygdala"},
         num_batches=len(loader),
         accumulate=plan.accumulate,
         device=device,
         epochs=args.epochs,
-        time_budget_s=time_budget_s,
+        time_budget_s=time_left(args.time_budget, notes["localiser"]),
         patience=args.early_stopping,
         resumed=resumed,
         resume_words=runs.with_resume(sys.argv),
         wandb_project="amygdala" if args.use_wandb else None,
         tensorboard=Path(args.log_path) / args.dataset / experiment.name / folder.name,
     )
-    for line in [*setup.lines, *data_lines(data, num_patches, len(loader))]:
+    for line in [*setup.lines, *data_lines(data, len(train_set), len(loader), notes["localiser"])]:
         run.log(line)
     if distributed.is_main():
-        runs.save_config(experiment / "config.yaml", resolved_config(args))
-        link_weights(experiment, fold)
+        note_fold(experiment, fold, resolved_config(args))
     model = distributed.wrap(network, device)
 
     # ---- train ----

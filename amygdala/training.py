@@ -3,17 +3,23 @@
 import math
 import shlex
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from amygdala.cross_validation import write_cross_validation
 from amygdala.dataset import Cohort
+from amygdala.localiser import train_localiser
+from amygdala.model import get_model
 from amygdala.structures import DATASETS
 from common import runs
 from common.augment import Augmentation3d
-from common.distributed import world_size
+from common.distributed import on_main, world_size
 from common.files import read_json, write_json
+from common.hardware import Precision
+from common.memory import Plan, StepSetup, set_up_step
 
 RESULTS = "fold_{}_results.json"
 
@@ -81,14 +87,61 @@ def experiment_folder(args: Namespace, folds: list[str]) -> Path:
     return folder
 
 
-def link_weights(experiment: Path, fold: str) -> None:
-    """Names that users of the original code look for: fold_<i>_best.pt, fold_<i>_latest.pt, fold_<i>.txt."""
+def note_fold(experiment: Path, fold: str, flags: dict) -> None:
+    """Write config.yaml, and links with the names that users of the original code look for: fold_<i>_best.pt,
+    fold_<i>_latest.pt and the log fold_<i>.txt."""
+    runs.save_config(experiment / "config.yaml", flags)
     targets = {"best.pt": "weights/best.pt", "latest.pt": "weights/last.pt"}
     links = {f"fold_{fold}_{name}": f"fold_{fold}/{target}" for name, target in targets.items()}
     for name, target in (links | {f"fold_{fold}.txt": f"fold_{fold}/log.txt"}).items():
         link = experiment / name
         link.unlink(missing_ok=True)
         link.symlink_to(target)
+
+
+def set_up(
+    args: Namespace,
+    config: dict,
+    network: nn.Module,
+    loss_function: Callable,
+    device: torch.device,
+    resumed: dict | None,
+) -> StepSetup:
+    """Precision and memory of the steps, and what the log says about them; --batch_size is that of all
+    processes together."""
+    batch_size = args.batch_size // world_size()
+    return set_up_step(
+        network,
+        lambda checkpointing: get_model(config | {"checkpointing": checkpointing}),
+        loss_function,
+        Plan(tuple(args.patch_size), batch_size, args.accumulate, args.checkpointing),
+        device,
+        name=args.model,
+        amp=args.amp,
+        resumed=resumed,
+        vram_gib=args.vram,
+        patch_step=0 if DATASETS[args.dataset].localised else 16,  # it has to hold both amygdalae
+    )
+
+
+def get_localiser(
+    args: Namespace, data: Cohort, device: torch.device, precision: Precision, resumed: dict | None
+) -> dict | None:
+    """What `find_box` needs: from the checkpoint, or trained now on the training cases; None where the scans
+    are crops already."""
+    if resumed:
+        return resumed["preprocessing"]["localiser"]
+    if not DATASETS[data.dataset].localised:
+        return None
+    heads = [data.cases[name] for name in data.split["train"]]
+    return on_main(lambda: train_localiser(heads, device, precision, args.seed, args.localiser_updates))
+
+
+def time_left(time_budget_s: float | None, localiser: dict | None) -> float | None:
+    """The time budget without what the localiser took of it; at least a second."""
+    if time_budget_s is None or localiser is None:
+        return time_budget_s
+    return max(1.0, time_budget_s - localiser["seconds"])
 
 
 def get_augmentation(args: Namespace) -> Augmentation3d:
@@ -114,7 +167,7 @@ def get_augmentation(args: Namespace) -> Augmentation3d:
     )
 
 
-def data_lines(data: Cohort, num_patches: int, num_batches: int) -> list[str]:
+def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict | None) -> list[str]:
     """What the log says about the data."""
     split = data.split
     sites = sorted(set(data.sites.values()))
@@ -124,6 +177,9 @@ def data_lines(data: Cohort, num_patches: int, num_batches: int) -> list[str]:
         f"{subjects} subjects of {len(sites)} site(s): {', '.join(sites)}",
         f"{num_patches} patches in an epoch, {num_batches} batches for each process",
     ]
+    if localiser:
+        about = f"trained in {localiser['seconds']:.0f} s, loss {localiser['loss']:.3f}"
+        lines.append(f"localiser: {about}")
     if split["test"]:
         lines.append(f"held out: {', '.join(split['test'])}")
     return lines

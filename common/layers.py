@@ -260,36 +260,6 @@ def kernels_of_levels(strides: Sequence[Sequence[int]]) -> list[tuple[int, int, 
     return [(1, 3, 3) if t else (3, 3, 3) for t in [*thick, False]]
 
 
-class DoubleConv(nn.Module):
-    """(3x3 convolution without bias, norm, ReLU) twice."""
-
-    def __init__(self, in_channels: int, out_channels: int, mid_channels: int, norm: str, ndim: int) -> None:
-        super().__init__()
-        self.double_conv = nn.Sequential(
-            CONV[ndim](in_channels, mid_channels, 3, padding=1, bias=False),
-            make_norm(norm, mid_channels, ndim),
-            nn.ReLU(inplace=True),
-            CONV[ndim](mid_channels, out_channels, 3, padding=1, bias=False),
-            make_norm(norm, out_channels, ndim),
-            nn.ReLU(inplace=True),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.double_conv(x)
-
-
-class Down(nn.Module):
-    """Max pooling by 2, then DoubleConv."""
-
-    def __init__(self, in_channels: int, out_channels: int, norm: str, ndim: int) -> None:
-        super().__init__()
-        double_conv = DoubleConv(in_channels, out_channels, out_channels, norm, ndim)
-        self.maxpool_conv = nn.Sequential(MAX_POOL[ndim](2), double_conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.maxpool_conv(x)
-
-
 class AttentionGate(nn.Module):
     """Additive attention: weighs each position of a skip by what the coarser decoder level asks for.
 
@@ -314,41 +284,3 @@ class AttentionGate(nn.Module):
         gate = upsample_to(gate, skip.shape[2:])
         attention = torch.sigmoid(self.psi(F.relu(self.W_g(gate) + self.W_x(skip), inplace=True)))
         return skip * attention
-
-
-class Up(nn.Module):
-    """Upsample by 2, pad to the skip, concatenate [skip, up], DoubleConv.
-
-    With `attention` the skip is gated first. `bilinear` takes linear interpolation (corners aligned) instead
-    of a transposed convolution; then the incoming feature must already have half of `in_channels`.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, bilinear: bool, attention: bool, norm: str, ndim: int
-    ) -> None:
-        super().__init__()
-        half = in_channels // 2
-        if bilinear:
-            self.up = nn.Upsample(scale_factor=2, mode=LINEAR_MODE[ndim], align_corners=True)
-            self.conv = DoubleConv(in_channels, out_channels, half, norm, ndim)
-        else:
-            self.up = CONV_TRANSPOSE[ndim](in_channels, half, 2, stride=2)
-            self.conv = DoubleConv(in_channels, out_channels, out_channels, norm, ndim)
-        self.gate = AttentionGate(half if bilinear else in_channels, half, norm, ndim) if attention else None
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        up = pad_to(self.up(x), skip.shape[2:])
-        if self.gate is not None:
-            skip = self.gate(x, skip)  # gated by the feature before upsampling
-        return self.conv(torch.cat([skip, up], dim=1))
-
-
-class OutConv(nn.Module):
-    """1x1 convolution to the classes."""
-
-    def __init__(self, in_channels: int, num_classes: int, ndim: int) -> None:
-        super().__init__()
-        self.conv = CONV[ndim](in_channels, num_classes, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)

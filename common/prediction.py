@@ -1,6 +1,5 @@
 """What scripts that write label maps have in common: flags, what is read of a scan, all scans in turn."""
 
-import argparse
 import contextlib
 import math
 import tempfile
@@ -17,7 +16,6 @@ from tqdm import tqdm
 from common import batch, distributed
 from common.checkpoints import TrainedModel
 from common.components import lies_left_of
-from common.config import Switch, fraction, positive_int
 from common.files import make_folder
 from common.hardware import describe_device, peak_memory_mib
 from common.inference import predict_labels, warn_of_memory
@@ -30,86 +28,6 @@ ROWS_PRINTED = 20
 FLIPS = ((), (2,))  # of --tta: as it is, left to right
 NEVER = -1e4  # logit of a class that no training case had labels for
 PROBABILITIES = "probabilities"  # folder of the maps, apart from the masks
-
-
-def add_weights_flag(parser: argparse.ArgumentParser, script: str, of: str = "") -> None:
-    """--weights of a run of `script`; `of` tells the model from others, such as "of the second stage "."""
-    parser.add_argument(
-        "--weights",
-        required=True,
-        help=f"trained model {of}: weights/best.pt in the folder of a run of {script}".replace(" :", ":"),
-    )
-
-
-def add_scan_flags(parser: argparse.ArgumentParser) -> None:
-    """--source, --out and --recursive, with one meaning in all scripts."""
-    parser.add_argument(
-        "--source",
-        required=True,
-        help="what to predict: a scan (NIfTI, or .mgz of FreeSurfer), or a folder with scans",
-    )
-    parser.add_argument(
-        "--out", help="folder that the results are written to; default: predictions/ in the run's folder"
-    )
-    parser.add_argument(
-        "--recursive", action=Switch, default=False, help="also look into the subfolders of --source"
-    )
-
-
-def add_window_flags(parser: argparse.ArgumentParser) -> None:
-    """--overlap and --batch_size, with one meaning in all scripts."""
-    parser.add_argument(
-        "--overlap",
-        type=fraction,
-        default=0.5,
-        help="share of a window, from 0 to below 1, that the next one covers too; 0.25 is faster, but less "
-        "exact where windows meet",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=1,
-        help="number of windows that are computed at a time; more are faster on a large GPU, fewer take "
-        "less memory",
-    )
-
-
-def add_tta_flag(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """--tta; `more` is what a user must know besides, after a comma or semicolon."""
-    parser.add_argument(
-        "--tta",
-        action=Switch,
-        default=False,
-        help="average the prediction with that of the scan mirrored left to right; takes twice as long"
-        f"{more}",
-    )
-
-
-def add_probability_flag(
-    parser: argparse.ArgumentParser, what: str, labels: Collection[int], example: str
-) -> None:
-    """--save_probabilities, for `probability_maps`; `what` are the labels, such as "organs"."""
-    parser.add_argument(
-        "--save_probabilities",
-        type=int,
-        nargs="+",
-        choices=list(labels),
-        default=[],
-        metavar="LABEL",
-        help=f"also write probability maps of these {what}, by number, such as {example}; each takes a byte "
-        "of disk for each voxel while the scan is predicted",
-    )
-
-
-def add_picture_flags(parser: argparse.ArgumentParser, what: str, views: str) -> None:
-    """--save_preview and --save_3d; `what` is segmented, such as "organs", `views` what --save_3d writes."""
-    parser.add_argument(
-        "--save_preview",
-        action=Switch,
-        default=True,
-        help=f"write a picture of each scan with three planes through the {what}",
-    )
-    parser.add_argument("--save_3d", action=Switch, default=False, help=f"also write {views}")
 
 
 def check_tta(model: TrainedModel) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.layers import AttentionGate, Conv3d, DoubleConv, Up, make_norm, pad_to, upsample_to
-from common.networks import AttentionUNet, UNet
+from common.layers import AttentionGate, Conv3d, make_norm, pad_to, upsample_to
+from common.networks import AttentionUNet, DoubleConv, UNet, Up
 from common.recomputation import checkpointed
 
 VARIANTS = [  # (attention, bilinear, norm, ndim)

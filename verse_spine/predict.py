@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import batch, distributed, prediction
+from common import batch, distributed, prediction, prediction_flags
 from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
 from common.files import write_json
 from common.hardware import choose_precision, describe_device, start_device
@@ -41,14 +41,14 @@ TABLE = "predictions.csv"
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    prediction.add_weights_flag(parser, "train_segmentation.py", "of the second stage")
+    prediction_flags.add_weights_flag(parser, "train_segmentation.py", "of the second stage")
     parser.add_argument(
         "--heatmap_weights",
         help="trained model of the first stage: weights/best.pt in the folder of a run of "
         "train_heatmap.py; with it only the box around the spine is segmented, which is faster and "
         "gives fewer false alarms",
     )
-    prediction.add_scan_flags(parser)
+    prediction_flags.add_scan_flags(parser)
     parser.add_argument(
         "--no_roi",
         action="store_true",
@@ -60,8 +60,8 @@ def build_parser() -> ArgumentParser:
         help="segment only this box: <name>.json of an earlier run, or a JSON file with {'start': [z, y, "
         "x], 'stop': [z, y, x]} in voxels of the scan in RAS",
     )
-    prediction.add_tta_flag(parser)
-    prediction.add_window_flags(parser)
+    prediction_flags.add_tta_flag(parser)
+    prediction_flags.add_window_flags(parser)
     parser.add_argument(
         "--clean_up",
         action=Switch,
@@ -69,7 +69,7 @@ def build_parser() -> ArgumentParser:
         help="remove pieces that are small or far from the spine, and fill small holes; --no-clean_up "
         "keeps the mask as the network gave it",
     )
-    prediction.add_picture_flags(
+    prediction_flags.add_picture_flags(
         parser, "spine", "pictures of the surface, and a page that shows it in a browser"
     )
     add_prediction_flags(parser)
