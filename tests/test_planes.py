@@ -132,15 +132,17 @@ def test_a_close_up_cuts_through_structures_and_not_between_them():
 
 @pytest.mark.parametrize("with_target", [False, True])
 def test_panels_of_a_close_up(with_target, tmp_path, monkeypatch):
+    """Two blocks of 6 x 4 x 3 voxels with a line of 8 towards the other one, where the middle lies."""
     seen = []
     monkeypatch.setattr(planes, "save_panels", lambda path, rows, titles, legend: seen.append(rows))
     grey, pred = np.zeros((40, 50, 60), np.int16), np.zeros((40, 50, 60), np.uint8)
-    pred[10:16, 20:24, 10:14], pred[10:16, 20:24, 40:44] = 1, 2
+    pred[10:16, 20:24, 10:13], pred[10:16, 20:24, 40:43] = 1, 2
+    pred[12, 21, 13:21], pred[12, 21, 32:40] = 1, 2
     target = np.roll(pred, 2, axis=1) if with_target else None
     look = {"palette": COLORS, "value_range": (0, 1), "voxel_mm": 0.5, "margin_mm": 5.0}
     save_planes(tmp_path / "p.png", grey, (1, 1, 1), pred, target, **look)
     longer = 2 if with_target else 0
-    assert [row[0].shape for row in seen[0]] == [(28 + 2 * longer, 88), (32, 88), (32, 28 + 2 * longer)]
+    assert [row[0].shape for row in seen[0]] == [(28 + 2 * longer, 86), (32, 86), (32, 28 + 2 * longer)]
     drawn = [(row[-2 if with_target else -1].std(axis=-1) > 0).sum() for row in seen[0]]
     if not with_target:
-        assert drawn == [2 * 8 * 8, 2 * 12 * 8, 12 * 8], "the sagittal plane cuts one of the two"
+        assert drawn == [4 * (24 + 16), 4 * (36 + 16), 4 * 24], "the sagittal plane cuts one of the blocks"
