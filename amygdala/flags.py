@@ -25,6 +25,7 @@ from common.flags import (
     add_update_flags,
     add_validation_flags,
 )
+from common.runs import find_checkpoint
 from common.schedules import SCHEDULES
 
 CONFIGS = Path(__file__).resolve().parent / "config"
@@ -43,28 +44,35 @@ def add_choice_flags(parser: ArgumentParser) -> None:
 
 
 def choose(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """(model, dimension and dataset; the command line with the YAML file that belongs to them in front).
+    """(model, dimension, dataset and --resume; the command line with the YAML file of the model in front).
 
-    They come from the command line, else from the checkpoint of --resume or the file of --config. Without
-    --config the recipe is config/<dataset>/<model>_<dimension>.yaml beside this file.
+    The model comes from the checkpoint of --resume, else from the command line or the file of --config.
+    Without these two files the recipe is config/<dataset>/<model>_<dimension>.yaml beside this file.
 
     Raises:
         SystemExit: with one line about a wrong value, or a combination that there is not.
+        FileNotFoundError, ValueError: --resume names no run, or that of another script.
     """
     finder = make_parser(None)
     add_choice_flags(finder)
-    finder.add_argument("--resume", nargs="?")
-    given, _ = finder.parse_known_args(argv)
-    if given.resume and Path(given.resume).is_file():
-        found = load_checkpoint(given.resume)["config"]
-    else:
-        found = read_yaml(finder, given.config) if given.config else {}
-    names = ("model", "dimension", "dataset")
+    finder.add_argument("--resume", nargs="?", const="last")
+    asked = [word for word in argv if word not in ("-h", "--help")]  # it is for the whole parser
+    given, _ = finder.parse_known_args(asked)
+    found, names = {}, ("model", "dimension", "dataset")
+    if given.resume not in (None, "last"):
+        path = find_checkpoint(given.resume, "", "")
+        checkpoint = load_checkpoint(path)
+        if checkpoint.get("stage") != "amygdala":
+            raise ValueError(f"--resume: {path} is a run of another script, not of amygdala/train.py")
+        found = {name: checkpoint["config"][name] for name in names}
+        return Namespace(**found, resume=given.resume), list(argv)
+    if given.config:
+        found = read_yaml(finder, given.config)
     words = [word for name in names if name in found for word in (f"--{name}", str(found[name]))]
-    chosen, _ = finder.parse_known_args([*words, *argv])
+    chosen, _ = finder.parse_known_args([*words, *asked])
     if chosen.dimension == "2d" and chosen.model not in MODELS_2D:
         finder.error(f"--model {chosen.model} --dimension 2d: in 2-D there are {', '.join(MODELS_2D)}")
-    if given.config or given.resume:
+    if given.config:
         return chosen, list(argv)
     file = CONFIGS / chosen.dataset / f"{chosen.model}_{chosen.dimension}.yaml"
     return chosen, ["--config", str(file), *argv]

@@ -76,7 +76,6 @@ class Heads:
         image, label = self.images[number], self.labels[number]
         if rng.random() < SURROUNDINGS:
             image = add_surroundings(image, SPACING_MM, rng)
-        image, label = image.astype(np.float32), label
         for axis, size in enumerate(GRID):
             shift = int(rng.integers(-SHIFT, SHIFT + 1))
             image, label = (_fit(array, axis, size, shift) for array in (image, label))
@@ -151,9 +150,9 @@ def train_localiser(
         optimizer_step(network, optimizer, scaler, lr, 1.0, average)
         recent.append(loss.detach())
     network.load_state_dict(average.average)
-    state = {name: value.cpu() for name, value in network.state_dict().items()}
     last = torch.stack(recent[-50:]).mean().item()
-    return {"state": state, "loss": last, "seconds": time.perf_counter() - started}
+    state = {name: value.cpu() for name, value in network.state_dict().items()}
+    return {"state": state, "seconds": time.perf_counter() - started, "loss": last}
 
 
 def load_localiser(state: dict, device: torch.device) -> nn.Module:

@@ -22,25 +22,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amygdala.dataset import Cohort, PatchDataset
+from amygdala.dataset import Cohort
 from amygdala.evaluate import evaluate_cases, mean_dice
 from amygdala.flags import add_training_flags, choose
 from amygdala.losses import segmentation_loss
 from amygdala.model import ARCHITECTURE, get_model, load_trained
-from amygdala.structures import NUM_CLASSES
+from amygdala.structures import DATASETS
 from amygdala.training import (
     data_lines,
     experiment_folder,
     fold_names,
     get_augmentation,
     get_localiser,
+    get_patches,
+    link_weights,
     next_command,
     note_fold,
     note_results,
     open_data,
     resolve_flags,
-    set_up,
-    time_left,
+    warnings_of_scores,
 )
 from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
@@ -60,39 +61,43 @@ CURVES = {"loss": ["train_loss"], "Dice of whole scans": ["val_dice"], "learning
 
 
 def build_parser(chosen: Namespace | None = None) -> ArgumentParser:
-    """The flags for a model, dimension and data set, as `choose` finds them; None = the defaults."""
+    """The flags of a network; without `chosen` of the default one."""
     parser = make_parser(__doc__)
     add_training_flags(parser, chosen or choose([])[0])
     return parser
 
 
 def train(
-    args: Namespace, resumed: dict | None, experiment: Path, fold: str
-) -> tuple[list[dict], dict[str, str]]:
-    """One fold, new or `resumed` from a checkpoint; returns the rows of its evaluation and {case that failed:
-    reason}."""
+    args: Namespace, resumed: dict | None, folder: Path, resume_words: list[str] | None = None
+) -> tuple[dict[str, str], str]:
+    """One fold, new or `resumed` from a checkpoint; returns {case that failed: reason} and its precision."""
     device = hardware.start_device(args.device, distributed.local_rank())
     runs.seed_everything(args.seed, args.deterministic)
 
     # ---- data, network, precision ----
-    data = distributed.main_first(lambda: open_data(args, fold))
+    data = distributed.main_first(lambda: open_data(args))
     split, notes = data.split, data.preprocessing
     runs.require_same_data(resumed, split, notes, ["spacing_mm"], notes["data_path"])
-    config = resolved_config(args) | {"num_classes": NUM_CLASSES}
+    config = resolved_config(args)
     network = get_model(config).to(device)
     loss_function = partial(segmentation_loss, loss=args.loss, boundary=args.boundary_weight)
-    setup = set_up(args, config, network, loss_function, device, resumed)
-    precision, plan = setup.precision, setup.plan
-    config |= setup.config | {"patch_size": list(plan.patch_size)}
-    notes["localiser"] = get_localiser(args, data, device, precision, resumed)
-    train_set = PatchDataset(
-        data,
-        split["train"],
-        plan.patch_size,
-        max(args.patches, args.batch_size),
-        jitter=args.jitter,
-        surroundings=args.surroundings if args.augment else 0.0,
+    share = args.batch_size // distributed.world_size()  # --batch_size is that of all processes
+    setup = set_up_step(
+        network,
+        lambda checkpointing: get_model(config | {"checkpointing": checkpointing}),
+        loss_function,
+        Plan(tuple(args.patch_size), share, args.accumulate, args.checkpointing),
+        device,
+        name=args.model,
+        amp=args.amp,
+        resumed=resumed,
+        vram_gib=args.vram,
+        patch_step=0 if DATASETS[args.dataset].localised else 16,  # it has to hold both amygdalae
     )
+    precision, plan = setup.precision, setup.plan
+    batch_size = plan.batch_size * distributed.world_size()
+    config |= setup.config | {"patch_size": list(plan.patch_size), "batch_size": batch_size}
+    train_set = get_patches(args, data, plan.patch_size)
     loader = distributed.make_loader(
         train_set, plan.batch_size, seed=args.seed, workers=args.workers, device=device
     )
@@ -102,10 +107,12 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     average = WeightAverage(network, args.ema_decay) if args.ema else None
     validated = deepcopy(network) if average else network  # the network that best.pt keeps
+    parts = {"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average}
+
+    notes["localiser"], time_budget_s = get_localiser(args, data, device, precision, resumed)
     trained = TrainedModel(validated, config, device, precision, notes, split)
 
     # ---- run ----
-    folder = experiment / f"fold_{fold}"
     run = Run(
         folder,
         config,
@@ -119,14 +126,16 @@ def train(
         time_budget_s=time_left(args.time_budget, notes["localiser"]),
         patience=args.early_stopping,
         resumed=resumed,
-        resume_words=runs.with_resume(sys.argv),
+        resume_words=resume_words,
         wandb_project="amygdala" if args.use_wandb else None,
-        tensorboard=Path(args.log_path) / args.dataset / experiment.name / folder.name,
+        tensorboard=Path(args.log_path) / args.dataset / folder.parent.name / folder.name,
     )
     for line in [*setup.lines, *data_lines(data, len(train_set), len(loader), notes["localiser"])]:
         run.log(line)
     if distributed.is_main():
-        note_fold(experiment, fold, resolved_config(args))
+        fold = "all" if resume_words else args.fold
+        runs.save_config(folder.with_name("config.yaml"), resolved_config(args) | {"fold": fold})
+        link_weights(folder, args.fold)
     model = distributed.wrap(network, device)
 
     # ---- train ----
@@ -162,7 +171,7 @@ def train(
             if distributed.is_main():
                 save_curves(run.folder / "training_curves.png", run.history, CURVES)
             run.log_epoch("" if math.isnan(scores["val_dice"]) else f"Dice {scores['val_dice']:.4f}")
-    return score_best(run, trained, data, experiment, fold, args)
+    return score_best(run, trained, data, args)[1], precision.amp
 
 
 def validate(run: Run, trained: TrainedModel, data: Cohort, args: Namespace) -> dict[str, float]:
@@ -179,46 +188,55 @@ def validate(run: Run, trained: TrainedModel, data: Cohort, args: Namespace) -> 
 
 
 def score_best(
-    run: Run, trained: TrainedModel, data: Cohort, experiment: Path, fold: str, args: Namespace
+    run: Run, trained: TrainedModel, data: Cohort, args: Namespace
 ) -> tuple[list[dict], dict[str, str]]:
     """Score best.pt on the scans that were held out, once; name the next command."""
     rows, failed = [], {}
-    weights = run.best_or_last()
+    weights, experiment = run.best_or_last(), run.folder.parent
     test = data.split["test"]
     if args.evaluate and test:
         best = load_trained(weights, trained.device, trained.precision)
         rows, failed = evaluate_cases([best], data, test)
-        run.log(f"Dice of the {len(test)} held-out scans: {mean_dice(rows):.4f}")
+        notes = warnings_of_scores(args)
+        run.log("; ".join([f"Dice of the {len(test)} held-out scans: {mean_dice(rows):.4f}", *notes]))
         if distributed.is_main():
-            write_report(rows, run.folder / "evaluation", f"fold {fold}: {len(test)} held-out scans", failed)
-            if not failed and (done := note_results(experiment, args, data, fold, rows)):
+            title = f"fold {args.fold}: {len(test)} held-out scans"
+            write_report(rows, run.folder / "evaluation", title, failed, notes=notes)
+            if not failed and (done := note_results(experiment, args, data, rows)):
                 run.log(f"all folds are done: {done}")
-    run.log(f"written: {experiment}/ with fold_{fold}_best.pt and {run.folder.name}/")
-    run.log(next_command(experiment / f"fold_{fold}_best.pt"))
+    run.log(f"written: {experiment}/ with fold_{args.fold}_best.pt and {run.folder.name}/")
+    run.log(next_command(experiment / f"fold_{args.fold}_best.pt"))
     return rows, failed
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with distributed.session():
-        chosen, with_recipe = choose(argv)
+        chosen, words = choose(argv)
         parser = build_parser(chosen)
-        args = parse_args(parser, with_recipe)
+        same = [*ARCHITECTURE(chosen.model, chosen.dimension), "patch_size", "dataset"]
+        if chosen.resume not in (None, "last"):  # one fold
+            args, found, folder = runs.resume(parser, argv, same=same, stage="amygdala")
+            resolve_flags(args)
+            return batch.exit_code(train(args, found, folder)[0])
+        args = parse_args(parser, words)
         resolve_flags(args)
         folds = fold_names(args) if args.fold == "all" else [args.fold]
         experiment = distributed.on_main(lambda: experiment_folder(args, folds))
-        same = [*ARCHITECTURE(chosen.model, chosen.dimension), "patch_size", "dataset"]
-        failed: dict[str, str] = {}
+        resume_words = runs.with_resume(sys.argv) if args.fold == "all" else None
+        failed, amp = {}, args.amp
         for fold in folds:
-            words, found = ["--fold", fold], None
-            if args.resume is not None and (experiment / f"fold_{fold}" / "weights" / "last.pt").is_file():
-                args, found, _ = runs.resume(
-                    parser, [*argv, *words], same=same, name=f"fold_{fold}", root=experiment, stage="amygdala"
-                )
+            of_fold = ["--fold", fold, "--amp", amp]  # the first decides the precision of all
+            folder, found = experiment / f"fold_{fold}", None
+            last = folder / "weights" / "last.pt"
+            if args.resume and last.is_file():
+                of_run = [*argv, *of_fold, "--resume", str(last)]
+                args, found, folder = runs.resume(parser, of_run, same=same, stage="amygdala")
             else:
-                args = parse_args(parser, [*with_recipe, *words])
+                args = parse_args(parser, [*words, *of_fold])
             resolve_flags(args)
-            failed |= train(args, found, experiment, fold)[1]
+            failed_in_fold, amp = train(args, found, folder, resume_words)
+            failed |= failed_in_fold
         return batch.exit_code(failed)
 
 

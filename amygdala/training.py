@@ -1,25 +1,26 @@
 """What train.py needs besides its loop: where a run lies, data, augmentation, lines of the log, results."""
 
 import math
+import re
 import shlex
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from amygdala import preprocess
 from amygdala.cross_validation import write_cross_validation
-from amygdala.dataset import Cohort
+from amygdala.dataset import Cohort, PatchDataset
 from amygdala.localiser import train_localiser
-from amygdala.model import get_model
+from amygdala.phantoms import write_head_phantoms
 from amygdala.structures import DATASETS
-from common import runs
 from common.augment import Augmentation3d
-from common.distributed import on_main, world_size
+from common.config import parse_args
+from common.distributed import main_first, on_main, world_size
 from common.files import read_json, write_json
 from common.hardware import Precision
-from common.memory import Plan, StepSetup, set_up_step
 
 RESULTS = "fold_{}_results.json"
 
@@ -28,10 +29,15 @@ def resolve_flags(args: Namespace) -> None:
     """Settle what several flags say together, in place: the data folder and the device.
 
     Raises:
-        ValueError: a --batch_size that the processes cannot share, or several cards without torchrun.
+        ValueError: a --fold that there cannot be, a --batch_size that the processes cannot share, or one card
+            for several processes.
     """
     args.data_path = args.data_path or args.data_root or f"dataset/{args.dataset}"
+    if args.fold not in ("all", "test") and not args.fold.isdecimal():
+        raise ValueError(f"--fold {args.fold}: a number from 0 on, all or test")
     if args.gpu is not None:
+        if world_size() > 1:
+            raise ValueError("--gpu is for a single process; torchrun gives each process a card of its own")
         if not args.gpu.isdecimal():
             raise ValueError(
                 f"--gpu {args.gpu}: one number; for several cards: torchrun --nproc_per_node "
@@ -48,14 +54,31 @@ def resolve_flags(args: Namespace) -> None:
         )
 
 
-def open_data(args: Namespace, fold: str) -> Cohort:
-    """The data set, divided as the flags ask; `fold` is the number of a fold or of a site, or "test"."""
+def demo_dataset(folder: Path = Path("data/demo/amygdala")) -> Path:
+    """Phantom heads of two sites, converted by the ordinary route; made once."""
+    source, out = write_head_phantoms(folder / "heads"), folder / "h5"
+    flags = ["--source", str(source), "--out", str(out), "--workers", "2"]
+    if not (out / "complete").is_file():
+        if preprocess.convert(parse_args(preprocess.build_parser(), flags), out):
+            raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
+        (out / "complete").touch()
+    return out
+
+
+def data_folder(args: Namespace) -> Path:
+    """The folder of preprocess.py that the flags name; the demo's phantoms are made if need be."""
+    return demo_dataset() if args.data_path == "demo" else Path(args.data_path)
+
+
+def open_data(args: Namespace) -> Cohort:
+    """The data set, divided as the flags ask; --fold is the number of a fold or of a site, or "test"."""
+    fold = args.fold
     number = None if fold == "test" else int(fold)
     sites = site_names(args) if args.leave_site_out else []
     if sites and not (number is not None and number < len(sites)):
         raise ValueError(f"--fold {fold}: with {len(sites)} sites choose 0 to {len(sites) - 1}")
     data = Cohort(
-        args.data_path,
+        data_folder(args),
         dataset=args.dataset,
         seed=args.split_seed,
         folds=args.folds,
@@ -70,7 +93,8 @@ def open_data(args: Namespace, fold: str) -> Cohort:
 
 def site_names(args: Namespace) -> list[str]:
     """The sites of the data set in the order of --leave_site_out."""
-    return sorted(set(Cohort(args.data_path, dataset=args.dataset).sites.values()))
+    data = main_first(lambda: Cohort(data_folder(args), dataset=args.dataset))
+    return sorted({data.sites[name] for name in data.split["train"] + data.split["val"]})
 
 
 def fold_names(args: Namespace) -> list[str]:
@@ -79,24 +103,34 @@ def fold_names(args: Namespace) -> list[str]:
 
 
 def experiment_folder(args: Namespace, folds: list[str]) -> Path:
-    """exp/<dataset>/<unique_name>; with _2 behind it where one of these folds was trained already."""
-    folder = Path(args.out) / args.dataset / args.unique_name
-    if args.resume is None and any((folder / f"fold_{k}").exists() for k in folds):
-        return runs.new_run_dir(folder.parent, folder.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    """exp/<dataset>/<unique_name>; with _2 behind it where one of these folds was trained already. With a
+    bare --resume the one that was written to last.
+
+    Raises:
+        FileNotFoundError: --resume, but there is none.
+    """
+    root, name = Path(args.out) / args.dataset, args.unique_name
+    if args.resume is not None:
+        logs = root.glob(f"{name}*/fold_*/log.txt")
+        of_name = [p for p in logs if re.fullmatch(re.escape(name) + r"(_\d+)?", p.parents[1].name)]
+        if not of_name:
+            raise FileNotFoundError(f"--resume: no run called {name} under {root}")
+        return max(of_name, key=lambda p: p.stat().st_mtime).parents[1]
+    number, folder = 1, root / name
+    while any((folder / f"fold_{k}").exists() for k in folds):
+        number += 1
+        folder = root / f"{name}_{number}"
     return folder
 
 
-def note_fold(experiment: Path, fold: str, flags: dict) -> None:
-    """Write config.yaml, and links with the names that users of the original code look for: fold_<i>_best.pt,
-    fold_<i>_latest.pt and the log fold_<i>.txt."""
-    runs.save_config(experiment / "config.yaml", flags)
-    targets = {"best.pt": "weights/best.pt", "latest.pt": "weights/last.pt"}
-    links = {f"fold_{fold}_{name}": f"fold_{fold}/{target}" for name, target in targets.items()}
-    for name, target in (links | {f"fold_{fold}.txt": f"fold_{fold}/log.txt"}).items():
-        link = experiment / name
+def link_weights(folder: Path, fold: str) -> None:
+    """Put names that users of the original code look for beside the folder of a fold: fold_<i>_best.pt,
+    fold_<i>_latest.pt, fold_<i>.txt."""
+    targets = {"_best.pt": "weights/best.pt", "_latest.pt": "weights/last.pt", ".txt": "log.txt"}
+    for ending, target in targets.items():
+        link = folder.with_name(f"fold_{fold}{ending}")
         link.unlink(missing_ok=True)
-        link.symlink_to(target)
+        link.symlink_to(f"{folder.name}/{target}")
 
 
 def set_up(
@@ -167,8 +201,40 @@ def get_augmentation(args: Namespace) -> Augmentation3d:
     )
 
 
+def get_patches(args: Namespace, data: Cohort, patch_size: Sequence[int]) -> PatchDataset:
+    """Training patches of an epoch: --patches, or one of each scan where there are more scans."""
+    names = data.split["train"]
+    return PatchDataset(
+        data,
+        names,
+        patch_size,
+        max(args.patches, len(names)),
+        jitter=args.jitter,
+        surroundings=args.surroundings if args.augment else 0.0,
+    )
+
+
+def get_localiser(
+    args: Namespace, data: Cohort, device: torch.device, precision: Precision, resumed: dict | None
+) -> tuple[dict | None, float | None]:
+    """(localiser of the fold, None where none is needed; seconds of --time_budget that it has left).
+
+    It is trained on the training scans, unless a `resumed` run has it already.
+    """
+    if not DATASETS[args.dataset].localised:
+        return None, args.time_budget
+    if resumed:
+        localiser = resumed["preprocessing"]["localiser"]
+    else:
+        heads = [data.cases[name] for name in data.split["train"]]
+        updates = args.localiser_updates
+        localiser = on_main(lambda: train_localiser(heads, device, precision, args.seed, updates))
+    left_s = args.time_budget and max(1.0, args.time_budget - localiser["seconds"])
+    return localiser, left_s
+
+
 def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict | None) -> list[str]:
-    """What the log says about the data."""
+    """What the log says about the data, and about the localiser."""
     split = data.split
     sites = sorted(set(data.sites.values()))
     subjects = len(set(data.subjects.values()))
@@ -182,22 +248,34 @@ def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict
         lines.append(f"localiser: {about}")
     if split["test"]:
         lines.append(f"held out: {', '.join(split['test'])}")
+    if localiser:
+        lines.append(f"localiser: trained in {localiser['seconds']:.0f} s, loss {localiser['loss']:.3f}")
     return lines
 
 
-def note_results(experiment: Path, args: Namespace, data: Cohort, fold: str, rows: list[dict]) -> Path | None:
+def warnings_of_scores(args: Namespace) -> list[str]:
+    """What a reader of the test scores has to know."""
+    if args.select_on_test:
+        return ["epochs were chosen by the test scans (--select_on_test), so that these scores are too good"]
+    return []
+
+
+def note_results(experiment: Path, args: Namespace, data: Cohort, rows: list[dict]) -> Path | None:
     """Keep the rows of a fold; once all folds are there, write cross_validation.txt and return its path."""
-    write_json(experiment / RESULTS.format(fold), {"rows": [_plain(row) for row in rows]})
+    write_json(experiment / RESULTS.format(args.fold), {"rows": [_plain(row) for row in rows]})
+    if args.fold == "test":
+        return None
     files = [experiment / RESULTS.format(k) for k in fold_names(args)]
-    if fold == "test" or not all(file.is_file() for file in files):
+    if not all(file.is_file() for file in files):
         return None
     found = [read_json(file, {"rows": list})["rows"] for file in files]
     by_fold = [[{k: math.nan if v is None else v for k, v in row.items()} for row in rows] for rows in found]
     path = experiment / "cross_validation.txt"
     names = DATASETS[args.dataset].structures.names
-    notes = [f"{args.model} {args.dimension}, {args.dataset}"]
-    if args.select_on_test:
-        notes.append("epochs were chosen by the test folds, so that these scores are too good")
+    notes = [f"{args.model} {args.dimension}, {args.dataset}", *warnings_of_scores(args)]
+    if args.leave_site_out:
+        held_out = ", ".join(f"{k} = {site}" for k, site in enumerate(site_names(args)))
+        notes.append(f"each fold holds out a site: {held_out}")
     write_cross_validation(path, by_fold, names, data.sites, notes=notes)
     return path
 
