@@ -103,7 +103,7 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
         "--fold",
         default="all",
         help="part to hold out in this run, 0 to folds - 1; all = one run after the other, for every part; "
-        "test = train on the whole training part and test on the published test part",
+        "test = train on the whole training part and test on the published test part, if there is one",
     )
     data.add_argument(
         "--split_seed",
@@ -205,7 +205,7 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
 
     add_validation_flags(parser.add_argument_group("validation"), every=10, cases=10)
     add_evaluate_flag(parser)
-    add_architecture_flags(parser.add_argument_group("architecture"), chosen.model, chosen.dimension)
+    add_architecture_flags(parser, chosen.model, chosen.dimension)
     add_run_flags(
         parser,
         epochs=200,
@@ -214,4 +214,4 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
         out="exp",
         name_flags=("--unique_name", "--model_name"),
     )
-    parser.add_argument("--log_path", default="log", help="folder for the curves of TensorBoard")
+    parser.add_argument("--log_path", help="folder for the curves of TensorBoard; default: log beside --out")

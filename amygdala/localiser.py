@@ -29,6 +29,7 @@ from common.volumes import Box, resample, resample_labels, resampled_shape
 
 SPACING_MM = 4.0
 GRID = (48, 56, 48)  # of training: 192 x 224 x 192 mm, a brain and what is around it
+LEAST = 32  # voxels of an axis that the network needs, which halves them four times
 WIDTH = 8
 SIGMA_MM = 6.0  # of the blob that is asked for around the middle of a structure
 BATCH, LR = 2, 3e-3
@@ -168,9 +169,12 @@ def find_middles(
 ) -> np.ndarray:
     """Middles (2, 3) of structures 1 and 2 in voxels z y x of the scan (z, y, x)."""
     small = coarse(image, spacing_mm)
-    scores = network(scale_by_own_values(torch.from_numpy(small)[None, None].to(device)))[0].float()
+    padded = np.pad(small, [(0, max(0, LEAST - n)) for n in small.shape], mode="edge")
+    scores = network(scale_by_own_values(torch.from_numpy(padded)[None, None].to(device)))[0].float()
+    depth, height, width = small.shape
+    scores = scores[:, :depth, :height, :width]
     # The mean over the peak's neighbourhood is more exact than a voxel of 4 mm.
-    shares = scores.flatten(1).softmax(1).view(scores.shape)
+    shares = scores.flatten(1).softmax(1).reshape(scores.shape)
     middles = []
     for share in shares:
         peak = np.unravel_index(int(share.argmax()), share.shape)

@@ -126,7 +126,9 @@ def _paint_brain(
             [(20, 32, 9 * side, ventricle), (22, -10, 12 * side, ventricle), (6, -38, 22 * side, ventricle)],
             scanner.fluid,
         )
-        scan.add_chain([(2, 8, 18 * side, 9), (2, -14, 16 * side, 10)], 0.6 * scanner.grey + 0.4 * scanner.white)
+        scan.add_chain(
+            [(2, 8, 18 * side, 9), (2, -14, 16 * side, 10)], 0.6 * scanner.grey + 0.4 * scanner.white
+        )
         scan.add_chain([(-22, 16, 14 * side, 4), (-26, -2, 12 * side, 4)], scanner.fluid)  # cistern
         stations = (-30, 2, 26 * side, 6.5), (-26, -14, 28 * side, 6), (-14, -28, 26 * side, 5)  # hippocampus
         scan.add_chain(np.multiply(stations, (size, size, size, 1)), scanner.grey, 0.05 * scanner.grey)
@@ -145,9 +147,7 @@ def _paint_amygdala(
     scan.add(distance_mm, 0.96 * scanner.grey, 0.04 * scanner.grey, label)
 
 
-def _scanned(
-    rng: np.random.Generator, scan: Canvas, scanner: Site, inside: np.ndarray | None
-) -> np.ndarray:
+def _scanned(rng: np.random.Generator, scan: Canvas, scanner: Site, inside: np.ndarray | None) -> np.ndarray:
     """The image as it is stored: bias field, blur, and the noise of a magnitude image; int16."""
     bias = smooth_field(rng, scan.axes_mm, 90)
     image = ndimage.gaussian_filter(scan.image, scanner.blur) * (1 + scanner.bias * np.tanh(bias))

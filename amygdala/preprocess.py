@@ -113,8 +113,7 @@ def convert_case(case: Case, out: Path, dataset: str, label_map: str | dict[int,
 
 
 def _sha1(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha1").hexdigest()
+    return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
 def refuse_copies(entries: Sequence[dict]) -> dict[str, str]:

@@ -33,6 +33,7 @@ def resolve_flags(args: Namespace) -> None:
             for several processes.
     """
     args.data_path = args.data_path or args.data_root or f"dataset/{args.dataset}"
+    args.log_path = args.log_path or str(Path(args.out).with_name("log"))
     if args.fold not in ("all", "test") and not args.fold.isdecimal():
         raise ValueError(f"--fold {args.fold}: a number from 0 on, all or test")
     if args.gpu is not None:

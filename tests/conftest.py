@@ -158,6 +158,42 @@ def amos_h5(amos_source, tmp_path_factory) -> Path:
     return out
 
 
+# Without a file of flags the recipe of the model would be read, which changes.
+TINY_AMYGDALA = ["--config", os.devnull, "--base_chan", "4", "--lr", "1e-2", "--jitter", "2"]
+TINY_AMYGDALA += ["--patch_size", "16", "16", "32"]
+TINY_AMYGDALA += ["--patches", "4", "--batch_size", "1", "--val_every", "1", "--localiser_updates", "2"]
+TINY_AMYGDALA += ["--folds", "3", "--workers", "0", "--amp", "off", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def amygdala_h5(tmp_path_factory) -> Path:
+    """Six small heads as preprocess.py writes them, of two sites, with a cube of 10 mm for each amygdala."""
+    import json
+
+    import numpy as np
+
+    from common.hdf5 import write_case
+
+    out = tmp_path_factory.mktemp("amygdala") / "h5"
+    (out / "cases").mkdir(parents=True)
+    entries = []
+    for number in range(6):
+        name, site = f"head_{number}", "ab"[number % 2]
+        rng = np.random.default_rng(number)
+        image, label = rng.integers(400, 500, (24, 24, 32)), np.zeros((24, 24, 32), np.uint8)
+        image[:, :, [0, 1, 30, 31]] = 0  # air
+        for k, x in ((1, 6), (2, 21)):
+            label[10:15, 9:14, x : x + 5] = k
+        image[label > 0] -= 250
+        attributes = {"name": name, "spacing_mm": (2.0, 2.0, 2.0), "affine": np.diag([2.0, 2, 2, 1])}
+        attributes["centre"] = np.argwhere(label).mean(0)
+        write_case(out / "cases" / f"{name}.h5", image.astype(np.int16), label, attributes=attributes)
+        entries.append({"name": name, "part": "train", "subject": name, "site": site})
+    notes = {"spacing_mm": [2, 2, 2], "dataset": "Amygdala", "cases": entries}
+    (out / "preprocessing.json").write_text(json.dumps(notes))
+    return out
+
+
 @pytest.fixture(scope="session")
 def real_spine_ct() -> Path:
     """Three real CT with vertebra masks and centroids in VerSe's layout; skips where they are not."""

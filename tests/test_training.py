@@ -18,11 +18,12 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, TINY_AMOS, TINY_HEATMAP, TINY_SEGMENTATION
+from conftest import ROOT, TINY, TINY_AMOS, TINY_AMYGDALA, TINY_HEATMAP, TINY_SEGMENTATION
 from torch import nn
 from torch.utils.data import Dataset
 
 from amos_lha import train as train_amos
+from amygdala import train as train_amygdala
 from common import distributed, hardware, trackers, training
 from common.checkpoints import load_checkpoint
 from common.distributed import make_loader
@@ -333,6 +334,8 @@ class Script:
         tiny: flags of a run of seconds.
         other_network: flags that resuming must refuse.
         poison: makes the loss of the script NaN, with the monkeypatch that it is given.
+        other_model: a value of --model that resuming must refuse.
+        run: folder of a run called "run", within that of all runs.
     """
 
     module: ModuleType
@@ -340,13 +343,15 @@ class Script:
     tiny: list[str]
     other_network: list[str]
     poison: Callable
+    other_model: str = "AttentionUNet"
+    run: str = "run"
 
     @property
     def path(self) -> str:
         return str(Path(self.module.__file__).relative_to(ROOT))
 
 
-def _nan(logits, target, *_):
+def _nan(logits, target, *_, **__):
     return (logits[0] if isinstance(logits, list) else logits).mean() * math.nan
 
 
@@ -357,6 +362,7 @@ SCRIPTS = {
         [*TINY, "--accumulate", "8"],
         ["--base_features", "16"],
         lambda patch: patch.setattr(train_lung, "get_loss", lambda *_: _nan),
+        other_model="UNet",
     ),
     "heatmap": Script(
         train_heatmap,
@@ -378,6 +384,16 @@ SCRIPTS = {
         [*TINY_AMOS, "--accumulate", "3", "--ema_decay", "0.9", "--schedule", "cosine_annealing"],
         ["--heads", "shared"],
         lambda patch: patch.setattr(train_amos, "segmentation_loss", _nan),
+        other_model="UNet",
+    ),
+    "amygdala": Script(
+        train_amygdala,
+        "amygdala_h5",
+        [*TINY_AMYGDALA, "--fold", "0", "--accumulate", "3", "--schedule", "cosine_annealing"],
+        ["--base_chan", "8"],
+        lambda patch: patch.setattr(train_amygdala, "segmentation_loss", _nan),
+        other_model="attention_unet",
+        run="Amygdala/run/fold_0",
     ),
 }
 EPOCHS = 3
@@ -396,7 +412,8 @@ def data(script, request) -> Path:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch) -> None:
     """They and the evaluation take most of the time; tests of each task have both."""
-    for module in (train_amos, train_lung, train_heatmap, train_segmentation):
+    monkeypatch.setattr("amygdala.localiser.GRID", (32, 32, 32))
+    for module in (script.module for script in SCRIPTS.values()):
         for name in ("save_curves", "save_val_predictions", "save_preview", "save_case_preview"):
             monkeypatch.setattr(module, name, lambda *_: None, raising=False)
         monkeypatch.setattr(module, "score_best", lambda *_, **__: ([], {}))
@@ -417,7 +434,7 @@ def start(script: Script, data: Path, out: Path, *flags: object) -> Path:
         *flags,
     ]
     script.module.main(list(map(str, words)))
-    return out / "run"
+    return out / script.run
 
 
 @pytest.fixture(scope="session")
@@ -483,7 +500,7 @@ def test_epochs_end_with_a_short_update(script, unbroken):
 
 def test_config_yaml_repeats_the_run(script, unbroken, tmp_path):
     script.module.main(["--config", str(unbroken / "config.yaml"), "--out", str(tmp_path)])
-    assert_same_run(unbroken, tmp_path / "run")
+    assert_same_run(unbroken, tmp_path / script.run)
 
 
 @pytest.mark.parametrize("update", [3, 4])
@@ -494,7 +511,7 @@ def test_stopped_and_resumed_equals_unbroken(update, script, data, unbroken, tmp
         start(script, data, tmp_path)
     assert stopped.value.code == 130
     monkeypatch.undo()
-    run, position = tmp_path / "run", last_of(tmp_path / "run")["position"]
+    run, position = tmp_path / script.run, last_of(tmp_path / script.run)["position"]
     assert position["epoch"] == 1 and 0 < position["batch"] <= position["num_batches"]
     assert (position["batch"] == position["num_batches"]) == (update == 4)
     command = f"--resume {run / 'weights' / 'last.pt'}"
@@ -529,8 +546,8 @@ def test_killed_and_resumed_equals_unbroken(script, data, unbroken, tmp_path):
         time.sleep(0.05)
     process.kill()
     assert process.wait(600) == -signal.SIGKILL
-    script.module.main(["--resume", str(tmp_path / "run"), "--workers", "0"])
-    assert_same_run(unbroken, tmp_path / "run")
+    script.module.main(["--resume", str(tmp_path / script.run), "--workers", "0"])
+    assert_same_run(unbroken, tmp_path / script.run)
 
 
 def test_the_last_update_is_divided_by_its_own_size(script, data, tmp_path):
@@ -579,7 +596,7 @@ def test_training_and_validation_modes(script, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(distributed, "wrap", watched)
     # A moving average would be validated in a network of its own.
-    no_average = ["--no-ema"] if script.module is train_amos else []
+    no_average = ["--no-ema"] if script.module in (train_amos, train_amygdala) else []
     start(script, data, tmp_path, "--epochs", 2, *no_average)
     assert set(seen) == {(True, True), (False, False)}
     assert seen[0] == (True, True) and seen[-1] == (False, False)
@@ -602,10 +619,13 @@ def test_time_budget_instead_of_epochs(script, data, tmp_path, monkeypatch):
     )
 
 
-def test_early_stopping(script, data, tmp_path):
+def test_early_stopping(script, data, tmp_path, monkeypatch):
     """Nothing is learnt, so the best epoch is the first; patience counts through a stop."""
     still = ["--lr", "1e-30", "--early_stopping", 2, "--no-augment"]
-    still += ["--min_lr", 0] if script.module is train_lung else ["--optimizer", "sgd"]
+    if script.module is train_amygdala:  # it has AdamW only
+        monkeypatch.setattr(train_amygdala, "LEAST_LR", 0.0)
+    else:
+        still += ["--min_lr", 0] if script.module is train_lung else ["--optimizer", "sgd"]
     run = start(script, data, tmp_path, *still, "--epochs", 1)
     script.module.main(["--resume", str(run), "--epochs", "50"])
     position = last_of(run)["position"]
@@ -618,7 +638,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, data, tmp_path, monkeyp
     script.poison(monkeypatch)
     with pytest.raises(SystemExit, match="the loss became nan in epoch 0, batch 1. Try --amp off"):
         start(script, data, tmp_path)
-    assert not (tmp_path / "run" / "weights" / "last.pt").exists()
+    assert not (tmp_path / script.run / "weights" / "last.pt").exists()
 
 
 def test_disk_full_keeps_the_earlier_checkpoint(script, unbroken, tmp_path, monkeypatch):
@@ -640,7 +660,7 @@ def test_disk_full_keeps_the_earlier_checkpoint(script, unbroken, tmp_path, monk
 def test_what_cannot_be_resumed(script, unbroken, tmp_path):
     for flags in (
         script.other_network,
-        ["--model", "UNet" if script.module in (train_amos, train_lung) else "AttentionUNet"],
+        ["--model", script.other_model],
     ):
         with pytest.raises(SystemExit, match="--resume: its .* is .*a run goes on as it began"):
             script.module.main(["--resume", str(unbroken), *flags])
@@ -721,7 +741,7 @@ def test_the_folds_of_a_cross_validation_share_their_precision(phantom_slices, t
 def test_a_batch_larger_than_the_training_set(script, data, tmp_path):
     with pytest.raises(SystemExit, match="a batch of 4000 is larger than the training set of .*--batch_size"):
         start(script, data, tmp_path, "--batch_size", 4000, "--vram", 1e6)
-    assert not (tmp_path / "run").exists(), "nothing half-made is left"
+    assert not (tmp_path / script.run).exists(), "nothing half-made is left"
 
 
 TWO_PROCESSES = """
