@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from amygdala.head import add_surroundings
 from amygdala.structures import DATASETS
@@ -124,7 +123,7 @@ def train_localiser(
     seed: int,
     updates: int,
 ) -> dict:
-    """Train on whole heads; returns {"state": weights, "loss", "seconds"} for checkpoints.
+    """Train on whole heads; returns what `find_middles` needs, as plain values and tensors.
 
     Args:
         cases: training cases with both structures.
@@ -136,7 +135,7 @@ def train_localiser(
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     average = WeightAverage(network, 0.98)
     recent = []
-    for update in tqdm(range(updates), "localiser", unit="update", leave=False, disable=None):
+    for update in range(updates):
         drawn = [heads.draw(rng) for _ in range(BATCH)]
         image = torch.from_numpy(np.stack([head[0] for head in drawn]))[:, None].to(device)
         label = torch.from_numpy(np.stack([head[1] for head in drawn])).to(device)

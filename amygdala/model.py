@@ -245,7 +245,7 @@ def architecture_defaults(model: str, dimension: str) -> dict:
     return vars(parser.parse_args([]))
 
 
-def ARCHITECTURE(model: str, dimension: str) -> tuple[str, ...]:
+def architecture(model: str, dimension: str) -> tuple[str, ...]:
     """Names of the flags that decide the weights and what they mean: a run is only resumed with the same."""
     names = (name for name in architecture_defaults(model, dimension) if name not in NOT_ARCHITECTURE)
     return ("model", "dimension", *names)

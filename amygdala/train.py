@@ -26,7 +26,7 @@ from amygdala.dataset import Cohort
 from amygdala.evaluate import evaluate_cases, mean_dice
 from amygdala.flags import add_training_flags, choose
 from amygdala.losses import segmentation_loss
-from amygdala.model import ARCHITECTURE, get_model, load_trained
+from amygdala.model import architecture, get_model, load_trained
 from amygdala.structures import DATASETS
 from amygdala.training import (
     data_lines,
@@ -37,7 +37,6 @@ from amygdala.training import (
     get_patches,
     link_weights,
     next_command,
-    note_fold,
     note_results,
     open_data,
     resolve_flags,
@@ -49,6 +48,7 @@ from common.checkpoints import TrainedModel
 from common.config import make_parser, parse_args, resolved_config, run_script
 from common.ema import WeightAverage
 from common.intensity import scale_by_own_values
+from common.memory import Plan, set_up_step
 from common.optimizers import decay_groups
 from common.plots import save_curves
 from common.report import write_report
@@ -117,13 +117,13 @@ def train(
         folder,
         config,
         flags=resolved_config(args),
-        parts={"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average},
+        parts=parts,
         notes={"preprocessing": notes, "split": split, "stage": "amygdala"},
         num_batches=len(loader),
         accumulate=plan.accumulate,
         device=device,
         epochs=args.epochs,
-        time_budget_s=time_left(args.time_budget, notes["localiser"]),
+        time_budget_s=time_budget_s,
         patience=args.early_stopping,
         resumed=resumed,
         resume_words=resume_words,
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     with distributed.session():
         chosen, words = choose(argv)
         parser = build_parser(chosen)
-        same = [*ARCHITECTURE(chosen.model, chosen.dimension), "patch_size", "dataset"]
+        same = [*architecture(chosen.model, chosen.dimension), "patch_size", "dataset"]
         if chosen.resume not in (None, "last"):  # one fold
             args, found, folder = runs.resume(parser, argv, same=same, stage="amygdala")
             resolve_flags(args)

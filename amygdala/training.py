@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from amygdala import preprocess
 from amygdala.cross_validation import write_cross_validation
@@ -134,51 +133,6 @@ def link_weights(folder: Path, fold: str) -> None:
         link.symlink_to(f"{folder.name}/{target}")
 
 
-def set_up(
-    args: Namespace,
-    config: dict,
-    network: nn.Module,
-    loss_function: Callable,
-    device: torch.device,
-    resumed: dict | None,
-) -> StepSetup:
-    """Precision and memory of the steps, and what the log says about them; --batch_size is that of all
-    processes together."""
-    batch_size = args.batch_size // world_size()
-    return set_up_step(
-        network,
-        lambda checkpointing: get_model(config | {"checkpointing": checkpointing}),
-        loss_function,
-        Plan(tuple(args.patch_size), batch_size, args.accumulate, args.checkpointing),
-        device,
-        name=args.model,
-        amp=args.amp,
-        resumed=resumed,
-        vram_gib=args.vram,
-        patch_step=0 if DATASETS[args.dataset].localised else 16,  # it has to hold both amygdalae
-    )
-
-
-def get_localiser(
-    args: Namespace, data: Cohort, device: torch.device, precision: Precision, resumed: dict | None
-) -> dict | None:
-    """What `find_box` needs: from the checkpoint, or trained now on the training cases; None where the scans
-    are crops already."""
-    if resumed:
-        return resumed["preprocessing"]["localiser"]
-    if not DATASETS[data.dataset].localised:
-        return None
-    heads = [data.cases[name] for name in data.split["train"]]
-    return on_main(lambda: train_localiser(heads, device, precision, args.seed, args.localiser_updates))
-
-
-def time_left(time_budget_s: float | None, localiser: dict | None) -> float | None:
-    """The time budget without what the localiser took of it; at least a second."""
-    if time_budget_s is None or localiser is None:
-        return time_budget_s
-    return max(1.0, time_budget_s - localiser["seconds"])
-
-
 def get_augmentation(args: Namespace) -> Augmentation3d:
     """What the flags ask for; grey values are in standard deviations about the mean of the window."""
     return Augmentation3d(
@@ -244,9 +198,6 @@ def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict
         f"{subjects} subjects of {len(sites)} site(s): {', '.join(sites)}",
         f"{num_patches} patches in an epoch, {num_batches} batches for each process",
     ]
-    if localiser:
-        about = f"trained in {localiser['seconds']:.0f} s, loss {localiser['loss']:.3f}"
-        lines.append(f"localiser: {about}")
     if split["test"]:
         lines.append(f"held out: {', '.join(split['test'])}")
     if localiser:

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from amygdala.model import (
-    ARCHITECTURE,
     MODELS,
     MODELS_2D,
     MODELS_3D,
     SliceBySlice,
     add_architecture_flags,
+    architecture,
     architecture_defaults,
     get_model,
     load_trained,
@@ -553,7 +553,7 @@ def test_values_of_scales_and_kernels():
 
 
 def test_what_a_resumed_run_must_have_in_common():
-    assert ARCHITECTURE("vnet", "3d") == (
+    assert architecture("vnet", "3d") == (
         "model",
         "dimension",
         "base_chan",
@@ -562,7 +562,7 @@ def test_what_a_resumed_run_must_have_in_common():
         "down_scale",
         "dropout",
     )
-    assert "checkpointing" not in ARCHITECTURE("unetr", "3d") and "hidden_size" in ARCHITECTURE("unetr", "3d")
+    assert "checkpointing" not in architecture("unetr", "3d") and "hidden_size" in architecture("unetr", "3d")
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
