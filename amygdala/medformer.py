@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from amygdala.medformer_attention import AttentionBlock, MapFusion, MapGenerator
-from amygdala.medformer_blocks import CONV_BLOCKS, PatchMerging, Style, per_axis
-from common.layers import check_image, fast_layout, padded_to_multiple, upsample_to
+from amygdala.medformer_blocks import PatchMerging, Style, per_axis
+from common.conv_blocks import resize_aligned, same_size_conv
+from common.layers import check_image, fast_layout, padded_to_multiple
 from common.recomputation import stage_runner
 
 STAGES = ("down1", "down2", "down3", "down4", "up1", "up2", "up3", "up4")
@@ -37,9 +38,7 @@ class Stage(NamedTuple):
 
     def make_convs(self, in_channels: int, style: Style) -> list[nn.Module]:
         """The convolution blocks, of which the first takes `in_channels`."""
-        widths = [in_channels, *[self.channels] * self.convs]
-        block = CONV_BLOCKS[style.conv_block]
-        return [block(c, self.channels, self.kernel, style) for c in widths[:-1]]
+        return style.convs([in_channels, *[self.channels] * self.convs], self.kernel)
 
     def make_attention(self, in_channels: int, style: Style, last_map: bool = True) -> list[nn.Module]:
         """The attention blocks; without `last_map` the last one leaves the map as it is."""
@@ -84,7 +83,7 @@ class OnSkip(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, skip: Tensor, *maps: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return self.block(torch.cat([upsample_to(x, skip.shape[2:]), skip], dim=1), *maps)
+        return self.block(torch.cat([resize_aligned(x, skip.shape[2:]), skip], dim=1), *maps)
 
 
 class Up(nn.Module):
@@ -133,7 +132,7 @@ class MedFormer(nn.Module):
             have those from the fourth to the first. None is 3 everywhere.
         down_scale: 1 or 2 for each of down1 to down4, a number or one for each axis. None is 2 everywhere.
         conv_block: kind of the convolution blocks, "BasicBlock".
-        norm, act: "in", "bn" or "ln", see `Style.make_norm`; "relu", "leaky_relu" or "gelu".
+        norm, act: "in", "bn" or "ln", see common/conv_blocks.py; "relu", "leaky_relu" or "gelu".
         map_size: cells of a semantic map, a number or one for each axis.
         expansion: how many times wider an MBConv is inside.
         fusion_depth, fusion_dim, fusion_heads: layers, channels and heads of the transformer of the maps.
@@ -194,8 +193,8 @@ class MedFormer(nn.Module):
         sizes = zip(chan_num, conv_num, trans_num, num_heads, kernels[1:] + kernels[3::-1], strict=True)
         stages = [Stage(*numbers) for numbers in sizes]
         widths = [base_chan, *chan_num]  # of inc, down1 to down4, up1 to up4
-        self.stem = style.conv(in_channels, base_chan, kernels[0])
-        self.inc = CONV_BLOCKS[conv_block](base_chan, base_chan, kernels[0], style)
+        self.stem = same_size_conv(in_channels, base_chan, kernels[0])
+        self.inc = style.convs([base_chan, base_chan], kernels[0])[0]
         self.down = nn.ModuleList(Down(widths[i], stages[i], scales[i], cells, style) for i in range(4))
         self.map_fusion = MapFusion(chan_num[1:4], fusion_dim, fusion_depth, fusion_heads, style)
         self.up = nn.ModuleList(
@@ -226,7 +225,7 @@ class MedFormer(nn.Module):
         logits = self.outc(x)[crop]
         if self.aux is None or not self.training:
             return logits
-        return [logits, upsample_to(self.aux(features[1]), padded.shape[2:])[crop]]
+        return [logits, resize_aligned(self.aux(features[1]), padded.shape[2:])[crop]]
 
 
 def check_sizes(chan_num, conv_num, trans_num, num_heads, kernels, scales) -> None:
@@ -236,6 +235,8 @@ def check_sizes(chan_num, conv_num, trans_num, num_heads, kernels, scales) -> No
         length = {"kernel_size": 5, "down_scale": 4}.get(name, 8)
         if len(values) != length:
             raise ValueError(f"{name} has {len(values)} entries instead of {length}: {list(values)}")
+    if any(side % 2 == 0 for kernel in kernels for side in kernel):
+        raise ValueError(f"kernel_size is {kernels}; all sides must be odd")
     for name, channels, convs, attentions, heads in zip(STAGES, *lists.values(), strict=True):
         if (attentions > 0) != (name in ATTENDED):
             needed = "at least 1" if name in ATTENDED else "0"

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amygdala.medformer_blocks import MBConv, PreActConv, Style
+from amygdala.medformer_blocks import MBConv, Style
+from common.conv_blocks import same_size_conv
 
 
 class MapGenerator(nn.Module):
@@ -23,7 +24,7 @@ class MapGenerator(nn.Module):
         self.map_size = tuple(map_size)
         self.channels = channels
         # Both convolutions of the feature in one: what is summed up, and the scores of the cells.
-        self.conv = style.conv(channels, channels + prod(map_size), (3,) * style.ndim)
+        self.conv = same_size_conv(channels, channels + prod(map_size), (3,) * style.ndim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) -> (B, C, *map_size)."""
@@ -115,7 +116,7 @@ class AttentionBlock(nn.Module):
         self.attention = BidirectionalAttention(in_channels, out_channels, heads, kernel, style, updates_map)
         self.shortcut = nn.Identity()
         if in_channels != out_channels:
-            self.shortcut = PreActConv(in_channels, out_channels, (1,) * style.ndim, style)
+            self.shortcut = style.pointwise_block(in_channels, out_channels)
         self.mbconv = MBConv(out_channels, kernel, style)
 
     def forward(self, x: Tensor, semantic_map: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-"""The convolutions of MedFormer: norm and activation stand in front of them, nothing behind."""
+"""The blocks of MedFormer: norm and activation stand in front of convolutions, nothing behind."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from math import prod
 
@@ -11,16 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amygdala.depthwise import DepthwiseConv3d
-from common.layers import BATCH_NORM, CONV, InstanceNorm
+from common.conv_blocks import NORMS, BasicBlock, PreActivationConv, make_activation, make_short_norm
+from common.layers import CONV, make_norm
 
-NORMS = ("in", "bn", "ln")
-ACTIVATIONS = {  # in place of what a norm made, which nobody else reads
-    "relu": partial(nn.ReLU, inplace=True),
-    "leaky_relu": partial(nn.LeakyReLU, inplace=True),
-    "gelu": nn.GELU,
-}
+CONV_BLOCKS = {"BasicBlock": BasicBlock}
+ACTIVATIONS = ("relu", "leaky_relu", "gelu")
 PROJECTIONS = ("depthwise", "linear")
-CONV_EPS = 1e-4  # of instance norms before a convolution of a block; elsewhere PyTorch's 1e-5
 SQUEEZE = 4  # the gate of an MBConv has a quarter of its channels in between
 
 
@@ -43,19 +38,31 @@ class Style:
             if (value := getattr(self, name)) not in valid:
                 raise ValueError(f"{name} is {value!r}; take {' or '.join(valid)}")
 
-    def make_norm(self, channels: int, eps: float = 1e-5) -> nn.Module:
-        """in: instance norm with nothing learned; bn: batch norm; ln: layer norm over the channels."""
-        if self.norm == "in":
-            return InstanceNorm(channels, affine=False, eps=eps)
-        return BATCH_NORM[self.ndim](channels) if self.norm == "bn" else ChannelNorm(channels)
+    def make_norm(self, channels: int) -> nn.Module:
+        """In front of attention and patch merging; unlike those of convolutions with PyTorch's eps."""
+        return make_norm(NORMS[self.norm], channels, self.ndim)
 
-    def conv(self, in_channels: int, out_channels: int, kernel: Sequence[int]) -> nn.Module:
-        """A convolution without bias that keeps the size; `kernel` has odd sides."""
-        padding = tuple(side // 2 for side in kernel)
-        return CONV[self.ndim](in_channels, out_channels, tuple(kernel), padding=padding, bias=False)
+    def convs(self, widths: Sequence[int], kernel: Sequence[int]) -> list[nn.Module]:
+        """Convolution blocks from widths[0] to widths[1] channels, to widths[2], and so on."""
+        block = CONV_BLOCKS[self.conv_block]
+        return [
+            block(i, o, kernel, self.norm, self.act) for i, o in zip(widths[:-1], widths[1:], strict=True)
+        ]
+
+    def pointwise_block(self, in_channels: int, out_channels: int) -> nn.Module:
+        """Norm, activation, convolution of one voxel."""
+        return PreActivationConv(in_channels, out_channels, (1,) * self.ndim, self.norm, self.act)
+
+    def depthwise_block(self, channels: int, kernel: Sequence[int]) -> nn.Sequential:
+        """Norm, activation, convolution of each channel by itself."""
+        return nn.Sequential(
+            make_short_norm(self.norm, channels, self.ndim),
+            make_activation(self.act),
+            self.depthwise(channels, kernel),
+        )
 
     def depthwise(self, channels: int, kernel: Sequence[int]) -> nn.Module:
-        """The same of each channel by itself."""
+        """A convolution of each channel by itself, without bias, that keeps the size."""
         if self.ndim == 3:
             return DepthwiseConv3d(channels, tuple(kernel))
         padding = tuple(side // 2 for side in kernel)
@@ -79,64 +86,6 @@ class Style:
         return self.separable(in_channels, out_channels, kernel)
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of (B, C, *spatial)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-class PreActConv(nn.Module):
-    """Norm, activation, convolution (with `depthwise` of each channel by itself, as many as come in)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: Sequence[int],
-        style: Style,
-        depthwise: bool = False,
-    ) -> None:
-        super().__init__()
-        self.norm = style.make_norm(in_channels, CONV_EPS)
-        self.act = ACTIVATIONS[style.act]()
-        if depthwise:
-            self.conv = style.depthwise(in_channels, kernel)
-        else:
-            self.conv = style.conv(in_channels, out_channels, kernel)
-
-    def activated(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.activated(x))
-
-
-class BasicBlock(nn.Module):
-    """Two `PreActConv`, and a shortcut, which is a third one where the number of channels changes."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int], style: Style) -> None:
-        super().__init__()
-        self.conv1 = PreActConv(in_channels, out_channels, kernel, style)
-        self.conv2 = PreActConv(out_channels, out_channels, kernel, style)
-        self.shortcut = None
-        if in_channels != out_channels:
-            self.shortcut = PreActConv(in_channels, out_channels, kernel, style)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, Cin, *spatial) -> (B, Cout, *spatial)."""
-        if self.shortcut is None:
-            return x + self.conv2(self.conv1(x))
-        activated = self.conv1.activated(x)
-        # A norm without weights gives both convolutions the same input, which is then kept only once.
-        same = not list(self.shortcut.norm.parameters())
-        shortcut = self.shortcut.conv(activated if same else self.shortcut.activated(x))
-        return shortcut + self.conv2(self.conv1.conv(activated))
-
-
-CONV_BLOCKS = {"BasicBlock": BasicBlock}
-
-
 class ChannelGate(nn.Module):
     """Squeeze and excitation: x times a gate for each channel, found from the means of all channels."""
 
@@ -157,10 +106,10 @@ class MBConv(nn.Module):
     def __init__(self, channels: int, kernel: Sequence[int], style: Style) -> None:
         super().__init__()
         inner = channels * style.expansion
-        self.expand = PreActConv(channels, inner, (1,) * style.ndim, style)
-        self.depthwise = PreActConv(inner, inner, kernel, style, depthwise=True)
+        self.expand = style.pointwise_block(channels, inner)
+        self.depthwise = style.depthwise_block(inner, kernel)
         self.gate = ChannelGate(inner, style)
-        self.norm = style.make_norm(inner, CONV_EPS)
+        self.norm = make_short_norm(style.norm, inner, style.ndim)
         self.reduce = style.pointwise(inner, channels)
 
     def forward(self, x: Tensor) -> Tensor:

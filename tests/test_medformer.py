@@ -20,7 +20,7 @@ from amygdala.medformer_attention import (
     merge_heads,
     split_heads,
 )
-from amygdala.medformer_blocks import BasicBlock, MBConv, PatchMerging, Style
+from amygdala.medformer_blocks import MBConv, PatchMerging, Style
 from common.layers import InstanceNorm
 from common.losses import dice_ce_loss
 from common.memory import training_peak_mib
@@ -202,6 +202,7 @@ def test_a_channel_more_in_and_another_norm_activation_and_projection():
     [
         ({"conv_num": [1, 2]}, r"conv_num has 2 entries instead of 8: \[1, 2\]"),
         ({"kernel_size": [3]}, "kernel_size has 1 entries instead of 5"),
+        ({"kernel_size": [2] * 5}, "kernel_size is .* all sides must be odd"),
         ({"down_scale": [[1, 2]] * 4}, r"down_scale: \[1, 2\] is neither a positive number nor one for each"),
         ({"num_heads": [1, 3, 2, 4, 2, 2, 1, 1]}, "num_heads is 3 in down2, which does not divide its 8"),
         ({"trans_num": [1] * 8}, "trans_num is 1 in down1, which needs 0"),
@@ -235,30 +236,11 @@ def test_instance_norm_without_weights():
     assert not list(InstanceNorm(3, affine=False).parameters())
 
 
-def test_basic_block_by_formula():
-    torch.manual_seed(0)
-    x = 0.1 * noise(2, 4, 5, 6, 7)
-
-    def conv(x, module):
-        return F.conv3d(F.relu(instance_norm(x, 1e-4)), module.conv.weight, padding=1)
-
-    for channels in (4, 6):  # as many, and more: a shortcut with the whole kernel
-        block = BasicBlock(4, channels, (3, 3, 3), Style())
-        shortcut = x if channels == 4 else conv(x, block.shortcut)
-        expected = conv(conv(x, block.conv1), block.conv2) + shortcut
-        assert torch.allclose(block(x), expected, atol=1e-5)
-    with_weights = BasicBlock(4, 6, (3, 3, 3), Style(norm="bn"))
-    nn.init.constant_(with_weights.shortcut.norm.bias, 1.0)  # the two norms differ
-    moved = with_weights(x)
-    nn.init.constant_(with_weights.shortcut.norm.bias, 0.0)
-    assert not torch.allclose(with_weights(x), moved, atol=1e-3)
-
-
 def test_mbconv_by_formula():
     torch.manual_seed(0)
     block, x = MBConv(4, (3, 3, 3), Style()), 0.1 * noise(2, 4, 5, 6, 7)
     y = F.conv3d(F.relu(instance_norm(x, 1e-4)), block.expand.conv.weight)
-    y = F.conv3d(F.relu(instance_norm(y, 1e-4)), block.depthwise.conv.weight, padding=1, groups=16)
+    y = F.conv3d(F.relu(instance_norm(y, 1e-4)), block.depthwise[2].weight, padding=1, groups=16)
     gate = F.linear(y.mean((2, 3, 4)), block.gate.squeeze.weight.flatten(1), block.gate.squeeze.bias)
     gate = F.linear(F.relu(gate), block.gate.excite.weight.flatten(1), block.gate.excite.bias)
     y = y * torch.sigmoid(gate)[:, :, None, None, None]
