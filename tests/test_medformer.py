@@ -301,6 +301,22 @@ def test_attention_both_ways_by_formula(heads):
         assert torch.allclose(ours, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [8, 6])
+def test_an_attention_block_adds_to_what_comes_in(channels):
+    torch.manual_seed(0)
+    block = AttentionBlock(channels, 8, 2, (3, 3, 3), Style())
+    x, m = noise(2, channels, 3, 4, 5), noise(2, 8, 2, 3, 2, seed=1)
+    read, read_by_map = reference_attention(block.attention, x, m)
+    shortcut = x
+    if channels != 8:
+        shortcut = F.conv3d(F.relu(instance_norm(x, 1e-4)), block.shortcut.conv.weight)
+    y, new_map = block(x, m)
+    assert torch.allclose(y, block.mbconv(read + shortcut), atol=1e-4)
+    assert torch.allclose(new_map, m + read_by_map, atol=1e-5)
+    last = AttentionBlock(channels, 8, 2, (3, 3, 3), Style(), updates_map=False)
+    assert last(x, m)[1] is m
+
+
 def test_both_softmaxes_sum_to_one():
     """Values of 1 stay 1, on both sides, whatever the scores."""
     queries, map_queries = 3 * noise(2, 4, 30, 5), 3 * noise(2, 4, 8, 5, seed=1)
