@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import prod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,9 +90,7 @@ class UNETR(nn.Module):
         self.multiple = (PATCH,) * 3
         self.position_grid = tuple(position_grid)
         self.embed = nn.Conv3d(in_channels, hidden_size, PATCH, stride=PATCH)
-        self.positions = nn.Parameter(
-            nn.init.trunc_normal_(self.embed.weight.new_empty(1, prod(position_grid), hidden_size), std=0.02)
-        )
+        self.positions = nn.Parameter(torch.randn(1, prod(position_grid), hidden_size) * 0.02)
         self.layers = nn.ModuleList(_TransformerLayer(hidden_size, mlp_dim, num_heads) for _ in range(LAYERS))
         self.norm = nn.LayerNorm(hidden_size)
         f = feature_size
@@ -109,7 +108,7 @@ class UNETR(nn.Module):
         self.head = nn.Conv3d(f, num_classes, 1)
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

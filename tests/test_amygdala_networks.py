@@ -34,6 +34,7 @@ from common.config import make_parser, parse_args
 from common.conv_blocks import BasicBlock, PreActivationConv, SingleConv, resize_aligned
 from common.hardware import Precision
 from common.layers import InstanceNorm, make_norm, resize_linear
+from common.memory import training_peak_mib
 from common.swin_unetr import SwinUNETR
 
 ANISOTROPIC = {
@@ -194,6 +195,14 @@ def test_bf16_on_a_cpu_gives_finite_gradients(model, dimension):
     logits.float().square().mean().backward()
     assert (logits.float() - exact).abs().mean() < 0.25 * exact.std()
     assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@every_network
+def test_memory_of_a_training_step_can_be_predicted(model, dimension):
+    """On tensors without data, where an initialisation that draws until all numbers fit would never end."""
+    shape = (1, 1, 16, 32, 32)
+    peak = training_peak_mib(lambda: built(model, dimension), F.cross_entropy, shape)
+    assert 4 * 4 * count(built(model, dimension)) / 2**20 < peak < 500
 
 
 @every_network
@@ -362,17 +371,31 @@ def test_skips_stand_in_front_of_what_comes_from_below():
         assert torch.equal(up(noise(1, 16, 4, 4, 4), fine)[:, 4:], 2 * fine)
 
 
+def test_vnet_adds_the_image_to_its_first_stage_and_drops_channels_where_it_says():
+    net = VNet(base_chan=4, dropout=0.3)
+    image = noise(1, 1, 4, 4, 4)
+    with torch.no_grad():
+        net.down[0].conv[0].weight.zero_()
+        torch.testing.assert_close(net.down[0](image), F.elu(image).expand(1, 4, 4, 4, 4))
+    assert [down.dropout.p for down in net.down[1:]] == [0, 0, 0.3, 0.3]
+    assert [up.dropout.p for up in net.up] == [0.3, 0.3, 0, 0]
+    assert [up.skip_dropout.p for up in net.up] == [0.3] * 4
+
+
 @pytest.mark.parametrize("norm", ["in", "bn"])
 def test_a_basic_block_is_two_pre_activation_convolutions_and_a_third_around_them(norm):
     torch.manual_seed(0)
     block = BasicBlock(2, 3, (1, 3, 3), norm, "relu").train()
+    if norm == "bn":
+        nn.init.constant_(block.shortcut.norm.bias, 0.7)
     x = noise(2, 2, 3, 4, 5)
 
     def step(x, conv):
         """Norm over each image (or the batch), ReLU, convolution."""
         axes = (2, 3, 4) if norm == "in" else (0, 2, 3, 4)
         mean, var = x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)
-        x = ((x - mean) / (var + (1e-4 if norm == "in" else 1e-5)).sqrt()).clamp(min=0)
+        x = (x - mean) / (var + (1e-4 if norm == "in" else 1e-5)).sqrt()
+        x = (x + (0.7 if norm == "bn" and conv is block.shortcut else 0)).clamp(min=0)
         return F.conv3d(x, conv.conv.weight, padding=(0, 1, 1))
 
     expected = step(step(x, block.conv1), block.conv2) + step(x, block.shortcut)
