@@ -107,8 +107,6 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     average = WeightAverage(network, args.ema_decay) if args.ema else None
     validated = deepcopy(network) if average else network  # the network that best.pt keeps
-    parts = {"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average}
-
     notes["localiser"], time_budget_s = get_localiser(args, data, device, precision, resumed)
     trained = TrainedModel(validated, config, device, precision, notes, split)
 
@@ -117,7 +115,7 @@ def train(
         folder,
         config,
         flags=resolved_config(args),
-        parts=parts,
+        parts={"model": network, "optimizer": optimizer, "scaler": scaler, "ema": average},
         notes={"preprocessing": notes, "split": split, "stage": "amygdala"},
         num_batches=len(loader),
         accumulate=plan.accumulate,

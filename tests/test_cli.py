@@ -58,6 +58,9 @@ def test_help(script, tmp_path, monkeypatch, capsys):
         ("verse_spine/preprocess.py", [], "data/verse: no such folder; verse_spine/download.py fetches"),
         ("verse_spine/predict.py", ["--weights", "a.pt", "--source", "b"], "a.pt: no such checkpoint"),
         ("verse_spine/evaluate.py", [], "either --weights"),
+        ("amygdala/train.py", [], "dataset/Amygdala: no preprocessed cases here"),
+        ("amygdala/train.py", ["--patch_sise", "4"], "did you mean --patch_size?"),
+        ("amygdala/predict.py", ["--weights", "a.pt", "--source", "b"], "a.pt: no such checkpoint"),
         ("verse_spine/stats.py", ["--source", "b"], "b: no such"),
         ("verse_spine/views.py", ["--mask", "m.nii.gz"], "m.nii.gz: no such file"),
     ],
@@ -136,6 +139,22 @@ def test_organ_demo(tmp_path):
     flags = ["--pred", tmp_path / "organs", "--target", source / "labelsVa", "--out", tmp_path / "scores"]
     done = run_script("amos_lha/evaluate.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_amygdala_demo(tmp_path):
+    """The demo as in the task's README, then the next command that its log names, on the test heads."""
+    all_cores = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    config = ROOT / "amygdala" / "demo.yaml"
+    done = run_script("amygdala/train.py", "--config", config, cwd=tmp_path, env=all_cores)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "exp" / "Amygdala" / "demo" / "cross_validation.txt").read_text()
+    assert float(re.search(r"^All classes Dice Avg: ([\d.]+)", text, re.M)[1]) >= 0.70, text
+    command = re.findall(r"next: python (\S+) (.*)$", done.stdout, re.M)[-1]
+    flags, source = command[1].split("--source")[0].split(), tmp_path / "data/demo/amygdala/heads"
+    flags += ["--source", source / "imagesTs", "--out", tmp_path / "masks", "--overlay"]
+    done = run_script(command[0], *flags, cwd=tmp_path)
+    assert done.returncode == 0 and "2 of 2 scan(s) written" in done.stdout, done.stdout + done.stderr
 
 
 def test_git_ignores_what_scripts_write():
