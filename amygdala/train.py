@@ -164,7 +164,7 @@ def train(
             distributed.share_buffers(validated)  # else each process has its own BatchNorm statistics
             scores = validate(run, trained, data, args)
             score = scores["val_dice"] if split["val"] else run.epoch  # else the last weights are the best
-            scores["lr"] = optimizer.param_groups[0]["lr"]
+            scores |= {"lr": optimizer.param_groups[0]["lr"]}
             run.end_epoch(scores, score, validated.state_dict())
             if distributed.is_main():
                 save_curves(run.folder / "training_curves.png", run.history, CURVES)
@@ -194,7 +194,7 @@ def score_best(
     test = data.split["test"]
     if args.evaluate and test:
         best = load_trained(weights, trained.device, trained.precision)
-        rows, failed = evaluate_cases([best], data, test)
+        rows, failed = evaluate_cases([best], data, test, table=run.folder / "test_cases.csv")
         notes = warnings_of_scores(args)
         run.log("; ".join([f"Dice of the {len(test)} held-out scans: {mean_dice(rows):.4f}", *notes]))
         if distributed.is_main():

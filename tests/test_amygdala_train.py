@@ -1,5 +1,6 @@
 """amygdala/train.py: losses, localiser, flags, folds and what a cross-validation leaves behind."""
 
+import csv
 import json
 import math
 import shutil
@@ -163,11 +164,11 @@ def test_boxes_by_hand():
     assert box == ((0, 44, 0), (3, 60, 12)), "no larger than the scan"
 
 
-def test_a_trained_localiser_finds_both_in_a_head_that_it_has_not_seen(amygdala_h5, monkeypatch):
-    monkeypatch.setattr(localiser, "WIDTH", 4)
+def test_a_trained_localiser_finds_both_in_a_head_that_it_has_not_seen(amygdala_h5):
+    torch.manual_seed(0)
     cohort = Cohort(amygdala_h5)
     cases = [cohort.cases[f"head_{k}"] for k in range(5)]
-    trained = localiser.train_localiser(cases, CPU, FP32, seed=0, updates=20)
+    trained = localiser.train_localiser(cases, CPU, FP32, seed=0, updates=40)
     assert all(torch.is_tensor(value) for value in trained["state"].values()) and trained["seconds"] > 0
     case = cohort.cases["head_5"]
     network = localiser.load_localiser(trained, CPU)
@@ -335,6 +336,8 @@ def test_every_head_was_tested_once_by_a_model_that_never_saw_it(experiment):
         split = load_checkpoint(experiment / f"fold_{k}_best.pt")["split"]
         assert sorted({row["case"] for row in rows}) == sorted(split["test"])
         assert not set(split["test"]) & set(split["train"] + split["val"]) and split["val"]
+        with (experiment / f"fold_{k}" / "test_cases.csv").open(newline="") as file:
+            assert [row["case"] for row in csv.DictReader(file) if 0 <= int(row["voxels_outside"]) <= 250]
         tested += split["test"]
     assert sorted(tested) == [f"head_{k}" for k in range(6)]
 
