@@ -89,8 +89,6 @@ def head_phantom(
     in_brain = _paint_brain(rng, scan, scanner, brain_mm, size)
     for label, side in ((1, -1), (2, 1)):
         _paint_amygdala(rng, scan, scanner, label, side, size)
-    if stripped:
-        scan.image[~in_brain] = 0
     return _scanned(rng, scan, scanner, in_brain if stripped else None), scan.label
 
 
