@@ -28,6 +28,7 @@ from common.volumes import Box, resample, resample_labels, resampled_shape
 
 SPACING_MM = 4.0
 GRID = (48, 56, 48)  # of training: 192 x 224 x 192 mm, a brain and what is around it
+APART = 6  # voxels: the right structure lies at least 24 mm right of the left one
 LEAST = 32  # voxels of an axis that the network needs, which halves them four times
 WIDTH = 8
 SIGMA_MM = 6.0  # of the blob that is asked for around the middle of a structure
@@ -166,17 +167,25 @@ def load_localiser(state: dict, device: torch.device) -> nn.Module:
 def find_middles(
     network: nn.Module, image: np.ndarray, spacing_mm: Sequence[float], device: torch.device
 ) -> np.ndarray:
-    """Middles (2, 3) of structures 1 and 2 in voxels z y x of the scan (z, y, x)."""
+    """Middles (2, 3) of structures 1 (left) and 2 (right) in voxels z y x of the scan (z, y, x).
+
+    The two sides look alike, so that each map may be high on both: the best pair of which the second lies to
+    the right of the first counts.
+    """
     small = coarse(image, spacing_mm)
     padded = np.pad(small, [(0, max(0, LEAST - n)) for n in small.shape], mode="edge")
     scores = network(scale_by_own_values(torch.from_numpy(padded)[None, None].to(device)))[0].float()
     depth, height, width = small.shape
     scores = scores[:, :depth, :height, :width]
-    # The mean over the peak's neighbourhood is more exact than a voxel of 4 mm.
+    highest = scores.amax((1, 2))  # (2, width)
+    pairs = highest[0][:, None] + highest[1]
+    allowed = torch.ones_like(pairs).triu(min(APART, width - 1)) > 0
+    columns = divmod(int(pairs.masked_fill(~allowed, -torch.inf).argmax()), width)
     shares = scores.flatten(1).softmax(1).reshape(scores.shape)
     middles = []
-    for share in shares:
-        peak = np.unravel_index(int(share.argmax()), share.shape)
+    for share, column in zip(shares, columns, strict=True):
+        # The mean over the peak's neighbourhood is more exact than a voxel of 4 mm.
+        peak = (*np.unravel_index(int(share[..., column].argmax()), (depth, height)), column)
         near = [slice(max(0, p - 3), p + 4) for p in peak]
         part = share[tuple(near)].double()
         grids = torch.meshgrid(

@@ -134,24 +134,38 @@ def test_blobs_around_the_middles():
 
 
 class Peaks(torch.nn.Module):
-    """Scores that are highest at two places of the coarse image, whatever it shows."""
+    """Scores of two structures with peaks at given places of the coarse image, whatever it shows.
 
-    def __init__(self, *places) -> None:
+    Args:
+        peaks: of each structure [(place, height), ...].
+    """
+
+    def __init__(self, *peaks) -> None:
         super().__init__()
-        self.places = places
+        self.peaks = peaks
 
     def forward(self, image):
         grid = torch.meshgrid(*(torch.arange(n) for n in image.shape[2:]), indexing="ij")
-        squares = [sum((g - p) ** 2 for g, p in zip(grid, place, strict=True)) for place in self.places]
-        return torch.stack([-square / 2 for square in squares])[None]
+        maps = []
+        for peaks in self.peaks:
+            squares = [sum((g - p) ** 2 for g, p in zip(grid, place, strict=True)) for place, _ in peaks]
+            maps.append(torch.stack([h - s / 2 for s, (_, h) in zip(squares, peaks, strict=True)]).amax(0))
+        return torch.stack(maps)[None]
 
 
 def test_middles_in_voxels_of_the_scan():
     """Coarse voxels of 4 mm: 40, 25, 15 of them, fewer than the network needs along the last two axes."""
     image = np.random.default_rng(0).random((80, 100, 60), np.float32)
-    found = localiser.find_middles(Peaks((20.3, 12, 7), (30, 12, 4)), image, (2, 1, 1), CPU)
-    expected = [[20.8 * 2 - 0.5, 12.5 * 4 - 0.5, 7.5 * 4 - 0.5], [30.5 * 2 - 0.5, 49.5, 4.5 * 4 - 0.5]]
+    left, right = (20.3, 12, 4), (30, 12, 11)
+    found = localiser.find_middles(Peaks([(left, 0)], [(right, 0)]), image, (2, 1, 1), CPU)
+    expected = [[20.8 * 2 - 0.5, 12.5 * 4 - 0.5, 4.5 * 4 - 0.5], [30.5 * 2 - 0.5, 49.5, 11.5 * 4 - 0.5]]
     np.testing.assert_allclose(found, expected, atol=0.1)
+    # A map that is a little higher on the wrong side, as of a network that cannot tell the sides yet.
+    unsure = Peaks([(left, 0), (right, -1)], [(left, 0.5), (right, 0)])
+    np.testing.assert_allclose(localiser.find_middles(unsure, image, (2, 1, 1), CPU), expected, atol=0.1)
+    narrow = image[..., :16]  # four coarse voxels
+    found = localiser.find_middles(Peaks([((20, 12, 0), 0)], [((20, 12, 3), 0)]), narrow, (2, 1, 1), CPU)
+    assert found.shape == (2, 3) and np.isfinite(found).all()
 
 
 def test_boxes_by_hand():
