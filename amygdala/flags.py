@@ -16,7 +16,7 @@ from common.config import (
     non_negative_int,
     positive_float,
     positive_int,
-    read_yaml,
+    read_yaml_files,
 )
 from common.flags import (
     add_augmentation_flags,
@@ -67,7 +67,8 @@ def choose(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
         found = {name: checkpoint["config"][name] for name in names}
         return Namespace(**found, resume=given.resume), list(argv)
     if given.config:
-        found = read_yaml(finder, given.config)
+        files = read_yaml_files(finder, given.config)
+        found = {key: value for _, content in files for key, value in content.items()}
     words = [word for name in names if name in found for word in (f"--{name}", str(found[name]))]
     chosen, _ = finder.parse_known_args([*words, *asked])
     if chosen.dimension == "2d" and chosen.model not in MODELS_2D:

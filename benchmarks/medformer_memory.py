@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +23,7 @@ from amygdala.medformer import MedFormer
 from amygdala.structures import NUM_CLASSES
 from benchmarks.lung_tumor_patches import write_results
 from benchmarks.training_memory import PRECISIONS, measure
-from common.config import make_parser, parse_args, positive_int
+from common.config import make_parser, parse_args, positive_int, read_yaml_files
 from common.hardware import describe_device, pick_device
 from common.losses import dice_ce_loss
 from common.memory import training_peak_mib
@@ -62,7 +61,8 @@ def total_loss(output: list[Tensor], target: Tensor) -> Tensor:
 
 def make_network(width: str, checkpointing: bool) -> MedFormer:
     """The network of a configuration file."""
-    config = yaml.safe_load((CONFIG / WIDTHS[width]).read_text(encoding="utf8"))
+    files = read_yaml_files(make_parser(None), CONFIG / WIDTHS[width])
+    config = {key: value for _, content in files for key, value in content.items()}
     options = {key: config[key] for key in config.keys() & inspect.signature(MedFormer).parameters.keys()}
     return MedFormer(1, NUM_CLASSES, **options | {"checkpointing": checkpointing})
 

@@ -53,7 +53,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         help="YAML file of flags, each line a 'flag: value'; flags of the command line win over it, and a "
-        "later --config wins over an earlier one",
+        "later --config wins over an earlier one; its line 'config: other.yaml' takes over those of a file",
     )
     return parser
 
@@ -78,7 +78,8 @@ def parse_args(
     finder.add_argument("--config", action="append", default=[])
     flags = mapping_to_flags(parser, base, "checkpoint") if base else []
     for path in finder.parse_known_args(argv)[0].config:
-        flags += mapping_to_flags(parser, read_yaml(parser, path), path)
+        for file, content in read_yaml_files(parser, path):
+            flags += mapping_to_flags(parser, content, file)
     valid = [option for action in parser._actions for option in action.option_strings]
     for word in argv:  # before argparse complains of a required flag, which may be the misspelled one
         if word.startswith("--") and (wrong := word.split("=")[0]) not in valid:
@@ -89,20 +90,35 @@ def parse_args(
     return args
 
 
-def read_yaml(parser: argparse.ArgumentParser, path: str | Path) -> dict:
-    """A YAML mapping; anything else ends the program with a line that names the file."""
+def read_yaml_files(parser: argparse.ArgumentParser, path: str | Path) -> list[tuple[Path, dict]]:
+    """(file, its mapping) of a YAML file, behind the file that its key "config" names, if it has that key.
+
+    The name counts from the folder of the file on; keys that stand in both files are left out of that one.
+    Anything but a mapping, and files that name each other, end the program with a line about the file.
+    """
+    path, found, known = Path(path), [], set()
+    while True:
+        content = _read_mapping(parser, path)
+        name = content.pop("config", None)
+        found.insert(0, (path, {key: value for key, value in content.items() if key not in known}))
+        if name is None:
+            return found
+        known |= content.keys()
+        path = (path.parent / str(name)).resolve()
+        if path in [file.resolve() for file, _ in found]:
+            parser.error(f"--config {path}: takes over its own lines")
+
+
+def _read_mapping(parser: argparse.ArgumentParser, path: Path) -> dict:
     try:
-        with open(path, encoding="utf8") as file:
-            content = yaml.safe_load(file)
+        content = yaml.safe_load(path.read_text(encoding="utf8"))
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}")
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         parser.error(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
+    if not isinstance(content, dict | None):
         parser.error(f"--config {path}: expected lines of 'flag: value', found a {type(content).__name__}")
-    return content
+    return content or {}
 
 
 def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str | Path) -> list[str]:
@@ -110,13 +126,12 @@ def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str
 
     None leaves a flag out. `origin` (a file) stands in front of the message about a wrong key or value.
     """
-    by_name: dict[str, argparse.Action] = {}
-    for action in parser._actions:
-        if action.dest in ("help", "config", "resume"):
-            continue
-        for option in action.option_strings:
-            if option.startswith("--") and not option.startswith("--no-"):
-                by_name[option[2:]] = action
+    by_name = {
+        option[2:]: action
+        for action in parser._actions
+        for option in action.option_strings
+        if action.dest not in ("help", "config", "resume") and re.match("--(?!no-)", option)
+    }
     flags: list[str] = []
     for key, value in mapping.items():
         action = by_name.get(str(key))
@@ -172,13 +187,8 @@ def duration_s(text: str) -> float:
     """'90' (seconds), '45s', '30m', '2h', '1.5h', '1h30m', '2d' -> seconds. For argparse's `type=`."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if text and "".join(n + u for n, u in parts) == text:
-        seconds = sum(float(n) * units[u] for n, u in parts)
-    else:
-        try:
-            seconds = float(text)
-        except ValueError:
-            seconds = 0.0
+    has_units = text and "".join(n + u for n, u in parts) == text
+    seconds = sum(float(n) * units[u] for n, u in parts) if has_units else _number(text)
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a duration above zero; write 90s, 45m, 2h or 1h30m"
@@ -212,10 +222,7 @@ def positive_int(text: str) -> int:
 
 def positive_float(text: str) -> float:
     """For argparse's `type=`: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
@@ -223,13 +230,17 @@ def positive_float(text: str) -> float:
 
 def fraction(text: str) -> float:
     """For argparse's `type=`: a number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def add_prediction_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -287,9 +298,8 @@ def add_run_flags(
     machine.add_argument(
         "--vram",
         type=positive_float,
-        help="memory of the card in GiB (4 for a GTX 1050 Ti): batch size, recomputation and, where the task"
-        " allows it, the patch are made to fit before the run starts, and the run takes no more than "
-        "this",
+        help="memory of the card in GiB (4 for a GTX 1050 Ti): batch size, recomputation and, where the task "
+        "allows it, the patch are made to fit before the run starts, and the run takes no more than this",
     )
     machine.add_argument(
         "--workers",

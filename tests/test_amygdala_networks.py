@@ -30,7 +30,7 @@ from amygdala.unet import UNet
 from amygdala.unetpp import UNetPlusPlus
 from amygdala.unetr import UNETR
 from amygdala.vnet import VNet
-from common.config import make_parser, parse_args
+from common.config import make_parser, parse_args, read_yaml_files
 from common.conv_blocks import BasicBlock, PreActivationConv, SingleConv, resize_aligned
 from common.hardware import Precision
 from common.layers import InstanceNorm, make_norm, resize_linear
@@ -48,6 +48,12 @@ every_network = pytest.mark.parametrize("model, dimension", OURS)
 quick_networks = pytest.mark.parametrize("model, dimension", [f for f in OURS if f[0] != "swin_unetr"])
 FP32 = Precision("fp32", None, False, "test")
 CROSS_ATTENTION = 4 * 768**2 + 768 + 2 * 768  # weights that no layer of MONAI 1.4's UNETR uses
+
+
+def values_of(path):
+    """What a configuration file and the one that it builds upon hold."""
+    files = read_yaml_files(make_parser(None), path)
+    return {key: value for _, content in files for key, value in content.items()}
 
 
 def noise(*shape, seed=0):
@@ -591,9 +597,7 @@ def test_what_a_resumed_run_must_have_in_common():
 @pytest.mark.parametrize("dataset", DATASETS)
 @every_network
 def test_yaml_files_name_the_whole_architecture_and_nothing_of_others(dataset, model, dimension):
-    content = yaml.safe_load(
-        (ROOT / "amygdala" / "config" / dataset / f"{model}_{dimension}.yaml").read_text()
-    )
+    content = values_of(ROOT / "amygdala" / "config" / dataset / f"{model}_{dimension}.yaml")
     own = architecture_defaults(model, dimension)
     others = {name for family in FAMILIES for name in architecture_defaults(*family)} - set(own)
     assert set(own) <= set(content) and not others & set(content)

@@ -92,6 +92,26 @@ def test_of_two_configs_the_later_wins_and_the_earlier_still_counts(parser, yaml
     assert (args.lr, args.epochs, args.seed) == (1.0, 2, 3)
 
 
+def test_a_yaml_file_takes_over_the_lines_of_another(parser, tmp_path, capsys):
+    (tmp_path / "sub").mkdir()
+    first, second, third = tmp_path / "first.yaml", tmp_path / "second.yaml", tmp_path / "sub" / "third.yaml"
+    first.write_text("lr: 0.5\nepochs: 7\n")
+    second.write_text("config: first.yaml\nlr: 0.25\n")
+    third.write_text("config: ../second.yaml\n")
+    args = parse_args(parser, ["--config", str(third), "--model_name", "a"])
+    assert (args.lr, args.epochs) == (0.25, 7)
+    assert parse_args(parser, ["--config", str(third), "--model_name", "a", "--lr", "1"]).lr == 1
+    third.write_text("config: ../second.yaml\nlerning: 3\n")
+    assert "third.yaml: unknown key 'lerning'" in refusal(capsys, parser, ["--config", str(third)])
+    third.write_text("config: ../second.yaml\n")
+    first.write_text("lerning: 3\n")
+    assert "first.yaml: unknown key 'lerning'" in refusal(capsys, parser, ["--config", str(third)])
+    first.write_text("config: sub/third.yaml\n")
+    assert "third.yaml: takes over its own lines" in refusal(capsys, parser, ["--config", str(third)])
+    first.write_text("config: nothing.yaml\n")
+    assert "nothing.yaml: No such file" in refusal(capsys, parser, ["--config", str(third)])
+
+
 def test_config_with_equals_sign(parser, yaml_file):
     assert parse_args(parser, [f"--config={yaml_file('lr: 2')}"]).lr == 2.0
 
@@ -193,7 +213,6 @@ def test_yaml_does_not_touch_other_lists(parser, yaml_file):
         ("epoch: 3", "unknown key 'epoch'; did you mean epochs?"),
         ("batchsize_xyz: 3", "unknown key 'batchsize_xyz'; valid: amp, "),
         ("no-ema: true", "unknown key 'no-ema'"),
-        ("config: other.yaml", "unknown key 'config'"),
         ("1: 2", "unknown key '1'"),
         ("lr:\n  value: 3", "lr holds a section; write each flag as a line 'flag: value'"),
         ("ema: 'yes'", "ema is a switch: true or false, not 'yes'"),
