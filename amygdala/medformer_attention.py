@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from amygdala.medformer_blocks import MBConv, Style
 from common.conv_blocks import same_size_conv
+from common.layers import TransformerLayer
 
 
 class MapGenerator(nn.Module):
@@ -126,34 +127,13 @@ class AttentionBlock(nn.Module):
         return x, semantic_map if read_by_map is None else semantic_map + read_by_map
 
 
-class FusionLayer(nn.Module):
-    """Self-attention and an MLP as wide as its input, each after a layer norm and with a shortcut."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, n, width) -> the same shape."""
-        parts = self.qkv(self.norm1(tokens)).chunk(3, dim=-1)
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        read = F.scaled_dot_product_attention(query, key, value)  # (B, heads, n, width / heads)
-        tokens = tokens + self.proj(read.transpose(1, 2).flatten(2))
-        return tokens + self.mlp(self.norm2(tokens))
-
-
 class MapFusion(nn.Module):
     """The maps of all levels read each other: (B, Ci, *cells) each -> the same shapes."""
 
     def __init__(self, channels: Sequence[int], width: int, depth: int, heads: int, style: Style) -> None:
         super().__init__()
         self.enter = nn.ModuleList(style.pointwise(c, width) for c in channels)
-        self.layers = nn.Sequential(*(FusionLayer(width, heads) for _ in range(depth)))
+        self.layers = nn.Sequential(*(TransformerLayer(width, width, heads) for _ in range(depth)))
         self.leave = nn.ModuleList(style.pointwise(width, c) for c in channels)
 
     def forward(self, *maps: Tensor) -> list[Tensor]:

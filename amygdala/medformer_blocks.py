@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amygdala.depthwise import DepthwiseConv3d
 from common.conv_blocks import NORMS, BasicBlock, PreActivationConv, make_activation, make_short_norm
+from common.depthwise import DepthwiseConv3d
 from common.layers import CONV, make_norm
 
 CONV_BLOCKS = {"BasicBlock": BasicBlock}

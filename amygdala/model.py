@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from amygdala.structures import NUM_CLASSES
 from amygdala.unet import UNet
 from amygdala.unetpp import UNetPlusPlus
-from amygdala.unetr import UNETR
-from amygdala.vnet import VNet
 from common import checkpoints
 from common.checkpoints import TrainedModel
 from common.config import Switch, fraction, non_negative_int, positive_int
@@ -19,6 +17,8 @@ from common.conv_blocks import ACTIVATIONS, BLOCKS, NORMS
 from common.hardware import Precision
 from common.layers import check_image
 from common.swin_unetr import SwinUNETR
+from common.unetr import UNETR
+from common.vnet import VNet
 
 MODELS_3D = ("unet", "resunet", "unetpp", "attention_unet", "vnet", "medformer", "unetr", "swin_unetr")
 MODELS_2D = ("unet", "attention_unet", "medformer")

@@ -260,6 +260,32 @@ def kernels_of_levels(strides: Sequence[Sequence[int]]) -> list[tuple[int, int, 
     return [(1, 3, 3) if t else (3, 3, 3) for t in [*thick, False]]
 
 
+class TransformerLayer(nn.Module):
+    """Attention of all tokens to each other and an MLP, each after a layer norm and with a shortcut.
+
+    Args:
+        channels: of a token, a multiple of `heads`.
+        mlp_dim: channels inside the MLP.
+    """
+
+    def __init__(self, channels: int, mlp_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.proj = nn.Linear(channels, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, tokens, C) -> the same shape."""
+        parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        attended = F.scaled_dot_product_attention(query, key, value)  # (N, heads, tokens, C / heads)
+        x = x + self.proj(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
 class AttentionGate(nn.Module):
     """Additive attention: weighs each position of a skip by what the coarser decoder level asks for.
 

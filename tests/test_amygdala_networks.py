@@ -28,14 +28,14 @@ from amygdala.model import (
 from amygdala.structures import DATASETS
 from amygdala.unet import UNet
 from amygdala.unetpp import UNetPlusPlus
-from amygdala.unetr import UNETR
-from amygdala.vnet import VNet
 from common.config import make_parser, parse_args, read_yaml_files
 from common.conv_blocks import BasicBlock, PreActivationConv, SingleConv, resize_aligned
 from common.hardware import Precision
 from common.layers import InstanceNorm, make_norm, resize_linear
 from common.memory import training_peak_mib
 from common.swin_unetr import SwinUNETR
+from common.unetr import UNETR
+from common.vnet import VNet
 
 ANISOTROPIC = {
     "kernel_size": [(1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)],
@@ -646,17 +646,17 @@ def imported_modules(path):
 
 
 ALONE = {  # how a stranger would call them
-    "unet": "UNet(base_chan=4, attention=True)",
-    "unetpp": "UNetPlusPlus(base_chan=4)",
-    "vnet": "VNet(base_chan=4)",
-    "unetr": "UNETR(hidden_size=24, num_heads=2, mlp_dim=24, feature_size=4)",
+    "amygdala.unet": "UNet(base_chan=4, attention=True)",
+    "amygdala.unetpp": "UNetPlusPlus(base_chan=4)",
+    "common.vnet": "VNet(base_chan=4)",
+    "common.unetr": "UNETR(hidden_size=24, num_heads=2, mlp_dim=24, feature_size=4)",
 }
 
 
 def copy_with_imports(file, folder):
     """A family's file, and the files of common that it imports, directly or not, in an empty folder."""
     (folder / "common").mkdir(parents=True)
-    done, wanted = set(), [ROOT / "amygdala" / f"{file}.py"]
+    done, wanted = set(), [ROOT / f"{file.replace('.', '/')}.py"]
     while wanted:
         path = wanted.pop()
         done.add(path)
@@ -676,7 +676,7 @@ def test_each_family_works_alone(tmp_path):
         assert len(copy_with_imports(file, tmp_path / file)) <= 5
         code += f"sys.path[0] = {str(tmp_path / file)!r}\n"
         code += "for name in [n for n in sys.modules if n.startswith('common')]: del sys.modules[name]\n"
-        code += f"from {file} import {call.split('(')[0]}\n"
+        code += f"from {file.removeprefix('amygdala.')} import {call.split('(')[0]}\n"
         code += f"print(*{call}(torch.zeros(1, 1, 16, 16, 32)).shape)\n"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={}

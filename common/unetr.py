@@ -4,37 +4,15 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image, padded_to_multiple, resize_linear
+from common.layers import TransformerLayer, check_image, padded_to_multiple, resize_linear
 from common.recomputation import stage_runner
 from common.swin_unetr import ResidualBlock, UpBlock
 
 PATCH = 16  # side in voxels of the patches that become tokens
 LAYERS = 12
 SKIPS = (3, 6, 9)  # the layers, counted from 0, whose tokens go to the decoder too
-
-
-class _TransformerLayer(nn.Module):
-    """Attention of all tokens to each other and an MLP, each after a layer norm and with a shortcut."""
-
-    def __init__(self, channels: int, mlp_dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.proj = nn.Linear(channels, channels)
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, tokens, C) -> the same shape."""
-        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, tokens, channels of a head)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        x = x + self.proj(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
 
 
 class _Climb(nn.Sequential):
@@ -91,7 +69,7 @@ class UNETR(nn.Module):
         self.position_grid = tuple(position_grid)
         self.embed = nn.Conv3d(in_channels, hidden_size, PATCH, stride=PATCH)
         self.positions = nn.Parameter(torch.randn(1, prod(position_grid), hidden_size) * 0.02)
-        self.layers = nn.ModuleList(_TransformerLayer(hidden_size, mlp_dim, num_heads) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(TransformerLayer(hidden_size, mlp_dim, num_heads) for _ in range(LAYERS))
         self.norm = nn.LayerNorm(hidden_size)
         f = feature_size
         self.encoders = nn.ModuleList(  # strides 1, 2, 4, 8
