@@ -5,8 +5,11 @@ from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from amygdala.medformer import MedFormer
+from amygdala.medformer_blocks import ACTIVATIONS as MEDFORMER_ACTIVATIONS
+from amygdala.medformer_blocks import PROJECTIONS
 from amygdala.structures import NUM_CLASSES
 from amygdala.unet import UNet
 from amygdala.unetpp import UNetPlusPlus
@@ -15,50 +18,61 @@ from common.checkpoints import TrainedModel
 from common.config import Switch, fraction, non_negative_int, positive_int
 from common.conv_blocks import ACTIVATIONS, BLOCKS, NORMS
 from common.hardware import Precision
-from common.layers import check_image
+from common.layers import SliceBySlice
 from common.swin_unetr import SwinUNETR
 from common.unetr import UNETR
 from common.vnet import VNet
 
 MODELS_3D = ("unet", "resunet", "unetpp", "attention_unet", "vnet", "medformer", "unetr", "swin_unetr")
 MODELS_2D = ("unet", "attention_unet", "medformer")
-MODELS = {"2d": MODELS_2D, "3d": MODELS_3D}
+MODELS = {"3d": MODELS_3D, "2d": MODELS_2D}
 POOLED = ("unet", "resunet", "unetpp", "attention_unet")  # U-Nets of convolution blocks and max pooling
-DIMENSIONS = ("2d", "3d")
 FEATURE_SIZES = (12, 24, 48)  # of swin_unetr
-PROJECTIONS = ("depthwise", "linear")  # of medformer
-MEDFORMER_ACTIVATIONS = ("relu", "leaky_relu", "gelu")
 NOT_ARCHITECTURE = ("checkpointing",)  # a resumed run may change it
 
 
-class SliceBySlice(nn.Module):
-    """A 2-D network on the slices of a volume, each by itself: (N, C, D, H, W) -> (N, K, D, H, W).
-
-    All slices go through the network as one batch. A network that returns a list in training gives a list.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.multiple = (1, *network.multiple)
-
-    @property
-    def checkpointing(self) -> bool:
-        return self.network.checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, value: bool) -> None:
-        self.network.checkpointing = value
-
-    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        check_image(image, image.shape[1] if image.ndim > 1 else 1, ndim=3)
-        batch, depth = image.shape[0], image.shape[2]
-        outputs = self.network(image.transpose(1, 2).flatten(0, 1))
-
-        def volume(logits: Tensor) -> Tensor:
-            return logits.unflatten(0, (batch, depth)).transpose(1, 2)
-
-        return [volume(o) for o in outputs] if isinstance(outputs, (list, tuple)) else volume(outputs)
+ZYX = ("Z", "Y", "X")
+HELP = {  # of the flags of the networks; of the same name in two families with the model in front
+    "base_chan": "number of channels of the first level; memory grows in proportion, weights with the square",
+    "norm": "normalisation: in = each channel of each image by itself, bn = over the batch, which needs "
+    "batches of 8 or more, ln = over the channels of each voxel",
+    "act": "activation function behind the norms",
+    "down_scale": "by what the four steps down divide the grid: a number for all axes, or one for each, "
+    "{axes}, such as {scale}; 1 leaves an axis alone, which suits thick slices",
+    "conv_block": "convolution block: SingleConv = convolution, norm, activation, BasicBlock = two "
+    "convolutions with a shortcut, which takes two to three times the weights",
+    "kernel_size": "sides of the convolutions of the five levels, finest first, odd: a number for all axes, "
+    "or one for each, {axes}, such as {kernel}",
+    "chan_num": "number of channels of the four stages down and the four stages up",
+    "conv_num": "number of convolution blocks in each of the eight stages",
+    "trans_num": "number of attention blocks in each of the eight stages",
+    "medformer num_heads": "number of attention heads in each of the eight stages; must divide the stage's "
+    "--chan_num",
+    "map_size": "size of the semantic map, whose voxels sum up the image; no more than the coarsest grid, "
+    "which is --patch_size divided by 16",
+    "expansion": "how many times wider the MLP of an attention block is inside",
+    "fusion_depth": "number of transformer layers that fuse the maps of all scales",
+    "fusion_dim": "number of channels of these layers, a multiple of --fusion_heads",
+    "fusion_heads": "number of attention heads of these layers",
+    "attn_drop": "share of the attention weights, 0 to 1, that training sets to 0",
+    "proj_drop": "share of the attention blocks' outputs, 0 to 1, that training sets to 0",
+    "proj_type": "how queries and values are made from the image's features: depthwise = by a depthwise and "
+    "a 1x1x1 convolution, linear = by a 1x1x1 convolution",
+    "aux_loss": "in training also predict at a quarter of the resolution, and add the loss of that "
+    "prediction",
+    "dropout": "share of the channels, 0 to 1, that training leaves out of the skips and of the two coarsest "
+    "stages",
+    "unetr feature_size": "number of channels of the decoder's finest level, doubled at each coarser one",
+    "hidden_size": "number of channels of a token, a multiple of --num_heads",
+    "mlp_dim": "number of channels inside the MLP of each transformer layer",
+    "num_heads": "number of attention heads",
+    "position_grid": "size, z y x, of the learned table of positions: the sides of --patch_size divided by "
+    "16; for other sizes the table is interpolated",
+    "feature_size": "number of channels of the first level, doubled at each deeper one; 48 takes four times "
+    "the weights of 24",
+    "checkpointing": "compute activations a second time in the backward pass instead of keeping them, which "
+    "takes much less memory and about a third more time",
+}
 
 
 def sides(text: str) -> str:
@@ -75,167 +89,58 @@ def add_architecture_flags(parser: ArgumentParser, model: str, dimension: str) -
     Raises:
         ValueError: there is no such model in this dimension.
     """
-    if dimension not in MODELS or model not in MODELS[dimension]:
-        known = "; ".join(f"{d}: {', '.join(MODELS[d])}" for d in reversed(DIMENSIONS))
+    if model not in MODELS.get(dimension, ()):
+        known = "; ".join(f"{d}: {', '.join(models)}" for d, models in MODELS.items())
         raise ValueError(f"there is no {model} in {dimension}; take {known}")
     net = parser.add_argument_group(f"model ({model}, {dimension})")
-    ndim = int(dimension[0])
-    axes, example = ("z y x", "1x2x2") if ndim == 3 else ("y x", "1x2")
+    is_3d = dimension == "3d"
+    axes, example = ("z y x", "1x2x2") if is_3d else ("y x", "1x2")
+
+    def add(name: str, default: object, **options) -> None:
+        text = HELP.get(f"{model} {name}") or HELP[name]
+        text = text.format(axes=axes, scale=example, kernel=example.replace("2", "3"))
+        net.add_argument(f"--{name}", default=default, help=text, **options)
+
+    def add_counts(**defaults: int) -> None:
+        for name, default in defaults.items():
+            add(name, default, type=positive_int)
+
     if model in (*POOLED, "medformer", "vnet"):
-        net.add_argument(
-            "--base_chan",
-            type=positive_int,
-            default=16 if model == "vnet" else 32,
-            help="number of channels of the first level; memory grows in proportion, weights with the square",
-        )
-        net.add_argument(
-            "--norm",
-            choices=NORMS,
-            default="in",
-            help="normalisation: in = each channel of each image by itself, bn = over the batch, which needs "
-            "batches of 8 or more, ln = over the channels of each voxel",
-        )
-        net.add_argument(
-            "--act",
-            choices=MEDFORMER_ACTIVATIONS if model == "medformer" else ACTIVATIONS,
-            default="elu" if model == "vnet" else "relu",
-            help="activation function behind the norms",
-        )
-        net.add_argument(
-            "--down_scale",
-            type=sides,
-            nargs=4,
-            default=["2"] * 4,
-            metavar="SCALE",
-            help="by what the four steps down divide the grid: a number for all axes, or one for each, "
-            f"{axes}, such as {example}; 1 leaves an axis alone, which suits thick slices",
-        )
+        add_counts(base_chan=16 if model == "vnet" else 32)
+        add("norm", "in", choices=NORMS)
+        acts = MEDFORMER_ACTIVATIONS if model == "medformer" else ACTIVATIONS
+        add("act", "elu" if model == "vnet" else "relu", choices=acts)
+        add("down_scale", ["2"] * 4, type=sides, nargs=4, metavar="SCALE")
     if model in (*POOLED, "medformer"):
-        net.add_argument(
-            "--conv_block",
-            choices=("BasicBlock",) if model == "medformer" else BLOCKS,
-            default="BasicBlock" if model in ("resunet", "medformer") else "SingleConv",
-            help="convolution block: SingleConv = convolution, norm, activation, BasicBlock = two "
-            "convolutions with a shortcut, which takes two to three times the weights",
-        )
-        net.add_argument(
-            "--kernel_size",
-            type=sides,
-            nargs=5,
-            default=["3"] * 5,
-            metavar="KERNEL",
-            help="sides of the convolutions of the five levels, finest first, odd: a number for all axes, or "
-            f"one for each, {axes}, such as {example.replace('2', '3')}",
-        )
+        blocks = ("BasicBlock",) if model == "medformer" else BLOCKS
+        default = "BasicBlock" if model in ("resunet", "medformer") else "SingleConv"
+        add("conv_block", default, choices=blocks)
+        add("kernel_size", ["3"] * 5, type=sides, nargs=5, metavar="KERNEL")
     if model == "medformer":
-        _add_medformer_flags(net, ndim)
+        deep = 320 if is_3d else 512
+        for name, kind, default in (
+            ("chan_num", positive_int, [64, 128, 256, deep, 256, 128, 64, 32]),
+            ("conv_num", non_negative_int, [2, 1, 0, 0, 0, 1, 2, 2]),
+            ("trans_num", non_negative_int, [0, 1, 4, 6, 4, 1, 0, 0]),
+            ("num_heads", positive_int, [1, 4, 8, deep // 32, 8, 4, 1, 1]),
+        ):
+            add(name, default, type=kind, nargs=8, metavar="N")
+        cells = [4, 4, 4] if is_3d else [3, 3]
+        add("map_size", cells, type=positive_int, nargs=len(cells), metavar=ZYX[-len(cells) :])
+        add_counts(expansion=4 if is_3d else 2)
+        add_counts(fusion_depth=2, fusion_dim=deep, fusion_heads=deep // 32)
+        add("attn_drop", 0.0, type=fraction)
+        add("proj_drop", 0.0, type=fraction)
+        add("proj_type", "depthwise", choices=PROJECTIONS)
+        add("aux_loss", True, action=Switch)
     if model == "vnet":
-        net.add_argument(
-            "--dropout",
-            type=fraction,
-            default=0.5,
-            help="share of the channels, 0 to 1, that training leaves out of the skips and of the two "
-            "coarsest stages",
-        )
+        add("dropout", 0.5, type=fraction)
     if model == "unetr":
-        _add_unetr_flags(net)
+        add_counts(feature_size=16, hidden_size=768, mlp_dim=3072, num_heads=12)
+        add("position_grid", [6, 6, 6], type=positive_int, nargs=3, metavar=ZYX)
     if model == "swin_unetr":
-        net.add_argument(
-            "--feature_size",
-            type=int,
-            choices=FEATURE_SIZES,
-            default=24,
-            help="number of channels of the first level, doubled at each deeper one; 48 takes four times the "
-            "weights of 24",
-        )
-    net.add_argument(
-        "--checkpointing",
-        action=Switch,
-        default=model == "swin_unetr",
-        help="compute activations a second time in the backward pass instead of keeping them, which takes "
-        "much less memory and about a third more time",
-    )
-
-
-def _add_unetr_flags(net) -> None:
-    numbers = {
-        "feature_size": (16, "number of channels of the decoder's finest level, doubled at each coarser one"),
-        "hidden_size": (768, "number of channels of a token, a multiple of --num_heads"),
-        "mlp_dim": (3072, "number of channels inside the MLP of each transformer layer"),
-        "num_heads": (12, "number of attention heads"),
-    }
-    for name, (default, text) in numbers.items():
-        net.add_argument(f"--{name}", type=positive_int, default=default, help=text)
-    net.add_argument(
-        "--position_grid",
-        type=positive_int,
-        nargs=3,
-        default=[6, 6, 6],
-        metavar=("Z", "Y", "X"),
-        help="size, z y x, of the learned table of positions: the sides of --patch_size divided by 16; for "
-        "other sizes the table is interpolated",
-    )
-
-
-def _add_medformer_flags(net, ndim: int) -> None:
-    deep = 320 if ndim == 3 else 512
-    stages = {
-        "chan_num": (
-            positive_int,
-            [64, 128, 256, deep, 256, 128, 64, 32],
-            "number of channels of the four stages down and the four stages up",
-        ),
-        "conv_num": (
-            non_negative_int,
-            [2, 1, 0, 0, 0, 1, 2, 2],
-            "number of convolution blocks in each of the eight stages",
-        ),
-        "trans_num": (
-            non_negative_int,
-            [0, 1, 4, 6, 4, 1, 0, 0],
-            "number of attention blocks in each of the eight stages",
-        ),
-        "num_heads": (
-            positive_int,
-            [1, 4, 8, deep // 32, 8, 4, 1, 1],
-            "number of attention heads in each of the eight stages; must divide the stage's --chan_num",
-        ),
-    }
-    for name, (kind, default, text) in stages.items():
-        net.add_argument(f"--{name}", type=kind, nargs=8, default=default, metavar="N", help=text)
-    net.add_argument(
-        "--map_size",
-        type=positive_int,
-        nargs=ndim,
-        default=[4, 4, 4] if ndim == 3 else [3, 3],
-        metavar=("Z", "Y", "X")[-ndim:],
-        help="size of the semantic map, whose voxels sum up the image; no more than the coarsest grid, which "
-        "is --patch_size divided by 16",
-    )
-    numbers = {
-        "expansion": (4 if ndim == 3 else 2, "how many times wider the MLP of an attention block is inside"),
-        "fusion_depth": (2, "number of transformer layers that fuse the maps of all scales"),
-        "fusion_dim": (deep, "number of channels of these layers, a multiple of --fusion_heads"),
-        "fusion_heads": (deep // 32, "number of attention heads of these layers"),
-    }
-    for name, (default, text) in numbers.items():
-        net.add_argument(f"--{name}", type=positive_int, default=default, help=text)
-    for name, what in {"attn_drop": "attention weights", "proj_drop": "attention blocks' outputs"}.items():
-        text = f"share of the {what}, 0 to 1, that training sets to 0"
-        net.add_argument(f"--{name}", type=fraction, default=0.0, help=text)
-    net.add_argument(
-        "--proj_type",
-        choices=PROJECTIONS,
-        default="depthwise",
-        help="how queries and values are made from the image's features: depthwise = by a depthwise and a "
-        "1x1x1 convolution, linear = by a 1x1x1 convolution",
-    )
-    net.add_argument(
-        "--aux_loss",
-        action=Switch,
-        default=True,
-        help="in training also predict at a quarter of the resolution, and add the loss of that prediction",
-    )
+        add("feature_size", 24, type=int, choices=FEATURE_SIZES)
+    add("checkpointing", model == "swin_unetr", action=Switch)
 
 
 def architecture_defaults(model: str, dimension: str) -> dict:
@@ -271,8 +176,6 @@ def get_model(config: dict) -> nn.Module:
         attention = model == "attention_unet"
         network = UNet(1, num_classes, ndim=ndim, attention=attention, **options)
     elif model == "medformer":
-        from amygdala.medformer import MedFormer
-
         network = MedFormer(1, num_classes, ndim=ndim, **options)
     elif model == "swin_unetr":
         options["width"] = options.pop("feature_size")
@@ -296,9 +199,9 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
     """
 
     def make_network(checkpoint: dict) -> nn.Module:
-        config, found = checkpoint["config"], checkpoint.get("stage", "another task")
-        if found != "amygdala" or config.get("model") not in MODELS.get(config.get("dimension"), ()):
-            raise ValueError(f"not weights of amygdala/train.py but of {found}; swapped?")
+        config = checkpoint["config"]
+        known = MODELS.get(config.get("dimension"), ())
+        checkpoints.require_stage(checkpoint, "amygdala", known, "amygdala/train.py")
         return get_model(config)
 
     return checkpoints.load_trained(weights, device, precision, make_network)

@@ -310,3 +310,36 @@ class AttentionGate(nn.Module):
         gate = upsample_to(gate, skip.shape[2:])
         attention = torch.sigmoid(self.psi(F.relu(self.W_g(gate) + self.W_x(skip), inplace=True)))
         return skip * attention
+
+
+class SliceBySlice(nn.Module):
+    """A 2-D network on the slices of a volume, each by itself: (N, C, D, H, W) -> (N, K, D, H, W).
+
+    All slices go through the network as one batch. A network that returns a list in training gives a list.
+
+    Args:
+        network: with the attributes `multiple` and `checkpointing`, which the result has, too.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.multiple = (1, *network.multiple)
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.network.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, value: bool) -> None:
+        self.network.checkpointing = value
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        check_image(image, image.shape[1] if image.ndim > 1 else 1, ndim=3)
+        batch, depth = image.shape[0], image.shape[2]
+        outputs = self.network(image.transpose(1, 2).flatten(0, 1))
+
+        def volume(logits: Tensor) -> Tensor:
+            return logits.unflatten(0, (batch, depth)).transpose(1, 2)
+
+        return [volume(o) for o in outputs] if isinstance(outputs, (list, tuple)) else volume(outputs)
