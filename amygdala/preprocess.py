@@ -11,7 +11,6 @@ the labels 1 and 2. A case that cannot be used is named at the end with the reas
 nothing. Run it again to go on where it stopped.
 """
 
-import hashlib
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -27,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from amygdala.cases import Case, list_data_set, load_case
 from amygdala.labels import parse_label_map
 from amygdala.structures import DATASETS, NUM_CLASSES
+from common import distributed
 from common.config import make_parser, parse_args, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
-from common.files import make_folder, replacing
+from common.files import file_sha1, make_folder, replacing
 from common.flags import add_workers_flag
 from common.hdf5 import write_case
 from common.label_measures import label_counts
-from common.pairs import content_hash
+from common.pairs import content_hash, refuse_copies
 from common.working_case import grid_attributes, to_working_grid
 
 SPACING_MM = (1.0, 1.0, 1.0)
@@ -89,45 +89,22 @@ def convert_case(case: Case, out: Path, dataset: str, label_map: str | dict[int,
         notes.append(f"too small for voxels of 1 mm, therefore gone: {lost}")
     if not counts[1:].any():
         raise ValueError(f"{case.label}: too small for voxels of 1 mm, nothing is left of it")
-    attributes = {
-        "name": case.name,
-        "subject": case.subject,
-        "site": case.site,
+    whose = {"name": case.name, "subject": case.subject, "site": case.site}
+    attributes = whose | {
         **grid_attributes(scan, whole, working.affine),
         "voxels": {str(n): int(counts[n]) for n in data_set.structures.names},
         "centre": np.argwhere(working.labels).mean(0),
     }
     write_case(out / "cases" / f"{case.name}.h5", working.image, working.labels, attributes=attributes)
     native = label_counts(labels, NUM_CLASSES) * scan.voxel_mm3
-    return {
-        "name": case.name,
+    return whose | {
         "part": case.part,
-        "subject": case.subject,
-        "site": case.site,
         "shape": list(working.image.shape),
         "volume_mm3": {str(n): round(float(native[n]), 1) for n in data_set.structures.names},
         "content": content_hash(scan.array),
-        "sha1": {"image": _sha1(case.image), "label": _sha1(case.label)},
+        "sha1": {"image": file_sha1(case.image), "label": file_sha1(case.label)},
         "notes": "; ".join(notes),
     }
-
-
-def _sha1(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
-
-
-def refuse_copies(entries: Sequence[dict]) -> dict[str, str]:
-    """{case: reason} for each scan that another subject has, too: training and test could share it."""
-    first: dict[str, dict] = {}
-    copies = {}
-    for entry in entries:
-        earlier = first.setdefault(entry["content"], entry)
-        if earlier["subject"] != entry["subject"]:
-            copies[entry["name"]] = (
-                f"the same scan as {earlier['name']}, but of subject {entry['subject']} instead of "
-                f"{earlier['subject']}; remove one of them, or give both one subject with --subjects"
-            )
-    return copies
 
 
 def write_list(out: Path, dataset: str, entries: Sequence[Mapping]) -> None:
@@ -144,8 +121,7 @@ def convert(args: Namespace, out: Path) -> dict[str, str]:
     Raises:
         ValueError, OSError: nothing can be converted as asked.
     """
-    data_set = DATASETS[args.dataset]
-    label_map = parse_label_map(args.label_map, data_set)
+    label_map = parse_label_map(args.label_map, DATASETS[args.dataset])
     cases, warnings, refused = list_data_set(args.source, args.subjects)
     for_prediction = [case.name for case in cases if case.part == "test" and case.label is None]
     cases = [case for case in cases if case.name not in for_prediction]
@@ -176,11 +152,12 @@ def convert(args: Namespace, out: Path) -> dict[str, str]:
     print_failed(failed)
     finish_notes(out, entries, about_all, ("name", "part", "subject", "site", "shape", "notes"), {})
     write_list(out, args.dataset, entries)
-    _print_summary(entries, out, data_set.structures.names)
+    print_summary(entries, out, DATASETS[args.dataset].structures.names)
     return failed
 
 
-def _print_summary(entries: Sequence[dict], out: Path, names: Mapping[int, str]) -> None:
+def print_summary(entries: Sequence[dict], out: Path, names: Mapping[int, str]) -> None:
+    """How many cases there are, whose, and how large the structures are."""
     parts = ", ".join(f"{n} {part}" for part, n in Counter(entry["part"] for entry in entries).items())
     subjects, sites = ({entry[key] for entry in entries} for key in ("subject", "site"))
     print(f"{len(entries)} cases in {out}: {parts or 'none'}", end="; ")
@@ -195,11 +172,9 @@ def _print_summary(entries: Sequence[dict], out: Path, names: Mapping[int, str])
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     out = Path(args.out or Path("dataset") / args.dataset)
-    try:
+    with distributed.session():  # an error that the user can mend is one line
         if convert(args, out):
             return 1
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     print(f"next: python amygdala/train.py --dataset {args.dataset} --data_path {shlex.quote(str(out))}")
     return 0
 

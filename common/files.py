@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and JSON notes whose content is checked when they are read."""
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -131,6 +132,11 @@ def check_keys(content: Any, expected: Mapping[str, Any], where: str, *, advice:
         if key not in content:
             raise ValueError(f'{where}: "{key}" is missing, expected {wanted}{ending}')
         raise ValueError(f'{where}: "{key}" should be {wanted}, found {_shown(value)}{ending}')
+
+
+def file_sha1(path: str | Path) -> str:
+    """SHA-1 of a file, as `sha1sum` prints it."""
+    return hashlib.sha1(Path(path).read_bytes()).hexdigest()
 
 
 def _shown(value: Any) -> str:

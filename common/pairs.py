@@ -12,13 +12,17 @@ from common.nifti import NiftiFile, Scan, load_label, load_nifti, open_nifti, sa
 MIN_SIDE_MM = 10.0  # a thinner scan is a single slice or a localiser: nothing to train on
 
 
-def load_pair(image: Path, label: Path) -> tuple[Scan, Scan]:
+def load_pair(image: Path | None, label: Path | None) -> tuple[Scan, Scan]:
     """Scan and label map, both (z, y, x) RAS+ on one grid.
 
     Raises:
-        FileNotFoundError, ValueError: what `load_nifti` and `load_label` raise; the two lie on different
-            grids; or the scan is thinner than MIN_SIDE_MM.
+        FileNotFoundError, ValueError: what `load_nifti` and `load_label` raise; one of the two is None,
+            because the data set does not have it; they lie on different grids; or the scan is thinner than
+            MIN_SIDE_MM.
     """
+    if image is None or label is None:
+        missing, there = ("label", image) if label is None else ("scan", label)
+        raise ValueError(f"{there}: has no {missing} of the same name; add it, or move this file away")
     scan, labels = load_nifti(image), load_label(label)
     if reason := why_not_a_pair(scan, labels) or why_too_thin(scan):
         raise ValueError(reason)
@@ -33,7 +37,7 @@ def load_labelled(
     *,
     label_alone: bool = False,
 ) -> tuple[Scan | None, Scan]:
-    """`load_pair` of files that a data set may lack, with labels that it may hold.
+    """`load_pair`, with labels that the data set may hold.
 
     Args:
         image, label: None for one that the data set does not have.
@@ -42,12 +46,10 @@ def load_labelled(
         label_alone: whether the scan may be missing; it is None then.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_pair`; a file is missing; or the label map holds others.
+        FileNotFoundError, ValueError: as `load_pair`; or the label map holds others.
     """
-    if label is None or (image is None and not label_alone):
-        missing, there = ("label", image) if label is None else ("scan", label)
-        raise ValueError(f"{there}: has no {missing} of the same name; add it, or move this file away")
-    scan, target = load_pair(image, label) if image is not None else (None, load_label(label))
+    is_alone = label_alone and image is None and label is not None
+    scan, target = (None, load_label(label)) if is_alone else load_pair(image, label)
     if reason := why_not_labels(target.array, names, labelled):
         raise ValueError(f"{label}: {reason}")
     return scan, target
@@ -90,6 +92,24 @@ def median_spacing(images: Sequence[Path]) -> tuple[float, float, float]:
         raise ValueError(f"none of {len(images)} scan(s) can be read: {'; '.join(problems[:3])}")
     z, y, x = np.median(spacings, axis=0).round(3).tolist()
     return z, y, x
+
+
+def refuse_copies(entries: Sequence[Mapping]) -> dict[str, str]:
+    """{case: reason} for each scan that another subject has, too: training and test could share it.
+
+    Args:
+        entries: of the cases, each with "name", "subject" and "content", the `content_hash` of its scan.
+    """
+    first: dict[str, Mapping] = {}
+    copies = {}
+    for entry in entries:
+        earlier = first.setdefault(entry["content"], entry)
+        if earlier["subject"] != entry["subject"]:
+            copies[entry["name"]] = (
+                f"the same scan as {earlier['name']}, but of subject {entry['subject']} instead of "
+                f"{earlier['subject']}; remove one of them, or give both one subject with --subjects"
+            )
+    return copies
 
 
 def content_hash(volume: np.ndarray) -> str:

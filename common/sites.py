@@ -1,7 +1,7 @@
-"""Scores apart for each site (hospital, scanner): which case is from where, and tables by site."""
+"""Whose scan each case is, from which site (hospital, scanner), and scores apart for each site."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +12,76 @@ from common.class_metrics import metric_columns
 UNKNOWN = "unknown"  # site of a case that no table names
 
 
-def read_sites(path: str | Path) -> dict[str, str]:
-    """{case: site} of a table with the columns name and site: comma-separated, or by tabs if it ends in .tsv.
+def read_subjects(
+    path: str | Path, needed: Sequence[str] = ("name", "subject")
+) -> dict[str, tuple[str, str]]:
+    """{name: (subject, site)} of a table: comma-separated, or by tabs if its name ends in .tsv.
+
+    The columns are name (of the case), subject and site; participant_id, as BIDS calls it, is name and
+    subject in one. Without a subject it is the name, without a site "unknown".
+
+    Args:
+        needed: names of the columns that have to be there.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no rows, a missing column, or a case that stands there twice.
+        ValueError: a column that is needed is missing or empty, no rows, or two rows of one name that differ.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such table of sites")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-    if missing := {"name", "site"} - set(rows[0] if rows else ()):
-        what = f"no column {' and no column '.join(sorted(missing))}" if rows else "no rows"
-        raise ValueError(f"{path}: {what}; a table with the columns name (of the case) and site is needed")
-    sites: dict[str, str] = {}
-    for row in rows:
-        if row["name"] in sites:
-            raise ValueError(f"{path}: case {row['name']} stands there twice; remove one of the two lines")
-        sites[row["name"]] = row["site"] or UNKNOWN
-    return sites
+        raise FileNotFoundError(f"{path}: no such table of cases")
+    people: dict[str, tuple[str, str]] = {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
+        for row in reader:
+            values = {column: (row[column] or "").strip() for column in columns}
+            if "participant_id" in values:
+                same = values["participant_id"]
+                values = {"name": same, "subject": same} | values
+            if not set(needed) <= set(values):
+                break
+            name, subject = values["name"], values.get("subject", values["name"])
+            person = subject, values.get("site") or UNKNOWN
+            if not name or not subject:
+                raise ValueError(f"{path}, line {reader.line_num}: a row without name or subject")
+            if people.setdefault(name, person) != person:
+                raise ValueError(f"{path}: two rows of {name} with different subjects or sites; remove one")
+    if not people:
+        found = f"its columns are {', '.join(columns)}" if columns else "it is empty"
+        raise ValueError(f"{path}: no row with {' and '.join(needed)}; {found}")
+    return people
+
+
+def read_sites(path: str | Path) -> dict[str, str]:
+    """{case: site} of a table with the columns name and site; else as `read_subjects`."""
+    return {name: site for name, (_, site) in read_subjects(path, ("name", "site")).items()}
+
+
+def person_of(name: str, people: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
+    """(subject, site) of a case by its name, or by a BIDS name that it goes on from, such as sub-01_ses-1;
+    None without either."""
+    parts = name.split("_")
+    beginnings = ["_".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((people[beginning] for beginning in beginnings if beginning in people), None)
+
+
+def lonely_sites(people: Collection[tuple[str, str]]) -> list[str]:
+    """A sentence for each site that has one subject only, where there are several sites.
+
+    Args:
+        people: (subject, site) of every case.
+    """
+    subjects: dict[str, set[str]] = {}
+    for subject, site in people:
+        subjects.setdefault(site, set()).add(subject)
+    if len(subjects) < 2:
+        return []
+    return [
+        f"site {site} has one subject only ({', '.join(of_site)}): what a fold tests there is a single person"
+        for site, of_site in subjects.items()
+        if len(of_site) == 1
+    ]
 
 
 def site_table(rows: Sequence[dict], sites: Mapping[str, str]) -> list[dict]:

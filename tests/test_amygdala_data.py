@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import REAL_DATA
 
-from amygdala.cases import list_data_set, read_subjects
+from amygdala.cases import list_data_set
 from amygdala.dataset import Cohort, PatchDataset
 from amygdala.labels import parse_label_map
 from amygdala.preprocess import main
@@ -358,22 +358,6 @@ def test_a_subject_in_training_and_test_is_refused(tmp_path):
     cases, _, refused = list_data_set(source, table(tmp_path / "t.csv", *rows))
     assert [(c.name, c.part) for c in cases] == [("a1", "train"), ("b", "train"), ("c", "test")]
     assert refused["a2"].startswith("subject anna stands in test and, as a1, in train")
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (["id,person", "a,anna"], "its columns are id, person; expected name, subject and site"),
-        ([], "its columns are missing; expected name"),
-        (["name,subject,site", "a,,X"], "line 2: a row without name or subject"),
-        (["name,subject,site", "a,anna,X", "a,anna,Y"], "two rows of a with different subjects or sites"),
-    ],
-)
-def test_tables_that_cannot_be_used(tmp_path, rows, message):
-    with pytest.raises(ValueError, match=message):
-        read_subjects(table(tmp_path / "t.csv", *rows))
-    with pytest.raises(FileNotFoundError, match="--subjects nowhere.csv: no such file"):
-        read_subjects("nowhere.csv")
 
 
 def test_the_same_scan_of_two_subjects_is_refused(tmp_path, capsys):

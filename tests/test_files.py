@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from common import files
-from common.files import check_keys, read_json, replacing, write_json
+from common.files import check_keys, file_sha1, read_json, replacing, write_json
 
 
 def names(folder) -> list[str]:
@@ -207,3 +207,8 @@ def test_every_writer_goes_through_it():
         "lung_tumor/phantoms.py",
         "verse_spine/phantoms.py",
     }
+
+
+def test_sha1_of_a_published_example(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix A.1
+    assert file_sha1(tmp_path / "abc") == "a9993e364706816aba3e25717850c26c9cd0d89d"

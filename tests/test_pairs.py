@@ -9,6 +9,7 @@ from common.pairs import (
     load_labelled,
     load_pair,
     median_spacing,
+    refuse_copies,
     why_not_a_pair,
     why_too_thin,
 )
@@ -98,3 +99,10 @@ def test_hash_is_of_the_values_whatever_the_file(tmp_path):
     changed = image.copy()
     changed[-1, -1, -1] += 1
     assert content_hash(changed) != first
+
+
+def test_copies_under_the_name_of_another_subject():
+    people = [("a", "anna", "x"), ("b", "ben", "y"), ("a2", "anna", "x"), ("c", "carl", "x")]
+    entries = [dict(zip(("name", "subject", "content"), person, strict=True)) for person in people]
+    copies = refuse_copies(entries)
+    assert list(copies) == ["c"] and copies["c"].startswith("the same scan as a, but of subject carl instead")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from common.sites import read_sites, site_lines, site_table
+from common.sites import lonely_sites, person_of, read_sites, read_subjects, site_lines, site_table
 
 
 def row(case, label, dice, target=1000.0, pred=1000.0, status="ok"):
@@ -39,13 +39,43 @@ def test_tables_of_sites(tmp_path):
     assert read_sites(tmp_path / "sites.csv") == {"a": "Bonn", "b": "unknown"}
     assert read_sites(tmp_path / "sites.tsv") == {"a": "Bonn"}
     (tmp_path / "bad.csv").write_text("case,site\na,Bonn\n")
-    with pytest.raises(ValueError, match="bad.csv: no column name; a table with the columns name"):
+    with pytest.raises(ValueError, match="bad.csv: no row with name and site; its columns are case, site"):
         read_sites(tmp_path / "bad.csv")
     (tmp_path / "twice.csv").write_text("name,site\na,Bonn\na,Trier\n")
-    with pytest.raises(ValueError, match="case a stands there twice"):
+    with pytest.raises(ValueError, match="two rows of a with different subjects or sites"):
         read_sites(tmp_path / "twice.csv")
-    (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(ValueError, match="no rows"):
-        read_sites(tmp_path / "empty.csv")
     with pytest.raises(FileNotFoundError, match="no such table"):
         read_sites(tmp_path / "nothing.csv")
+
+
+def test_tables_of_subjects(tmp_path):
+    (tmp_path / "t.csv").write_text("name, subject, site\na1,anna,X\na2, anna ,\n", encoding="utf-8-sig")
+    people = read_subjects(tmp_path / "t.csv")
+    assert people == {"a1": ("anna", "X"), "a2": ("anna", "unknown")}
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\tsite\nsub-01\t30\tX\n")
+    people = read_subjects(tmp_path / "participants.tsv")
+    assert people == {"sub-01": ("sub-01", "X")}
+    assert person_of("sub-01_ses-1", people) == ("sub-01", "X") and person_of("sub-011", people) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["id,person", "a,anna"], "no row with name and subject; its columns are id, person"),
+        (["name,subject,site"], "no row with name and subject; its columns are name, subject, site"),
+        ([], "no row with name and subject; it is empty"),
+        (["name,subject,site", "a,,X"], "line 2: a row without name or subject"),
+        (["name,subject,site", "a,anna,X", "a,anna,Y"], "two rows of a with different subjects or sites"),
+    ],
+)
+def test_tables_of_subjects_that_cannot_be_used(tmp_path, rows, message):
+    (tmp_path / "t.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+    with pytest.raises(ValueError, match=message):
+        read_subjects(tmp_path / "t.csv")
+
+
+def test_sites_of_a_single_subject():
+    people = [("anna", "X"), ("anna", "X"), ("ben", "Y"), ("carl", "Y")]
+    (line,) = lonely_sites(people)
+    assert line.startswith("site X has one subject only (anna)")
+    assert lonely_sites(people[:2]) == lonely_sites([]) == []
