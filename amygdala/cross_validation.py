@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.agreement import mean_or_nan, volume_agreement, volume_lines
+from common.agreement import mean_or_nan, spread_or_nan, volume_agreement, volume_lines
 from common.class_metrics import metric_columns
 from common.files import replacing
 from common.metrics import write_table
@@ -59,13 +59,6 @@ def printed(values: Sequence[float]) -> str:
     """Numbers as numpy prints them with four decimals, in one line."""
     with np.printoptions(precision=4, suppress=True, linewidth=10_000):
         return str(np.asarray(values, float))
-
-
-def spread_or_nan(values: Sequence[float]) -> float:
-    """Standard deviation (divided by n) of the values that are not NaN; NaN if there is none."""
-    values = np.asarray(values, float)
-    values = values[~np.isnan(values)]
-    return float(values.std()) if values.size else float("nan")
 
 
 def write_cross_validation(

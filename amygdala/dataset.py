@@ -10,10 +10,9 @@ from torch.utils.data import Dataset
 
 from amygdala.head import add_surroundings
 from amygdala.structures import DATASETS
-from common.files import read_json
 from common.hdf5 import CaseFile
 from common.preprocessed import read_cases
-from common.splits import check_folds, check_split, hold_out, leave_group_out, stratified_folds
+from common.splits import check_split, hold_out, leave_group_out, read_folds, stratified_folds
 
 
 class Cohort:
@@ -79,7 +78,11 @@ class Cohort:
         if leave_site_out is not None:
             train, test = leave_group_out(subjects, sites, leave_site_out)
         elif fold is not None:
-            parts = self._folds(folder, subjects, sites, folds, seed)
+            own = folder / "folds.json"
+            if own.is_file():
+                parts = read_folds(own, subjects)
+            else:
+                parts = stratified_folds(subjects, sites, folds=folds, seed=seed)
             if not 0 <= fold < len(parts):
                 raise ValueError(f"--fold {fold}: with {len(parts)} folds choose 0 to {len(parts) - 1}")
             test = parts[fold]
@@ -89,19 +92,6 @@ class Cohort:
             train, val = hold_out(rest, rest_sites, seed=seed)
         self.split = {"train": train, "val": val, "test": test}
         check_split(self.split, self.subjects, folder)
-
-    @staticmethod
-    def _folds(
-        folder: Path, subjects: dict[str, str], sites: dict[str, str], folds: int, seed: int
-    ) -> list[list[str]]:
-        own = folder / "folds.json"
-        if not own.is_file():
-            return stratified_folds(subjects, sites, folds=folds, seed=seed)
-        parts = read_json(own, list, advice="a list with a list of names for each fold is expected")
-        if not all(isinstance(part, list) for part in parts):
-            raise ValueError(f"{own}: expected a list with a list of names for each fold")
-        check_folds(parts, subjects, own)
-        return parts
 
 
 class PatchDataset(Dataset):

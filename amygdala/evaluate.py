@@ -22,12 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from amygdala.dataset import Cohort
 from amygdala.localiser import find_box
 from amygdala.segment import segment
-from amygdala.structures import DATASETS
+from amygdala.structures import DATASETS, add_dataset_flag
 from common import batch, distributed
 from common.checkpoints import TrainedModel
-from common.class_metrics import case_row, case_summary, mean_of_classes, score_structures
 from common.config import make_parser, parse_args, run_script
-from common.evaluation import add_evaluation_flags, evaluate_folder
+from common.evaluation import Masks, add_evaluation_flags, evaluate_folder, score_cases
 from common.mask_files import label_files
 from common.sites import read_sites
 from common.volumes import crop
@@ -35,12 +34,7 @@ from common.volumes import crop
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--dataset",
-        choices=list(DATASETS),
-        default="Amygdala",
-        help="what the labels mean. Amygdala: 1 left, 2 right; Hippocampus: 1 anterior, 2 posterior",
-    )
+    add_dataset_flag(parser)
     add_evaluation_flags(parser)
     parser.add_argument(
         "--sites",
@@ -62,37 +56,25 @@ def evaluate_cases(
 
     In whole heads the region that is searched comes from the localiser, as in prediction.
 
+    The table of `score_cases` has the columns site and voxels_outside, too: how many labelled voxels lie
+    outside of the region that was searched.
+
     Args:
         models: as of `segment`.
-        surfaces: also the distances between surfaces, which take longer.
-        table: CSV file that gets a row for each case as soon as it is scored. Its column voxels_outside tells
-            how many labelled voxels lie outside of the region that was searched.
-
-    Returns:
-        (rows of `score_structures` with "case" and "patient" in front, in the order of `names`; {failed case:
-        reason}), the same in every process.
+        surfaces, table: as of `score_cases`, whose result this returns.
     """
     structures = DATASETS[cohort.dataset].structures
 
-    def evaluate(name: str) -> dict:
+    def masks_of(name: str) -> Masks:
         case = cohort.cases[name]
         image, target = case.image[...], case.label[...]
         box = find_box(models[0], image, case.spacing_mm)
         pred = segment(models, image, case.spacing_mm, box=box)
-        scores = score_structures(
-            pred, target, case.spacing_mm, structures, list(structures.names), surfaces=surfaces
-        )
         outside = np.count_nonzero(target) - np.count_nonzero(crop(target, *box))
-        more = {"site": cohort.sites[name], "voxels_outside": outside}
-        return case_row(name, cohort.subjects[name], scores, case_summary(scores) | more)
+        columns = {"site": cohort.sites[name], "voxels_outside": outside}
+        return Masks(pred, target, case.spacing_mm, list(structures.names), columns=columns)
 
-    rows, failed = batch.each(evaluate, list(names), unit="case", table=table)
-    return [row for of_case in rows for row in of_case["classes"]], failed
-
-
-def mean_dice(rows: Sequence[dict]) -> float:
-    """Mean over the labels of the mean over the cases that have the label or a false alarm of it."""
-    return mean_of_classes(rows, "dice")["mean"]
+    return score_cases(masks_of, list(names), structures, cohort.subjects, surfaces=surfaces, table=table)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from amygdala.losses import LOSSES
 from amygdala.model import MODELS_2D, MODELS_3D, add_architecture_flags
-from amygdala.structures import DATASETS
+from amygdala.structures import add_dataset_flag
+from common import flags
 from common.checkpoints import load_checkpoint
 from common.config import (
     Switch,
@@ -14,19 +15,10 @@ from common.config import (
     fraction,
     make_parser,
     non_negative_int,
-    positive_float,
     positive_int,
     read_yaml_files,
 )
-from common.flags import (
-    add_augmentation_flags,
-    add_ema_flags,
-    add_evaluate_flag,
-    add_update_flags,
-    add_validation_flags,
-)
 from common.runs import find_checkpoint
-from common.schedules import SCHEDULES
 
 CONFIGS = Path(__file__).resolve().parent / "config"
 
@@ -40,7 +32,7 @@ def add_choice_flags(parser: ArgumentParser) -> None:
         default="3d",
         help=f"3d, or 2d: slice by slice, for {', '.join(MODELS_2D)}",
     )
-    parser.add_argument("--dataset", choices=DATASETS, default="Amygdala", help="what to segment")
+    add_dataset_flag(parser)
 
 
 def choose(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -87,10 +79,8 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
     )
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data_root", help="as --data_path, which wins; the name that this folder has in configuration files"
-    )
-    data.add_argument(
         "--data_path",
+        "--data_root",
         help="folder that preprocess.py wrote, or demo for phantoms that are made on the spot; default: "
         "dataset/<dataset>",
     )
@@ -119,13 +109,7 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
         help="hold out one site after the other instead of folds, so that each is tested by a model that "
         "has not seen its scanner; --fold then counts the sites",
     )
-    data.add_argument(
-        "--validation",
-        action=Switch,
-        default=True,
-        help="keep some subjects of the training part apart, to choose the best epoch by them; "
-        "--no-validation trains on them too and takes the weights of the last epoch",
-    )
+    flags.add_train_on_validation_flag(data)
     data.add_argument(
         "--select_on_test",
         action=Switch,
@@ -133,25 +117,14 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
         help="choose the best epoch by the test fold, as many publications do: scores come out too good, "
         "and the results say so",
     )
-    data.add_argument(
-        "--patch_size",
-        type=positive_int,
-        nargs=3,
-        default=[48, 64, 80],
-        metavar=("Z", "Y", "X"),
-        help="size in voxels, z y x, of what the network sees at a time; of whole heads it has to hold both "
-        "amygdalae",
-    )
-    data.add_argument(
-        "--patches", type=positive_int, default=50, help="number of training patches in an epoch"
-    )
+    flags.add_patch_size_flag(data, (48, 64, 80), "of whole heads it has to hold both amygdalae")
+    flags.add_patches_flag(data, 50)
     data.add_argument(
         "--jitter",
         type=non_negative_int,
         default=8,
         help="largest distance in voxels, along each axis, of a training patch from the structures' middle",
     )
-
     data.add_argument(
         "--localiser_updates",
         type=positive_int,
@@ -161,14 +134,10 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
     )
 
     learning = parser.add_argument_group("learning")
-    add_update_flags(learning, "patches, over all processes,", batch_size=2, accumulate=1, weight_decay=0.05)
-    learning.add_argument("--lr", type=positive_float, default=6e-4, help="highest learning rate")
-    learning.add_argument(
-        "--schedule",
-        choices=[name for name in SCHEDULES if name != "reduce_on_plateau"],
-        default="warmup_cosine",
-        help="how the learning rate changes over the run",
+    flags.add_update_flags(
+        learning, "patches, over all processes,", batch_size=2, accumulate=1, weight_decay=0.05
     )
+    flags.add_schedule_flags(learning, ("warmup_cosine", "cosine_annealing", "poly", "constant"), 6e-4)
     learning.add_argument(
         "--loss",
         choices=LOSSES,
@@ -182,11 +151,11 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
         default=0.0,
         help="extra weight in the cross-entropy of voxels at the boundary of a structure; 0 = all alike",
     )
-    add_ema_flags(learning, ema=True, decay=0.99)
+    flags.add_ema_flags(learning, ema=True, decay=0.99)
 
     augmentation = parser.add_argument_group("augmentation")
     shares = (0.5, 0.1, 0.2)
-    add_augmentation_flags(augmentation, "training patches", rotation="15 degrees", shares=shares)
+    flags.add_augmentation_flags(augmentation, "training patches", rotation="15 degrees", shares=shares)
     augmentation.add_argument(
         "--elastic", type=fraction, default=0.2, help="probability, 0 to 1, of an elastic deformation"
     )
@@ -204,8 +173,8 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
         "scalp, so that scans with skull can be predicted as well",
     )
 
-    add_validation_flags(parser.add_argument_group("validation"), every=10, cases=10)
-    add_evaluate_flag(parser)
+    flags.add_validation_flags(parser.add_argument_group("validation"), every=10, cases=10)
+    flags.add_evaluate_flag(parser)
     add_architecture_flags(parser, chosen.model, chosen.dimension)
     add_run_flags(
         parser,

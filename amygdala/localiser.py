@@ -24,7 +24,7 @@ from common.intensity import scale_by_own_values
 from common.networks import UNet
 from common.schedules import learning_rate
 from common.training import optimizer_step
-from common.volumes import Box, resample, resample_labels, resampled_shape
+from common.volumes import Box, box_around, resample, resample_labels, resampled_shape
 
 SPACING_MM = 4.0
 GRID = (48, 56, 48)  # of training: 192 x 224 x 192 mm, a brain and what is around it
@@ -210,18 +210,3 @@ def find_box(model: TrainedModel, image: np.ndarray, spacing_mm: Sequence[float]
     return box_around(
         middle, model.config["patch_size"], model.preprocessing["spacing_mm"], image.shape, spacing_mm
     )
-
-
-def box_around(
-    middle: Sequence[float],
-    patch_size: Sequence[int],
-    working_mm: Sequence[float],
-    shape: Sequence[int],
-    spacing_mm: Sequence[float],
-) -> Box:
-    """The box of a patch of voxels of `working_mm` around a voxel, within a scan of `shape`; all z y x."""
-    extent = np.multiply(patch_size, np.divide(working_mm, spacing_mm))
-    start = np.rint(np.asarray(middle) + 0.5 - extent / 2).astype(int)
-    size = np.minimum(np.rint(extent).astype(int), shape)
-    start = np.clip(start, 0, np.subtract(shape, size))
-    return tuple(start.tolist()), tuple((start + size).tolist())

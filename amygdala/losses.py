@@ -6,57 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses import batch_dice_loss
+from common.losses import adaptive_dice_loss, batch_dice_loss, boundary_weights
 
 BACKGROUND_WEIGHT = 0.5  # of the background in the cross-entropy; 1 for each structure
-LEAST_SHARE, HIGHEST_SHARE = 0.2, 0.8  # of false positives in the adaptive Dice
-SMOOTH = 1e-5
-SIGMA = 1.5  # voxels, how fast the weight of a boundary falls off
 LOSSES = ("adaptive", "dice")
-
-
-def adaptive_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - TP / (TP + a FP + (1 - a) FN) of each class over the whole batch, the background included; mean.
-
-    a = FP / (FP + FN), anew for each batch and within [0.2, 0.8]: the kind of error that prevails costs more.
-
-    Args:
-        logits: (N, K, *spatial), before the softmax.
-        target: (N, *spatial) int64.
-
-    Source: the loss of MedFormer's training, Gao et al. 2022, arXiv:2203.00131. Differs: no gradient flows
-    through a.
-    """
-    probs = logits.float().softmax(dim=1)
-    losses = []
-    for k in range(logits.shape[1]):
-        inside = target == k
-        found = probs[:, k]
-        overlap = (found * inside).sum()
-        extra, missed = found.sum() - overlap, inside.sum() - overlap
-        share = (extra / (extra + missed + SMOOTH)).detach().clamp(LEAST_SHARE, HIGHEST_SHARE)
-        losses.append(1 - overlap / (overlap + share * extra + (1 - share) * missed + SMOOTH))
-    return torch.stack(losses).mean()
-
-
-def boundary_weights(target: Tensor, weight: float) -> Tensor:
-    """1 + weight * exp(-d^2 / (2 * 1.5^2)) of each voxel: 1 + weight at the boundary of a label, 1 far away.
-
-    d counts steps of a voxel, also diagonal ones, from the voxels that have a neighbour of another label.
-
-    Args:
-        target: (N, D, H, W) labels.
-    """
-    labels = target[:, None].float()
-    highest, lowest = F.max_pool3d(labels, 3, 1, 1), -F.max_pool3d(-labels, 3, 1, 1)
-    reached = (highest != lowest).float()
-    weights = torch.ones_like(labels)
-    previous = torch.zeros_like(reached)
-    for distance in range(int(3 * SIGMA) + 1):
-        value = weight * torch.exp(torch.tensor(-(distance**2) / (2 * SIGMA**2))).item()
-        weights += value * (reached - previous)
-        previous, reached = reached, F.max_pool3d(reached, 3, 1, 1)
-    return weights[:, 0]
 
 
 def segmentation_loss(

@@ -26,13 +26,13 @@ from amygdala.segment import check_ensemble, segment
 from amygdala.structures import COLORS, DATASETS, NUM_CLASSES, DataSet
 from common import batch, distributed, prediction, prediction_flags
 from common.checkpoints import TrainedModel
-from common.components import lies_left_of, remove_stray_pieces
+from common.components import remove_stray_pieces
 from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
 from common.files import write_json
 from common.hardware import choose_precision, describe_device, start_device
-from common.intensity import mr_scaling
-from common.label_measures import label_counts
-from common.nifti import Scan, case_name, load_nifti, save_label
+from common.intensity import shown_range
+from common.label_measures import asymmetry_index, label_counts
+from common.nifti import case_name, save_label
 from common.planes import legend_of, middle, save_planes
 from common.runs import run_dir_of
 from common.volumes import Box
@@ -45,13 +45,7 @@ BESIDE_MM = 20.0  # a region whose middle lies farther from that of the head is 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--weights",
-        required=True,
-        nargs="+",
-        help="trained model: fold_<i>_best.pt in the folder of a run of train.py; several, such as all folds "
-        "of a run, are averaged, which takes so many times as long",
-    )
+    prediction_flags.add_weights_flag(parser, "train.py", file="fold_<i>_best.pt", several=True)
     prediction_flags.add_scan_flags(parser)
     parser.add_argument(
         "--overlay",
@@ -65,13 +59,8 @@ def build_parser() -> ArgumentParser:
         default=False,
         help="also write a probability map of each label to probabilities/",
     )
-    parser.add_argument(
-        "--tta",
-        action=Switch,
-        default=False,
-        help="average the prediction with that of the scan mirrored left to right, where left and right "
-        "labels change places; takes twice as long, and only for models trained with --flip_sides",
-    )
+    swap = "; left and right labels change places, so only for models trained with --flip_sides"
+    prediction_flags.add_tta_flag(parser, swap)
     prediction_flags.add_window_flags(parser)
     parser.add_argument(
         "--clean_up",
@@ -84,27 +73,11 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def load_scan(path: Path) -> Scan:
-    """Read a scan; ValueError if it is a single slice, or all of it has one value."""
-    scan = load_nifti(path)
-    if min(scan.shape) < 2:
-        raise ValueError(f"{path}: a single slice ({scan.shape} voxels z y x); a 3-D scan is needed")
-    if scan.array.min() == scan.array.max():
-        raise ValueError(f"{path}: all voxels are {scan.array.min():g}; is it the right file?")
-    return scan
-
-
 def side_columns(dataset: DataSet) -> dict[int, str]:
     """{label: its column in volumes.csv}: left_mm3 and right_mm3 where the labels are the two sides."""
-    names = dataset.structures.names
-    if dataset.sides:
-        return {label: f"{name.split()[0]}_mm3" for label, name in names.items()}
-    return {label: f"{name.replace(' ', '_')}_mm3" for label, name in names.items()}
-
-
-def asymmetry_index(left: float, right: float) -> float | None:
-    """100 * (left - right) / their mean: above 0 the left one is larger; None without either."""
-    return 200 * (left - right) / (left + right) if left + right else None
+    names = dataset.structures.names.items()
+    words = {label: name.split()[:1] if dataset.sides else name.split() for label, name in names}
+    return {label: f"{'_'.join(of_label)}_mm3" for label, of_label in words.items()}
 
 
 def find_warnings(
@@ -117,24 +90,17 @@ def find_warnings(
         volumes_mm3: {label: volume}.
         beside_mm: how far the region that was searched lies beside the middle of the head.
     """
-    found = []
     low, high = dataset.volume_mm3
     names = dataset.structures.names
+    found = [
+        f"{names[label]} of {volume:.0f} mm3 is hardly plausible ({low:.0f} to {high:.0f} mm3 in adults); "
+        "look at --overlay"
+        for label, volume in volumes_mm3.items()
+        if not low <= volume <= high
+    ]
     if not any(volumes_mm3.values()):
-        found.append("nothing found, its mask is empty")
-    else:
-        for label, volume in volumes_mm3.items():
-            if not low <= volume <= high:
-                found.append(
-                    f"{names[label]} of {volume:.0f} mm3 is hardly plausible ({low:.0f} to {high:.0f} mm3 in "
-                    "adults); look at --overlay"
-                )
-    for left, right in dataset.sides:
-        if lies_left_of(labels, right, left):
-            found.append(
-                f"the {names[right]} lies left of the {names[left]}; are left and right exchanged in the "
-                "file?"
-            )
+        found = ["nothing found, its mask is empty"]
+    found += filter(None, (prediction.why_mirrored(labels, b, a, names) for a, b in dataset.sides))
     if beside_mm > BESIDE_MM:
         found.append(
             f"the region searched lies {beside_mm:.0f} mm beside the middle of the head; is it a whole head, "
@@ -151,7 +117,7 @@ def beside_middle_mm(image: np.ndarray, box: Box, spacing_mm: Sequence[float]) -
 
 def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Namespace) -> dict:
     """Write all files of one scan; returns its row of volumes.csv."""
-    started, name, scan = time.perf_counter(), case_name(path), load_scan(path)
+    started, name, scan = time.perf_counter(), case_name(path), prediction.load_scan(path)
     model = models[0]
     dataset = DATASETS[model.preprocessing["dataset"]]
     region = find_box(model, scan.array, scan.spacing_mm)
@@ -199,7 +165,7 @@ def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Na
             scan.spacing_mm,
             labels,
             palette=COLORS[1:],
-            value_range=grey_range(reading.image),
+            value_range=shown_range(reading.image),
             voxel_mm=PIXEL_MM,
             title=name,
             legend=legend_of(labels, dataset.structures.names, COLORS),
@@ -228,12 +194,6 @@ def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Na
     }
 
 
-def grey_range(image: np.ndarray) -> tuple[float, float]:
-    """Which grey values are black and white in pictures of an MR."""
-    low, high, *_ = mr_scaling(image)
-    return low, max(high, low + 1e-6)  # of a region without contrast
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     with distributed.session():
@@ -247,11 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         columns = side_columns(DATASETS[models[0].preprocessing["dataset"]]).values()
         out = Path(args.out) if args.out else run_dir_of(args.weights[0]) / "predictions"
 
-        def predict(path: Path) -> dict:
-            return predict_scan(models, path, out, args)
-
         failed = prediction.predict_scans(
-            predict,
+            lambda path: predict_scan(models, path, out, args),
             args.source,
             out,
             own_names=OWN_NAMES,

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amygdala.cases import Case, list_data_set, load_case
 from amygdala.labels import parse_label_map
-from amygdala.structures import DATASETS, NUM_CLASSES
+from amygdala.structures import DATASETS, NUM_CLASSES, add_dataset_flag
 from common import distributed
 from common.config import make_parser, parse_args, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
@@ -41,12 +41,7 @@ SPACING_MM = (1.0, 1.0, 1.0)
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--dataset",
-        choices=tuple(DATASETS),
-        default="Amygdala",
-        help="what is labelled: Amygdala (left and right) or Hippocampus (anterior and posterior)",
-    )
+    add_dataset_flag(parser)
     parser.add_argument(
         "--source",
         required=True,

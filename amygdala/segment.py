@@ -1,7 +1,7 @@
 """Trained networks applied to a T1 scan: the structures' labels on the scan's own grid."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from amygdala.structures import DATASETS, NUM_CLASSES
 from common.checkpoints import TrainedModel
-from common.inference import predict_labels, warn_of_memory
 from common.intensity import scale_by_own_values
-from common.prediction import FLIPS, mirrored_classes
-from common.volumes import Box
+from common.prediction import FLIPS, mirrored_classes, predict_volume
 
 
 def check_ensemble(models: Sequence[TrainedModel], weights: Sequence[str | Path]) -> None:
@@ -59,40 +57,26 @@ def segment(
     volume: np.ndarray,
     spacing_mm: Sequence[float],
     *,
-    box: Box | None = None,
     tta: bool = False,
-    overlap: float = 0.5,
-    batch_size: int = 1,
-    probabilities: Mapping[int, np.ndarray] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **options,
 ) -> np.ndarray:
-    """Labels (z, y, x) uint8 of a scan on its own grid; 0 outside of `box`.
+    """Labels (z, y, x) uint8 of a scan on its own grid; 0 outside of the `box`, if there is one.
 
     Args:
         models: one, or several that `check_ensemble` lets pass, whose probabilities are averaged.
         volume: (z, y, x) grey values: an array or what can be sliced like one.
         spacing_mm: z y x.
-        box: (start, stop), z y x, in voxels of the volume: the region that is searched.
         tta: average with the prediction of the scan mirrored left to right; see `check_tta`.
-        probabilities: as of `predict_labels`.
+        options: the other arguments of `predict_labels`: box, overlap, batch_size, probabilities, progress.
     """
-    first = models[0]
-    return predict_labels(
-        mean_network([model.network for model in models]),
+    return predict_volume(
+        models[0],
         volume,
-        spacing_mm=spacing_mm,
-        working_spacing_mm=first.preprocessing["spacing_mm"],
-        patch_shape=tuple(first.config["patch_size"]),
+        spacing_mm,
+        network=mean_network([model.network for model in models]),
         num_classes=NUM_CLASSES,
         prepare=scale_by_own_values,
-        device=first.device,
-        overlap=overlap,
-        batch_size=batch_size,
         flips=FLIPS if tta else (),
-        mirrored_classes=mirrored_classes(NUM_CLASSES, DATASETS[first.preprocessing["dataset"]].sides),
-        precision=first.precision,
-        progress=progress,
-        on_message=warn_of_memory,
-        box=box,
-        probabilities=probabilities,
+        mirrored_classes=mirrored_classes(NUM_CLASSES, DATASETS[models[0].preprocessing["dataset"]].sides),
+        **options,
     )

@@ -1,5 +1,6 @@
 """The structures that this task segments in T1 MRI, by data set."""
 
+from argparse import ArgumentParser
 from typing import NamedTuple
 
 import numpy as np
@@ -42,3 +43,13 @@ DATASETS = {
         volume_mm3=(500, 4000),
     ),
 }
+
+
+def add_dataset_flag(parser: ArgumentParser) -> None:
+    """--dataset of the scripts of this task."""
+    parser.add_argument(
+        "--dataset",
+        choices=list(DATASETS),
+        default="Amygdala",
+        help="what the labels 1 and 2 are: left and right Amygdala, or anterior and posterior Hippocampus",
+    )

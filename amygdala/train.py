@@ -22,29 +22,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from amygdala import training
 from amygdala.dataset import Cohort
-from amygdala.evaluate import evaluate_cases, mean_dice
+from amygdala.evaluate import evaluate_cases
 from amygdala.flags import add_training_flags, choose
 from amygdala.losses import segmentation_loss
 from amygdala.model import architecture, get_model, load_trained
 from amygdala.structures import DATASETS
-from amygdala.training import (
-    data_lines,
-    experiment_folder,
-    fold_names,
-    get_augmentation,
-    get_localiser,
-    get_patches,
-    link_weights,
-    next_command,
-    note_results,
-    open_data,
-    resolve_flags,
-    warnings_of_scores,
-)
 from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
+from common.class_metrics import mean_dice
 from common.config import make_parser, parse_args, resolved_config, run_script
 from common.ema import WeightAverage
 from common.intensity import scale_by_own_values
@@ -75,7 +63,7 @@ def train(
     runs.seed_everything(args.seed, args.deterministic)
 
     # ---- data, network, precision ----
-    data = distributed.main_first(lambda: open_data(args))
+    data = distributed.main_first(lambda: training.open_data(args))
     split, notes = data.split, data.preprocessing
     runs.require_same_data(resumed, split, notes, ["spacing_mm"], notes["data_path"])
     config = resolved_config(args)
@@ -97,17 +85,17 @@ def train(
     precision, plan = setup.precision, setup.plan
     batch_size = plan.batch_size * distributed.world_size()
     config |= setup.config | {"patch_size": list(plan.patch_size), "batch_size": batch_size}
-    train_set = get_patches(args, data, plan.patch_size)
+    train_set = training.get_patches(args, data, plan.patch_size)
     loader = distributed.make_loader(
         train_set, plan.batch_size, seed=args.seed, workers=args.workers, device=device
     )
-    augmentation = get_augmentation(args)
+    augmentation = training.get_augmentation(args)
     groups = decay_groups(network, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=EPS)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     average = WeightAverage(network, args.ema_decay) if args.ema else None
     validated = deepcopy(network) if average else network  # the network that best.pt keeps
-    notes["localiser"], time_budget_s = get_localiser(args, data, device, precision, resumed)
+    notes["localiser"], time_budget_s = training.get_localiser(args, data, device, precision, resumed)
     trained = TrainedModel(validated, config, device, precision, notes, split)
 
     # ---- run ----
@@ -128,12 +116,12 @@ def train(
         wandb_project="amygdala" if args.use_wandb else None,
         tensorboard=Path(args.log_path) / args.dataset / folder.parent.name / folder.name,
     )
-    for line in [*setup.lines, *data_lines(data, len(train_set), len(loader), notes["localiser"])]:
+    for line in [*setup.lines, *training.data_lines(data, len(train_set), len(loader), notes["localiser"])]:
         run.log(line)
     if distributed.is_main():
         fold = "all" if resume_words else args.fold
         runs.save_config(folder.with_name("config.yaml"), resolved_config(args) | {"fold": fold})
-        link_weights(folder, args.fold)
+        training.link_weights(folder, args.fold)
     model = distributed.wrap(network, device)
 
     # ---- train ----
@@ -195,15 +183,15 @@ def score_best(
     if args.evaluate and test:
         best = load_trained(weights, trained.device, trained.precision)
         rows, failed = evaluate_cases([best], data, test, table=run.folder / "test_cases.csv")
-        notes = warnings_of_scores(args)
+        notes = training.warnings_of_scores(args)
         run.log("; ".join([f"Dice of the {len(test)} held-out scans: {mean_dice(rows):.4f}", *notes]))
         if distributed.is_main():
             title = f"fold {args.fold}: {len(test)} held-out scans"
             write_report(rows, run.folder / "evaluation", title, failed, notes=notes)
-            if not failed and (done := note_results(experiment, args, data, rows)):
+            if not failed and (done := training.note_results(experiment, args, data, rows)):
                 run.log(f"all folds are done: {done}")
     run.log(f"written: {experiment}/ with fold_{args.fold}_best.pt and {run.folder.name}/")
-    run.log(next_command(experiment / f"fold_{args.fold}_best.pt"))
+    run.log(training.next_command(experiment / f"fold_{args.fold}_best.pt"))
     return rows, failed
 
 
@@ -215,12 +203,12 @@ def main(argv: list[str] | None = None) -> int:
         same = [*architecture(chosen.model, chosen.dimension), "patch_size", "dataset"]
         if chosen.resume not in (None, "last"):  # one fold
             args, found, folder = runs.resume(parser, argv, same=same, stage="amygdala")
-            resolve_flags(args)
+            training.resolve_flags(args)
             return batch.exit_code(train(args, found, folder)[0])
         args = parse_args(parser, words)
-        resolve_flags(args)
-        folds = fold_names(args) if args.fold == "all" else [args.fold]
-        experiment = distributed.on_main(lambda: experiment_folder(args, folds))
+        training.resolve_flags(args)
+        folds = training.fold_names(args) if args.fold == "all" else [args.fold]
+        experiment = distributed.on_main(lambda: training.experiment_folder(args, folds))
         resume_words = runs.with_resume(sys.argv) if args.fold == "all" else None
         failed, amp = {}, args.amp
         for fold in folds:
@@ -232,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
                 args, found, folder = runs.resume(parser, of_run, same=same, stage="amygdala")
             else:
                 args = parse_args(parser, [*words, *of_fold])
-            resolve_flags(args)
+            training.resolve_flags(args)
             failed_in_fold, amp = train(args, found, folder, resume_words)
             failed |= failed_in_fold
         return batch.exit_code(failed)

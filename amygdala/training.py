@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from amygdala import preprocess
+from amygdala import phantoms, preprocess
 from amygdala.cross_validation import write_cross_validation
 from amygdala.dataset import Cohort, PatchDataset
 from amygdala.localiser import train_localiser
-from amygdala.phantoms import write_head_phantoms
 from amygdala.structures import DATASETS
-from common.augment import Augmentation3d
+from common.augment import Augmentation3d, grey_value_probabilities
 from common.config import parse_args
 from common.distributed import main_first, on_main, world_size
 from common.files import read_json, write_json
 from common.hardware import Precision
+from common.phantoms import prepare_demo
 
 RESULTS = "fold_{}_results.json"
 
@@ -31,7 +31,7 @@ def resolve_flags(args: Namespace) -> None:
         ValueError: a --fold that there cannot be, a --batch_size that the processes cannot share, or one card
             for several processes.
     """
-    args.data_path = args.data_path or args.data_root or f"dataset/{args.dataset}"
+    args.data_path = args.data_path or f"dataset/{args.dataset}"
     args.log_path = args.log_path or str(Path(args.out).with_name("log"))
     if args.fold not in ("all", "test") and not args.fold.isdecimal():
         raise ValueError(f"--fold {args.fold}: a number from 0 on, all or test")
@@ -56,13 +56,14 @@ def resolve_flags(args: Namespace) -> None:
 
 def demo_dataset(folder: Path = Path("data/demo/amygdala")) -> Path:
     """Phantom heads of two sites, converted by the ordinary route; made once."""
-    source, out = write_head_phantoms(folder / "heads"), folder / "h5"
+    source, out = folder / "heads", folder / "h5"
     flags = ["--source", str(source), "--out", str(out), "--workers", "2"]
-    if not (out / "complete").is_file():
-        if preprocess.convert(parse_args(preprocess.build_parser(), flags), out):
-            raise ValueError(f"{source}: the phantoms could not be converted; delete {folder} and try again")
-        (out / "complete").touch()
-    return out
+
+    def make() -> dict[str, str]:
+        phantoms.write_head_phantoms(source)
+        return preprocess.convert(parse_args(preprocess.build_parser(), flags), out)
+
+    return prepare_demo(source, out, make, flags, [phantoms, preprocess])
 
 
 def data_folder(args: Namespace) -> Path:
@@ -144,13 +145,9 @@ def get_augmentation(args: Namespace) -> Augmentation3d:
         elastic_mm=4.0,
         elastic_grid_mm=16.0,
         low_resolution_probability=args.low_resolution,
-        noise_probability=args.grey_values,
+        **grey_value_probabilities(args.grey_values),
         noise_sd=0.2,
-        blur_probability=args.grey_values,
-        brightness_probability=args.grey_values,
         brightness=0.3,
-        contrast_probability=args.grey_values,
-        gamma_probability=args.grey_values,
         gamma=(0.6, 1.7),
         value_range=(-3, 3),
     )

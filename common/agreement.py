@@ -115,3 +115,10 @@ def mean_or_nan(values: Sequence[float]) -> float:
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")
+
+
+def spread_or_nan(values: Sequence[float]) -> float:
+    """Standard deviation (divided by n) of the values that are not NaN; NaN if there is none."""
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
+    return float(values.std()) if values.size else float("nan")

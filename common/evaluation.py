@@ -76,13 +76,18 @@ def labelled_beside(
 
 
 class Masks(NamedTuple):
-    """Two label maps (z, y, x) of one case on one grid; see `score_structures`."""
+    """Two label maps (z, y, x) of one case on one grid; see `score_structures`.
+
+    Attributes:
+        columns: what the table of the cases gets besides.
+    """
 
     pred: np.ndarray
     target: np.ndarray
     spacing_mm: Sequence[float]
     labelled: Collection[int]
     voxel_mm3: float | None = None
+    columns: Mapping[str, object] = {}
 
 
 def score_cases(
@@ -108,11 +113,11 @@ def score_cases(
     """
 
     def score(name: str) -> dict:
-        pred, target, spacing_mm, labelled, voxel_mm3 = masks_of(name)
+        pred, target, spacing_mm, labelled, voxel_mm3, columns = masks_of(name)
         rows = score_structures(
             pred, target, spacing_mm, structures, labelled, surfaces=surfaces, voxel_mm3=voxel_mm3
         )
-        return case_row(name, patients[name], rows, case_summary(rows))
+        return case_row(name, patients[name], rows, case_summary(rows) | columns)
 
     rows, failed = batch.each(score, names, unit="case", table=table)
     return [row for of_case in rows for row in of_case["classes"]], failed

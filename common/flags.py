@@ -106,13 +106,7 @@ def add_deep_supervision_flag(group: argparse._ArgumentGroup, default: bool) -> 
 
 
 def add_optimizer_flags(group: argparse._ArgumentGroup, schedules: Sequence[str]) -> None:
-    """--optimizer, --lr and --schedule, of which the first is the default, for `make_optimizer`."""
-    meanings = {
-        "warmup_cosine": "rises during the first 5 %% of the run, then half a cosine",
-        "cosine_annealing": "half a cosine without that rise",
-        "poly": "as (1 - share of the run) to the power 0.9",
-        "constant": "it does not fall",
-    }
+    """--optimizer for `make_optimizer`, and the flags of `add_schedule_flags`."""
     group.add_argument(
         "--optimizer",
         choices=OPTIMIZERS,
@@ -120,7 +114,18 @@ def add_optimizer_flags(group: argparse._ArgumentGroup, schedules: Sequence[str]
         help="optimiser: adamw with --lr 0.001, or sgd with Nesterov momentum 0.99, which goes with "
         "--lr 0.01, --schedule poly and --grad_clip 12",
     )
-    group.add_argument("--lr", type=positive_float, default=1e-3, help="highest learning rate of the run")
+    add_schedule_flags(group, schedules, 1e-3)
+
+
+def add_schedule_flags(group: argparse._ArgumentGroup, schedules: Sequence[str], lr: float) -> None:
+    """--lr, by default `lr`, and --schedule, by default the first of `schedules`."""
+    meanings = {
+        "warmup_cosine": "rises during the first 5 %% of the run, then half a cosine",
+        "cosine_annealing": "half a cosine without that rise",
+        "poly": "as (1 - share of the run) to the power 0.9",
+        "constant": "it does not fall",
+    }
+    group.add_argument("--lr", type=positive_float, default=lr, help="highest learning rate of the run")
     group.add_argument(
         "--schedule",
         choices=schedules,

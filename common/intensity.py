@@ -57,6 +57,12 @@ def mr_scaling(volume: np.ndarray) -> Scaling:
     return _scaling(values, body if body.size else values)
 
 
+def shown_range(volume: np.ndarray) -> tuple[float, float]:
+    """Which grey values are black and white in pictures of an MR (z, y, x)."""
+    low, high, *_ = mr_scaling(volume)
+    return low, max(high, low + 1e-6)  # of a region without contrast
+
+
 def _scaling(values: np.ndarray, body: np.ndarray) -> Scaling:
     low, high = np.percentile(values, [0.5, 99.5])
     inside = np.clip(body, low, high)

@@ -86,6 +86,11 @@ def label_volumes_ml(
     return {name: float(counts[n] * voxel_mm3 / 1000) if n in known else None for n, name in names.items()}
 
 
+def asymmetry_index(left: float, right: float) -> float | None:
+    """100 * (left - right) / their mean, of two volumes: above 0 the left is larger; None without either."""
+    return 200 * (left - right) / (left + right) if left + right else None
+
+
 def round_trip(
     labels: np.ndarray, spacing_mm: Sequence[float], working_mm: Sequence[float]
 ) -> tuple[np.ndarray, dict[int, float]]:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMOOTH = 1e-5  # voxels, of the Dice over a batch
+LEAST_SHARE, HIGHEST_SHARE = 0.2, 0.8  # of false positives in the adaptive Dice
+BOUNDARY_SIGMA = 1.5  # voxels, how fast the weight of a boundary falls off
 LOWEST_WEIGHT, HIGHEST_WEIGHT = 0.5, 4.0  # of a class in the cross-entropy
 
 
@@ -146,6 +148,50 @@ def dice_ce_loss(
         return dice_weight * dice - ce_weight * of_target.mean()
     weights = class_weights.to(of_target)[target]
     return dice_weight * dice - ce_weight * (weights * of_target).sum() / weights.sum()
+
+
+def adaptive_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - TP / (TP + a FP + (1 - a) FN) of each class over the whole batch, the background included; mean.
+
+    a = FP / (FP + FN), anew for each batch and within [0.2, 0.8]: the kind of error that prevails costs more.
+
+    Args:
+        logits: (N, K, *spatial), before the softmax.
+        target: (N, *spatial) int64.
+
+    Source: the loss of MedFormer's training, Gao et al. 2022, arXiv:2203.00131. Differs: no gradient flows
+    through a.
+    """
+    probs = logits.float().softmax(dim=1)
+    losses = []
+    for k in range(logits.shape[1]):
+        inside = target == k
+        found = probs[:, k]
+        overlap = (found * inside).sum()
+        extra, missed = found.sum() - overlap, inside.sum() - overlap
+        share = (extra / (extra + missed + SMOOTH)).detach().clamp(LEAST_SHARE, HIGHEST_SHARE)
+        losses.append(1 - overlap / (overlap + share * extra + (1 - share) * missed + SMOOTH))
+    return torch.stack(losses).mean()
+
+
+def boundary_weights(target: Tensor, weight: float) -> Tensor:
+    """1 + weight * exp(-d^2 / (2 * 1.5^2)) of each voxel: 1 + weight at the boundary of a label, 1 far away.
+
+    d counts steps of a voxel, also diagonal ones, from the voxels that have a neighbour of another label.
+
+    Args:
+        target: (N, D, H, W) labels.
+    """
+    labels = target[:, None].float()
+    highest, lowest = F.max_pool3d(labels, 3, 1, 1), -F.max_pool3d(-labels, 3, 1, 1)
+    reached = (highest != lowest).float()
+    weights = torch.ones_like(labels)
+    previous = torch.zeros_like(reached)
+    for distance in range(int(3 * BOUNDARY_SIGMA) + 1):
+        value = weight * torch.exp(torch.tensor(-(distance**2) / (2 * BOUNDARY_SIGMA**2))).item()
+        weights += value * (reached - previous)
+        previous, reached = reached, F.max_pool3d(reached, 3, 1, 1)
+    return weights[:, 0]
 
 
 def class_weights(frequency: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from common.files import make_folder
 from common.hardware import describe_device, peak_memory_mib
 from common.inference import predict_labels, warn_of_memory
 from common.losses import labelled_mask, merge_unlabelled
-from common.nifti import NIFTI_SUFFIXES, NiftiFile, case_name, save_probability
+from common.nifti import NIFTI_SUFFIXES, NiftiFile, Scan, case_name, load_nifti, save_probability
 from common.volumes import Box, Triple, crop
 from common.windows import MIB, PredictionPeak, prediction_peak_mib, reading_box
 
@@ -116,6 +116,16 @@ def read_region(
     return Reading(image, start, stop, (first, last), need)
 
 
+def load_scan(path: Path) -> Scan:
+    """Read a whole scan; ValueError if it is a single slice, or all of it has one value."""
+    scan = load_nifti(path)
+    if min(scan.shape) < 2:
+        raise ValueError(f"{path}: a single slice ({scan.shape} voxels z y x); a 3-D scan is needed")
+    if scan.array.min() == scan.array.max():
+        raise ValueError(f"{path}: all voxels are {scan.array.min():g}; is it the right file?")
+    return scan
+
+
 def predict_volume(
     model: TrainedModel,
     volume,
@@ -189,13 +199,20 @@ def warn_if_mirrored(path: Path, labels: np.ndarray, right: int, left: int, name
         right, left: such as liver and spleen.
         names: {label: name}.
     """
-    is_mirrored = lies_left_of(labels, right, left)
-    if is_mirrored:
-        tqdm.write(
-            f"warning: {path.name}: the {names[right]} lies left of the {names[left]}; are left and right "
-            "exchanged in the file? Then left and right organs are too"
-        )
-    return is_mirrored
+    reason = why_mirrored(labels, right, left, names)
+    if reason:
+        tqdm.write(f"warning: {path.name}: {reason} Then left and right organs are too")
+    return bool(reason)
+
+
+def why_mirrored(labels: np.ndarray, right: int, left: int, names: Mapping[int, str]) -> str:
+    """A sentence if the label that lies on the patient's right is found left of the other one, else "".
+
+    Args: as of `warn_if_mirrored`.
+    """
+    if not lies_left_of(labels, right, left):
+        return ""
+    return f"the {names[right]} lies left of the {names[left]}; are left and right exchanged in the file?"
 
 
 @contextlib.contextmanager

@@ -6,12 +6,27 @@ from collections.abc import Collection
 from common.config import Switch, fraction, positive_int
 
 
-def add_weights_flag(parser: argparse.ArgumentParser, script: str, of: str = "") -> None:
-    """--weights of a run of `script`; `of` tells the model from others, such as "of the second stage "."""
+def add_weights_flag(
+    parser: argparse.ArgumentParser,
+    script: str,
+    of: str = "",
+    *,
+    file: str = "weights/best.pt",
+    several: bool = False,
+) -> None:
+    """--weights of a run of `script`.
+
+    Args:
+        of: tells the model from others, such as "of the second stage".
+        file: where the weights lie in the folder of the run.
+        several: take a list of models, whose predictions are averaged.
+    """
     parser.add_argument(
         "--weights",
         required=True,
-        help=f"trained model {of}: weights/best.pt in the folder of a run of {script}".replace(" :", ":"),
+        nargs="+" if several else None,
+        help=f"trained model {of}: {file} in the folder of a run of {script}".replace(" :", ":")
+        + several * "; several, such as all folds of a run, are averaged, which takes so many times as long",
     )
 
 

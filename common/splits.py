@@ -190,6 +190,22 @@ def leave_group_out(
     return sorted(rest, key=natural_key), sorted(test, key=natural_key)
 
 
+def read_folds(path: Path, patients: Mapping[str, str]) -> list[list[str]]:
+    """Folds of one's own: a JSON file with a list of the names of the cases for each fold.
+
+    Args:
+        patients: {case: patient} of all cases.
+
+    Raises:
+        ValueError: not such a file, or as `check_folds`.
+    """
+    parts = read_json(path, list, advice="a list with a list of names for each fold is expected")
+    if not all(isinstance(part, list) for part in parts):
+        raise ValueError(f"{path}: expected a list with a list of names for each fold")
+    check_folds(parts, patients, path)
+    return parts
+
+
 def check_folds(
     folds: Sequence[Collection[str]], patients: Mapping[str, str], where: str | Path = "folds"
 ) -> None:

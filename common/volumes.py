@@ -283,6 +283,21 @@ def expand_box(
     return tuple(start), tuple(stop)
 
 
+def box_around(
+    middle: Sequence[float],
+    patch_size: Sequence[int],
+    working_mm: Sequence[float],
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+) -> Box:
+    """The box of a patch of voxels of `working_mm` around a voxel, within a scan of `shape`; all z y x."""
+    extent = np.multiply(patch_size, np.divide(working_mm, spacing_mm))
+    start = np.rint(np.asarray(middle) + 0.5 - extent / 2).astype(int)
+    size = np.minimum(np.rint(extent).astype(int), shape)
+    start = np.clip(start, 0, np.subtract(shape, size))
+    return tuple(start.tolist()), tuple((start + size).tolist())
+
+
 def box_of(mask: np.ndarray) -> Box | None:
     """Smallest box around the voxels of a (z, y, x) mask that are not 0; None if all are 0."""
     start, stop = [], []

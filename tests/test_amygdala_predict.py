@@ -16,6 +16,7 @@ from amygdala.cross_validation import read_cross_validation, write_cross_validat
 from amygdala.segment import check_ensemble, mean_network, segment
 from amygdala.structures import DATASETS
 from common.checkpoints import TrainedModel
+from common.class_metrics import mean_dice
 from common.hardware import Precision
 from common.hdf5 import CaseFile, write_case
 from common.nifti import NIFTI_SUFFIXES, load_label, load_nifti, write_nifti
@@ -338,7 +339,7 @@ def test_preprocessed_cases(tmp_path, monkeypatch):
     cases = {row["case"]: row for row in table(tmp_path / "cases.csv")}
     assert (cases["a"]["voxels_outside"], cases["b"]["voxels_outside"]) == ("0", str(2 * 5 * 10 * 8))
     assert cases["a"]["site"] == "Bonn"
-    assert evaluate.mean_dice(rows) == pytest.approx((1 + 8 / 13) / 2)
+    assert mean_dice(rows) == pytest.approx((1 + 8 / 13) / 2)
     boxes = iter([BOX])
     quick, _ = evaluate.evaluate_cases([model(), model()], cohort, ["a"], surfaces=False)
     assert "hd95_mm" not in quick[0] and quick[0]["dice"] == 1
