@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from amygdala.medformer_attention import AttentionBlock, MapFusion, MapGenerator
-from amygdala.medformer_blocks import PatchMerging, Style, per_axis
-from common.conv_blocks import resize_aligned, same_size_conv
+from amygdala.medformer_blocks import PatchMerging, Style
+from common.conv_blocks import kernels_per_level, per_level, resize_aligned, same_size_conv, strides_product
 from common.layers import check_image, fast_layout, padded_to_multiple
 from common.recomputation import stage_runner
 
@@ -177,10 +177,10 @@ class MedFormer(nn.Module):
     ) -> None:
         super().__init__()
         style = Style(ndim, conv_block, norm, act, expansion, attn_drop, proj_drop, proj_type)
-        kernels = [per_axis(k, ndim, "kernel_size") for k in kernel_size or [3] * 5]
-        scales = [per_axis(s, ndim, "down_scale") for s in down_scale or [2] * 4]
-        cells = per_axis(map_size, ndim, "map_size")
-        check_sizes(chan_num, conv_num, trans_num, num_heads, kernels, scales)
+        kernels = kernels_per_level(kernel_size, 5, ndim)
+        scales = per_level("down_scale", down_scale, 2, 4, ndim)
+        (cells,) = per_level("map_size", [map_size], 4, 1, ndim)
+        check_sizes(chan_num=chan_num, conv_num=conv_num, trans_num=trans_num, num_heads=num_heads)
         if fusion_dim % fusion_heads:
             raise ValueError(
                 f"fusion_heads is {fusion_heads}, which does not divide fusion_dim, {fusion_dim}"
@@ -189,7 +189,7 @@ class MedFormer(nn.Module):
             raise ValueError(f"map_size is {map_size}; a map needs at least two cells")
 
         self.in_channels, self.checkpointing = in_channels, checkpointing
-        self.multiple = tuple(prod(scale[axis] for scale in scales) for axis in range(ndim))
+        self.multiple = strides_product(scales)
         sizes = zip(chan_num, conv_num, trans_num, num_heads, kernels[1:] + kernels[3::-1], strict=True)
         stages = [Stage(*numbers) for numbers in sizes]
         widths = [base_chan, *chan_num]  # of inc, down1 to down4, up1 to up4
@@ -228,22 +228,21 @@ class MedFormer(nn.Module):
         return [logits, resize_aligned(self.aux(features[1]), padded.shape[2:])[crop]]
 
 
-def check_sizes(chan_num, conv_num, trans_num, num_heads, kernels, scales) -> None:
-    """Refuse numbers that do not fit each other; ValueError names them."""
-    lists = dict(chan_num=chan_num, conv_num=conv_num, trans_num=trans_num, num_heads=num_heads)
-    for name, values in (lists | dict(kernel_size=kernels, down_scale=scales)).items():
-        length = {"kernel_size": 5, "down_scale": 4}.get(name, 8)
-        if len(values) != length:
-            raise ValueError(f"{name} has {len(values)} entries instead of {length}: {list(values)}")
-    if any(side % 2 == 0 for kernel in kernels for side in kernel):
-        raise ValueError(f"kernel_size is {kernels}; all sides must be odd")
+def check_sizes(**lists: Sequence[int]) -> None:
+    """Refuse lists of the stages that do not fit each other; ValueError names them.
+
+    Args:
+        lists: chan_num, conv_num, trans_num, num_heads, in this order.
+    """
+    for name, values in lists.items():
+        if len(values) != len(STAGES):
+            raise ValueError(f"{name} has {len(values)} entries instead of {len(STAGES)}: {list(values)}")
     for name, channels, convs, attentions, heads in zip(STAGES, *lists.values(), strict=True):
         if (attentions > 0) != (name in ATTENDED):
             needed = "at least 1" if name in ATTENDED else "0"
-            raise ValueError(f"trans_num is {attentions} in {name}, which needs {needed}: {list(trans_num)}")
+            given = list(lists["trans_num"])
+            raise ValueError(f"trans_num is {attentions} in {name}, which needs {needed}: {given}")
         if channels % heads:
             raise ValueError(f"num_heads is {heads} in {name}, which does not divide its {channels} channels")
         if convs + attentions == 0:
-            raise ValueError(
-                f"{name} has no block: conv_num is {list(conv_num)}, trans_num {list(trans_num)}"
-            )
+            raise ValueError(f"{name} has no block: conv_num and trans_num are both 0 there")

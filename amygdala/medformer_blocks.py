@@ -138,11 +138,3 @@ class PatchMerging(nn.Module):
             for offsets in product(*map(range, self.scale))
         ]
         return self.reduce(self.norm(torch.cat(corners, dim=1)))
-
-
-def per_axis(value: int | Sequence[int], ndim: int, name: str) -> tuple[int, ...]:
-    """3 -> (3, 3, 3); a sequence must have `ndim` entries, else a ValueError that says `name`."""
-    sides = (value,) * ndim if isinstance(value, int) else tuple(value)
-    if len(sides) != ndim or min(sides) < 1:
-        raise ValueError(f"{name}: {value} is neither a positive number nor one for each of {ndim} axes")
-    return sides

@@ -12,7 +12,6 @@ from amygdala.medformer_blocks import ACTIVATIONS as MEDFORMER_ACTIVATIONS
 from amygdala.medformer_blocks import PROJECTIONS
 from amygdala.structures import NUM_CLASSES
 from amygdala.unet import UNet
-from amygdala.unetpp import UNetPlusPlus
 from common import checkpoints
 from common.checkpoints import TrainedModel
 from common.config import Switch, fraction, non_negative_int, positive_int
@@ -20,6 +19,7 @@ from common.conv_blocks import ACTIVATIONS, BLOCKS, NORMS
 from common.hardware import Precision
 from common.layers import SliceBySlice
 from common.swin_unetr import SwinUNETR
+from common.unetpp import UNetPlusPlus
 from common.unetr import UNETR
 from common.vnet import VNet
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amygdala.localiser import find_box
 from amygdala.model import load_trained
-from amygdala.segment import check_ensemble, segment
+from amygdala.segment import segment
 from amygdala.structures import COLORS, DATASETS, NUM_CLASSES, DataSet
 from common import batch, distributed, prediction, prediction_flags
 from common.checkpoints import TrainedModel
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         device = start_device(args.device, distributed.local_rank())
         precision = choose_precision(args.amp, device)
         models = [load_trained(path, device, precision) for path in args.weights]
-        check_ensemble(models, args.weights)
+        prediction.check_ensemble(models, args.weights, NUM_CLASSES)
         if args.tta:
             for model in models:
                 prediction.check_tta(model)

@@ -1,55 +1,13 @@
 """Trained networks applied to a T1 scan: the structures' labels on the scan's own grid."""
 
-import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from amygdala.structures import DATASETS, NUM_CLASSES
 from common.checkpoints import TrainedModel
 from common.intensity import scale_by_own_values
-from common.prediction import FLIPS, mirrored_classes, predict_volume
-
-
-def check_ensemble(models: Sequence[TrainedModel], weights: Sequence[str | Path]) -> None:
-    """ValueError if networks cannot be averaged; `weights` are their files, for the message."""
-
-    def described(model: TrainedModel) -> dict:
-        return {
-            "data set": model.preprocessing["dataset"],
-            "spacing in mm": tuple(model.preprocessing["spacing_mm"]),
-            "classes": model.config.get("num_classes", NUM_CLASSES),
-            "patch size": tuple(model.config["patch_size"]),
-        }
-
-    first = described(models[0])
-    for model, path in zip(models[1:], weights[1:], strict=True):
-        for what, value in described(model).items():
-            if value != first[what]:
-                raise ValueError(
-                    f"--weights: {path} was trained with another {what} ({value}) than {weights[0]} "
-                    f"({first[what]}), so their predictions cannot be averaged; name folds of one run"
-                )
-
-
-def mean_network(networks: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """(N, 1, d, h, w) -> (N, K, d, h, w) whose softmax is the mean of the networks' softmax.
-
-    A single network is handed back as it is.
-    """
-    if len(networks) == 1:
-        return networks[0]
-
-    def predict(image: Tensor) -> Tensor:
-        total = networks[0](image).float().log_softmax(1)
-        for network in networks[1:]:
-            total = torch.logaddexp(total, network(image).float().log_softmax(1))
-        return total - math.log(len(networks))
-
-    return predict
+from common.prediction import FLIPS, mean_network, mirrored_classes, predict_volume
 
 
 def segment(

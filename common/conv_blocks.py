@@ -148,19 +148,20 @@ def resize_aligned(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def per_level(
-    name: str, values: Sequence[Sequence[int]] | None, default: int, levels: int, ndim: int
+    name: str, values: Sequence[int | Sequence[int]] | None, default: int, levels: int, ndim: int
 ) -> list[tuple[int, ...]]:
     """The kernels or scales of all levels, each a tuple of `ndim` sides; None = `default` on every side.
 
     Args:
         name: of the setting, for errors.
+        values: of each level a number for all sides, or one for each.
 
     Raises:
         ValueError: too few or too many of them, or sides that are not numbers of at least 1.
     """
     if values is None:
         return [(default,) * ndim] * levels
-    result = [tuple(int(side) for side in sides) for sides in values]
+    result = [(sides,) * ndim if isinstance(sides, int) else tuple(map(int, sides)) for sides in values]
     if len(result) != levels or any(len(sides) != ndim or min(sides) < 1 for sides in result):
         raise ValueError(
             f"{name} is {result}; give {levels}, one for each level, each of {ndim} numbers of at least 1"
@@ -169,7 +170,7 @@ def per_level(
 
 
 def kernels_per_level(
-    values: Sequence[Sequence[int]] | None, levels: int, ndim: int
+    values: Sequence[int | Sequence[int]] | None, levels: int, ndim: int
 ) -> list[tuple[int, ...]]:
     """As `per_level`, for kernels, which have odd sides; None = 3 on every side."""
     kernels = per_level("kernel_size", values, 3, levels, ndim)

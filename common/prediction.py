@@ -56,6 +56,48 @@ def mirrored_classes(num_classes: int, sides: Sequence[tuple[int, int]]) -> list
     return classes
 
 
+def check_ensemble(models: Sequence[TrainedModel], weights: Sequence[str | Path], num_classes: int) -> None:
+    """ValueError if networks cannot be averaged; `weights` are their files, for the message.
+
+    Args:
+        num_classes: of networks whose configuration does not tell.
+    """
+
+    def described(model: TrainedModel) -> dict:
+        return {
+            "data set": model.preprocessing["dataset"],
+            "spacing in mm": tuple(model.preprocessing["spacing_mm"]),
+            "classes": model.config.get("num_classes", num_classes),
+            "patch size": tuple(model.config["patch_size"]),
+        }
+
+    first = described(models[0])
+    for model, path in zip(models[1:], weights[1:], strict=True):
+        for what, value in described(model).items():
+            if value != first[what]:
+                raise ValueError(
+                    f"--weights: {path} was trained with another {what} ({value}) than {weights[0]} "
+                    f"({first[what]}), so their predictions cannot be averaged; name folds of one run"
+                )
+
+
+def mean_network(networks: Sequence[torch.nn.Module]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """(N, 1, d, h, w) -> (N, K, d, h, w) whose softmax is the mean of the networks' softmax.
+
+    A single network is handed back as it is.
+    """
+    if len(networks) == 1:
+        return networks[0]
+
+    def predict(image: torch.Tensor) -> torch.Tensor:
+        total = networks[0](image).float().log_softmax(1)
+        for network in networks[1:]:
+            total = torch.logaddexp(total, network(image).float().log_softmax(1))
+        return total - math.log(len(networks))
+
+    return predict
+
+
 class Reading(NamedTuple):
     """The part of a scan that is read to predict a region of it.
 

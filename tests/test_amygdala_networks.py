@@ -27,13 +27,13 @@ from amygdala.model import (
 )
 from amygdala.structures import DATASETS
 from amygdala.unet import UNet
-from amygdala.unetpp import UNetPlusPlus
 from common.config import make_parser, parse_args, read_yaml_files
 from common.conv_blocks import BasicBlock, PreActivationConv, SingleConv, resize_aligned
 from common.hardware import Precision
 from common.layers import InstanceNorm, make_norm, resize_linear
 from common.memory import training_peak_mib
 from common.swin_unetr import SwinUNETR
+from common.unetpp import UNetPlusPlus
 from common.unetr import UNETR
 from common.vnet import VNet
 
@@ -647,7 +647,7 @@ def imported_modules(path):
 
 ALONE = {  # how a stranger would call them
     "amygdala.unet": "UNet(base_chan=4, attention=True)",
-    "amygdala.unetpp": "UNetPlusPlus(base_chan=4)",
+    "common.unetpp": "UNetPlusPlus(base_chan=4)",
     "common.vnet": "VNet(base_chan=4)",
     "common.unetr": "UNETR(hidden_size=24, num_heads=2, mlp_dim=24, feature_size=4)",
 }

@@ -13,13 +13,14 @@ from PIL import Image
 
 from amygdala import evaluate, predict
 from amygdala.cross_validation import read_cross_validation, write_cross_validation
-from amygdala.segment import check_ensemble, mean_network, segment
+from amygdala.segment import segment
 from amygdala.structures import DATASETS
 from common.checkpoints import TrainedModel
 from common.class_metrics import mean_dice
 from common.hardware import Precision
 from common.hdf5 import CaseFile, write_case
 from common.nifti import NIFTI_SUFFIXES, load_label, load_nifti, write_nifti
+from common.prediction import check_ensemble, mean_network
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", None, False, "test")
@@ -88,7 +89,7 @@ def test_folds_are_averaged_as_probabilities():
 
 def test_folds_that_cannot_be_averaged_are_refused():
     weights = ["a.pt", "b.pt", "c.pt"]
-    check_ensemble([model(), model(), model()], weights)
+    check_ensemble([model(), model(), model()], weights, 3)
     others = {
         "data set": model(dataset="Hippocampus"),
         "spacing in mm": model(spacing=(1, 1, 2)),
@@ -99,7 +100,7 @@ def test_folds_that_cannot_be_averaged_are_refused():
         with pytest.raises(
             ValueError, match=rf"--weights: c\.pt was trained with another {what} .* than a\.pt"
         ):
-            check_ensemble([model(), model(), other], weights)
+            check_ensemble([model(), model(), other], weights, 3)
 
 
 class Sides(torch.nn.Module):
