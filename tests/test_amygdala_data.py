@@ -405,10 +405,13 @@ def test_folds_test_every_subject_once(cohort_folder):
     assert sorted(tested) == sorted(n for n in Cohort(cohort_folder).cases if n[0] != "t")
 
 
-def test_without_a_fold_everything_trains_and_the_published_test_cases_test(cohort_folder):
-    cohort = Cohort(cohort_folder, dataset="Amygdala")
+def test_without_a_fold_the_published_test_cases_test(cohort_folder):
+    cohort = Cohort(cohort_folder, dataset="Amygdala", validation=False)
     assert cohort.split["test"] == ["t0", "t1", "t2"] and cohort.split["val"] == []
     assert len(cohort.split["train"]) == 20 and "unlabelled" not in cohort.cases
+    chosen_by_some = Cohort(cohort_folder, dataset="Amygdala").split
+    assert chosen_by_some["test"] == cohort.split["test"] and len(chosen_by_some["val"]) == 3
+    assert sorted(chosen_by_some["train"] + chosen_by_some["val"]) == sorted(cohort.split["train"])
     assert cohort.preprocessing == {
         "spacing_mm": [1, 1, 1], "dataset": "Amygdala", "data_path": str(cohort_folder.resolve())
     }  # fmt: skip
