@@ -63,7 +63,7 @@ def train(
     runs.seed_everything(args.seed, args.deterministic)
 
     # ---- data, network, precision ----
-    data = distributed.main_first(lambda: training.open_data(args))
+    data = training.open_data(args)
     split, notes = data.split, data.preprocessing
     runs.require_same_data(resumed, split, notes, ["spacing_mm"], notes["data_path"])
     config = resolved_config(args)

@@ -78,14 +78,16 @@ def open_data(args: Namespace) -> Cohort:
     sites = site_names(args) if args.leave_site_out else []
     if sites and not (number is not None and number < len(sites)):
         raise ValueError(f"--fold {fold}: with {len(sites)} sites choose 0 to {len(sites) - 1}")
-    data = Cohort(
-        data_folder(args),
-        dataset=args.dataset,
-        seed=args.split_seed,
-        folds=args.folds,
-        fold=None if sites else number,
-        leave_site_out=sites[number] if sites else None,
-        validation=args.validation and not args.select_on_test,
+    data = main_first(
+        lambda: Cohort(
+            data_folder(args),
+            dataset=args.dataset,
+            seed=args.split_seed,
+            folds=args.folds,
+            fold=None if sites else number,
+            leave_site_out=sites[number] if sites else None,
+            validation=args.validation and not args.select_on_test,
+        )
     )
     if args.select_on_test:
         data.split["val"] = data.split["test"]
