@@ -30,7 +30,6 @@ POOLED = ("unet", "resunet", "unetpp", "attention_unet")  # U-Nets of convolutio
 FEATURE_SIZES = (12, 24, 48)  # of swin_unetr
 NOT_ARCHITECTURE = ("checkpointing",)  # a resumed run may change it
 
-
 ZYX = ("Z", "Y", "X")
 HELP = {  # of the flags of the networks; of the same name in two families with the model in front
     "base_chan": "number of channels of the first level; memory grows in proportion, weights with the square",
