@@ -190,6 +190,8 @@ def score_best(
             write_report(rows, run.folder / "evaluation", title, failed, notes=notes)
             if not failed and (done := training.note_results(experiment, args, data, rows)):
                 run.log(f"all folds are done: {done}")
+    if distributed.is_main():
+        training.link_weights(run.folder, args.fold)  # again, for where links are copies
     run.log(f"written: {experiment}/ with fold_{args.fold}_best.pt and {run.folder.name}/")
     run.log(training.next_command(experiment / f"fold_{args.fold}_best.pt"))
     return rows, failed

@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,12 +129,16 @@ def experiment_folder(args: Namespace, folds: list[str]) -> Path:
 
 def link_weights(folder: Path, fold: str) -> None:
     """Put names that users of the original code look for beside the folder of a fold: fold_<i>_best.pt,
-    fold_<i>_latest.pt, fold_<i>.txt."""
+    fold_<i>_latest.pt, fold_<i>.txt; copies of what is there where the system allows no links."""
     targets = {"_best.pt": "weights/best.pt", "_latest.pt": "weights/last.pt", ".txt": "log.txt"}
     for ending, target in targets.items():
         link = folder.with_name(f"fold_{fold}{ending}")
         link.unlink(missing_ok=True)
-        link.symlink_to(f"{folder.name}/{target}")
+        try:
+            link.symlink_to(f"{folder.name}/{target}")
+        except OSError:  # Windows, unless the user has the right to make links
+            if (folder / target).is_file():
+                shutil.copyfile(folder / target, link)
 
 
 def get_augmentation(args: Namespace) -> Augmentation3d:

@@ -448,3 +448,24 @@ def test_without_validation_the_last_weights_count(amygdala_h5):
 def test_the_demo_is_a_recipe():
     words = yaml.safe_load((ROOT / "amygdala" / "demo.yaml").read_text())
     assert words["data_path"] == "demo"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_weights_have_the_names_of_the_original_code_also_where_there_are_no_links(
+    tmp_path, monkeypatch, links
+):
+    def refuse(*_):
+        raise OSError("a required privilege is not held by the client")
+
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+    fold = tmp_path / "fold_1"
+    training.link_weights(fold, "1")  # nothing is there yet
+    (fold / "weights").mkdir(parents=True)
+    (fold / "weights" / "best.pt").write_text("best")
+    (fold / "log.txt").write_text("log")
+    training.link_weights(fold, "1")
+    assert (tmp_path / "fold_1_best.pt").read_text() == "best"
+    assert (tmp_path / "fold_1.txt").read_text() == "log"
+    assert (tmp_path / "fold_1_best.pt").is_symlink() is links
+    assert not (tmp_path / "fold_1_latest.pt").exists()
