@@ -121,7 +121,9 @@ def load_case(
         raise ValueError(f"{case.label}: {error}") from error
     names = data_set.structures.names
     if reason := why_exchanged(labels, scan.affine, data_set.sides, names):
-        raise ValueError(f"{case.label}: {reason}")
+        in_file = [int(drawn.array[labels == label][0]) for label in names]
+        remedy = ",".join(f"{label}={number}" for label, number in zip(names, in_file[::-1], strict=True))
+        raise ValueError(f"{case.label}: {reason}. Where all files are so: --label_map {remedy}")
     counts, notes = label_counts(labels, NUM_CLASSES), []
     for label, name in names.items():
         mm3, (low, high) = counts[label] * scan.voxel_mm3, data_set.volume_mm3

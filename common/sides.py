@@ -97,7 +97,6 @@ def why_exchanged(
             return (
                 f"left and right are exchanged: {names[left]} ({left}) is centred at x = {x_left:.0f} mm, "
                 f"{names[right]} ({right}) at {x_right:.0f} mm, but x grows to the right; exchange the two "
-                f"labels, or correct the orientation. Where all files are so: --label_map {left}={right},"
-                f"{right}={left}"
+                "labels, or correct the orientation"
             )
     return ""

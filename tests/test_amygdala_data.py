@@ -254,8 +254,15 @@ def test_a_bad_case_is_named_in_one_sentence_and_the_others_are_converted(tmp_pa
     assert list(Cohort(out).cases) == ["good"]
 
 
-def test_exchanged_labels_of_a_whole_data_set_can_be_exchanged_back(tmp_path):
-    code, out = convert(write_source(tmp_path / "raw", {"a": exchanged()}), "--label_map", "1=2,2=1")
+@pytest.mark.parametrize(("left", "right"), [(1, 2), (18, 54)])
+def test_exchanged_labels_of_a_whole_data_set_can_be_exchanged_back(tmp_path, capsys, left, right):
+    """By the flag that the message names, with the numbers that the files have."""
+    image, labels = exchanged()
+    source = write_source(tmp_path / "raw", {"a": (image, np.array([0, left, right], np.uint8)[labels])})
+    assert convert(source)[0] == 1
+    remedy = re.search(r"Where all files are so: --label_map (\S+)", capsys.readouterr().out)[1]
+    assert remedy == f"1={right},2={left}"
+    code, out = convert(source, "--label_map", remedy)
     assert code == 0
     np.testing.assert_array_equal(cached(out, "a").label[()], head()[1])
 

@@ -45,5 +45,5 @@ def test_exchanged_sides_are_told():
     assert "left ear (2)" not in why_exchanged(labels, AFFINE, [(2, 1)], names)
     wrong = why_exchanged((3 - labels) * mask, AFFINE, [(1, 2)], names)
     assert wrong.startswith("left and right are exchanged: left ear (1) is centred at x = ")
-    assert wrong.endswith("--label_map 1=2,2=1")
+    assert wrong.endswith("exchange the two labels, or correct the orientation")
     assert why_exchanged((labels == 1) * 2, AFFINE, [(1, 2)], names) == "", "one side alone"
