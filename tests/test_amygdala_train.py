@@ -261,7 +261,7 @@ FILES = sorted(CONFIGS.glob("*/*.yaml"))
 
 
 def of_file(file: Path) -> Namespace:
-    model, _, dimension = file.stem.replace("_half", "").rpartition("_")
+    model, _, dimension = file.stem.replace("_half", "").replace("_small", "").rpartition("_")
     return Namespace(model=model, dimension=dimension, dataset=file.parent.name, resume=None)
 
 
