@@ -23,7 +23,7 @@ EXPLANATION = (
     "distances in mm, both weighted by surface area.",
     "A fold's number is the mean over its test cases. A missed label counts with Dice 0 and the image's "
     "diagonal as distance, and so does one in a case that does not have it; a label in neither is left out.",
-    "Std is that of the folds, divided by their number.",
+    "Std is the standard deviation of the folds' numbers, with their number n as divisor, not n - 1.",
 )
 
 

@@ -23,6 +23,9 @@ from common.hardware import Precision
 from common.phantoms import prepare_demo
 
 RESULTS = "fold_{}_results.json"
+DIVISION = ("folds", "split_seed", "leave_site_out")  # flags that decide who is held out by which fold
+TRAINED_ALIKE = ("model", "dimension", "epochs", "time_budget", "loss", "select_on_test")
+CHOSEN_BY_TEST = "epochs were chosen by the test scans (--select_on_test), so that these scores are too good"
 
 
 def resolve_flags(args: Namespace) -> None:
@@ -96,9 +99,19 @@ def open_data(args: Namespace) -> Cohort:
 
 
 def site_names(args: Namespace) -> list[str]:
-    """The sites of the data set in the order of --leave_site_out."""
+    """The sites of the data set in the order of --leave_site_out.
+
+    Raises:
+        ValueError: there is one only.
+    """
     data = main_first(lambda: Cohort(data_folder(args), dataset=args.dataset))
-    return sorted({data.sites[name] for name in data.split["train"] + data.split["val"]})
+    sites = sorted({data.sites[name] for name in data.split["train"] + data.split["val"]})
+    if len(sites) < 2:
+        raise ValueError(
+            f"--leave_site_out: all cases are of one site, {sites[0]}; name sites in participants.tsv, or in "
+            "the table of preprocess.py --subjects, and convert again"
+        )
+    return sites
 
 
 def fold_names(args: Namespace) -> list[str]:
@@ -211,24 +224,40 @@ def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict
 
 def warnings_of_scores(args: Namespace) -> list[str]:
     """What a reader of the test scores has to know."""
-    if args.select_on_test:
-        return ["epochs were chosen by the test scans (--select_on_test), so that these scores are too good"]
-    return []
+    return [CHOSEN_BY_TEST] if args.select_on_test else []
 
 
 def note_results(experiment: Path, args: Namespace, data: Cohort, rows: list[dict]) -> Path | None:
-    """Keep the rows of a fold; once all folds are there, write cross_validation.txt and return its path."""
-    write_json(experiment / RESULTS.format(args.fold), {"rows": [_plain(row) for row in rows]})
+    """Keep the rows of a fold; once all folds are there, write cross_validation.txt and return its path.
+
+    A fold that was divided off by other flags is not one of these. Folds that were trained differently are
+    summed up, with a note that says so.
+    """
+    settings = {key: getattr(args, key) for key in (*DIVISION, *TRAINED_ALIKE)}
+    content = {"settings": settings, "rows": [_plain(row) for row in rows]}
+    write_json(experiment / RESULTS.format(args.fold), content)
     if args.fold == "test":
         return None
     files = [experiment / RESULTS.format(k) for k in fold_names(args)]
     if not all(file.is_file() for file in files):
         return None
-    found = [read_json(file, {"rows": list})["rows"] for file in files]
-    by_fold = [[{k: math.nan if v is None else v for k, v in row.items()} for row in rows] for rows in found]
+    found = [read_json(file, {"settings": dict | None, "rows": list}) for file in files]
+    settings_of = [fold.get("settings") or settings for fold in found]
+    if any(of_fold[key] != settings[key] for of_fold in settings_of for key in DIVISION):
+        return None
+    by_fold = [
+        [{k: math.nan if v is None else v for k, v in row.items()} for row in fold["rows"]] for fold in found
+    ]
     path = experiment / "cross_validation.txt"
     names = DATASETS[args.dataset].structures.names
-    notes = [f"{args.model} {args.dimension}, {args.dataset}", *warnings_of_scores(args)]
+    notes = [f"{args.model} {args.dimension}, {args.dataset}"]
+    if any(of_fold["select_on_test"] for of_fold in settings_of):
+        notes.append(CHOSEN_BY_TEST)
+    for key in TRAINED_ALIKE:
+        values = [of_fold[key] for of_fold in settings_of]
+        if any(value != values[0] for value in values):
+            listed = ", ".join(f"{value} in fold {k}" for k, value in enumerate(values))
+            notes.append(f"the folds were not trained alike: --{key} was {listed}")
     if args.leave_site_out:
         held_out = ", ".join(f"{k} = {site}" for k, site in enumerate(site_names(args)))
         notes.append(f"each fold holds out a site: {held_out}")

@@ -7,6 +7,7 @@ import shutil
 import signal
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from common.hardware import Precision
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", None, False, "test")
 GRID = (32, 32, 32)  # of the localiser, for heads of 48 x 48 x 64 mm
+SCORES = {"dice": 0.5, "hd95_mm": 1.0, "asd_mm": 1.0, "target_mm3": 1000.0, "pred_mm3": 900.0}
 QUICK = [*TINY_AMYGDALA, "--epochs", "1", "--accumulate", "4"]  # one update
 
 
@@ -417,6 +419,40 @@ def test_sites_left_out_and_epochs_chosen_by_the_test(amygdala_h5, tmp_path, cap
     assert len(read_cross_validation(folder / "cross_validation.txt")["Dice"]) == 2
     with pytest.raises(SystemExit, match="--fold 2: with 2 sites choose 0 to 1"):
         train.main([*QUICK, *flags, "--leave_site_out", "--fold", "2"])
+
+
+def noted(folder: Path, amygdala_h5, fold: str, case: str, *flags: str) -> Path | None:
+    """`note_results` of a fold of two, with a single case."""
+    args = args_of("--data_path", str(amygdala_h5), "--folds", "2", "--fold", fold, *flags)
+    data = SimpleNamespace(sites={})
+    rows = [{"case": case, "class": label, "name": "", "status": "ok", **SCORES} for label in (1, 2)]
+    return training.note_results(folder, args, data, rows)
+
+
+def test_folds_that_were_not_trained_alike_are_named(amygdala_h5, tmp_path):
+    assert noted(tmp_path, amygdala_h5, "0", "a", "--select_on_test") is None, "a fold is missing"
+    path = noted(tmp_path, amygdala_h5, "1", "b")
+    text = path.read_text()
+    assert "NOTE: epochs were chosen by the test scans" in text
+    assert "not trained alike: --select_on_test was True in fold 0, False in fold 1" in text
+    path = noted(tmp_path, amygdala_h5, "0", "a")
+    assert "chosen by the test" not in path.read_text() and "alike" not in path.read_text()
+
+
+def test_folds_of_another_division_are_not_summed_up(amygdala_h5, tmp_path):
+    noted(tmp_path, amygdala_h5, "0", "a", "--split_seed", "7")
+    assert noted(tmp_path, amygdala_h5, "1", "b") is None
+    assert noted(tmp_path, amygdala_h5, "0", "a") == tmp_path / "cross_validation.txt"
+
+
+def test_a_single_site_cannot_be_left_out(tmp_path, amygdala_h5):
+    data = shutil.copytree(amygdala_h5, tmp_path / "h5")
+    notes = json.loads((data / "preprocessing.json").read_text())
+    for entry in notes["cases"]:
+        entry["site"] = "unknown"
+    (data / "preprocessing.json").write_text(json.dumps(notes))
+    with pytest.raises(SystemExit, match="all cases are of one site, unknown; name sites .* --subjects"):
+        train.main([*QUICK, "--data_path", str(data), "--out", str(tmp_path), "--leave_site_out"])
 
 
 def test_the_published_test_part_and_slices(amygdala_h5, tmp_path):
