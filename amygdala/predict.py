@@ -40,6 +40,7 @@ from common.volumes import Box
 OWN_NAMES = ("_mask",)  # masks of this script are not scans
 TABLE = "volumes.csv"
 MARGIN_MM, PIXEL_MM = 25.0, 0.5  # of --overlay: what is shown around the structures, side of a pixel
+LEAST_HEAD_MM = 100.0  # a scan with a shorter side does not show a whole head
 BESIDE_MM = 20.0  # a region whose middle lies farther from that of the head is suspicious
 
 
@@ -156,6 +157,10 @@ def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Na
     counts = label_counts(labels, NUM_CLASSES)
     volumes_mm3 = {label: float(counts[label] * scan.voxel_mm3) for label in dataset.structures.names}
     problems = find_warnings(labels, volumes_mm3, dataset, beside_mm)
+    sides_mm = np.multiply(scan.shape, scan.spacing_mm)
+    if dataset.localised and min(sides_mm) < LEAST_HEAD_MM:
+        size = " x ".join(f"{side:.0f}" for side in sides_mm)
+        problems.append(f"only {size} mm (z y x), which is no whole head; what was found may be anything")
     for problem in problems:
         tqdm.write(f"warning: {path.name}: {problem}")
     if args.overlay:

@@ -143,6 +143,7 @@ def run(monkeypatch, source, out, *flags, models=None, box=BOX) -> int:
     models = dict(models or {"fold_0_best.pt": model()})
     monkeypatch.setattr(predict, "load_trained", lambda weights, *_: models[weights])
     monkeypatch.setattr(predict, "find_box", lambda m, image, mm: box or ((0, 0, 0), image.shape))
+    monkeypatch.setattr(predict, "LEAST_HEAD_MM", 40)  # heads of these tests are small
     base = ["--weights", *models, "--source", source, "--out", out, "--device", "cpu", "--amp", "off"]
     return predict.main([str(f) for f in (*base, *flags)])
 
@@ -275,7 +276,8 @@ def test_asymmetry():
 
 
 def test_what_a_person_should_look_at(tmp_path, monkeypatch, capsys):
-    """A mirrored head, one without anything, one with a small left structure, one whose region is beside."""
+    """A mirrored head, one without anything, one with a small left structure, one whose region is beside, a part
+    of one."""
     image, labels = head()
     folder, out = tmp_path / "scans", tmp_path / "out"
     folder.mkdir()
@@ -287,12 +289,14 @@ def test_what_a_person_should_look_at(tmp_path, monkeypatch, capsys):
     moved[..., :46] = image
     moved[4:44, 4:40, 40:118] = 100
     write_nifti(folder / "beside.nii.gz", moved, (1, 1, 1))
+    write_nifti(folder / "piece.nii.gz", image[:39], (1, 1, 1))
     assert run(monkeypatch, folder, out, "--overlay") == 0
     told = capsys.readouterr().out
     assert "warning: mirrored.nii.gz: the right amygdala lies left of the left amygdala; are left" in told
     assert "warning: small.nii.gz: left amygdala of 450 mm3 is hardly plausible (500 to 3000 mm3" in told
     assert "warning: beside.nii.gz: the region searched lies 38 mm beside the middle of the head" in told
-    assert told.count("warning: ") == 3
+    assert "warning: piece.nii.gz: only 39 x 44 x 46 mm (z y x), which is no whole head" in told
+    assert told.count("warning: ") == 4
     rows = {row["scan"].split("/")[-1]: row for row in table(out / "volumes.csv")}
     assert float(rows["small.nii.gz"]["asymmetry_index"]) == pytest.approx(200 * (450 - 720) / 1170, rel=1e-5)
     assert "hardly plausible" in rows["small.nii.gz"]["warnings"]
