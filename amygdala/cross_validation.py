@@ -13,6 +13,7 @@ import numpy as np
 
 from common.agreement import mean_or_nan, spread_or_nan, volume_agreement, volume_lines
 from common.class_metrics import metric_columns
+from common.compare import RESULTS
 from common.files import replacing
 from common.metrics import write_table
 from common.sites import site_lines, site_table
@@ -71,6 +72,9 @@ def write_cross_validation(
 ) -> None:
     """Write cross_validation.txt, and a table of all metrics by fold and label as .csv beside it.
 
+    Besides, results.csv has a row for each case and label, so that common/compare.py can test two experiments
+    against each other.
+
     Args:
         path: of the text file.
         folds: for each fold its rows of `evaluate_cases`; an empty fold has NaN.
@@ -104,6 +108,7 @@ def write_cross_validation(
     with replacing(path) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf8")
     write_table(path.with_suffix(".csv"), fold_table(folds, labels, metric_columns(every)))
+    write_table(path.with_name(RESULTS), every)
 
 
 def fold_table(

@@ -24,6 +24,7 @@ from amygdala.losses import adaptive_dice_loss, boundary_weights, segmentation_l
 from amygdala.model import MODELS, load_trained
 from amygdala.structures import DATASETS
 from common.checkpoints import load_checkpoint
+from common.compare import compare, read_results
 from common.config import parse_args
 from common.hardware import Precision
 
@@ -335,7 +336,8 @@ def test_what_a_cross_validation_leaves_behind(experiment, amygdala_h5):
     of_folds = {
         f"fold_{k}{end}" for k in range(3) for end in ("", ".txt", "_best.pt", "_latest.pt", "_results.json")
     }
-    assert found == of_folds | {"config.yaml", "cross_validation.txt", "cross_validation.csv"}
+    of_all = {"config.yaml", "cross_validation.txt", "cross_validation.csv", "results.csv"}
+    assert found == of_folds | of_all
     assert (experiment / "fold_1_best.pt").resolve() == (
         experiment / "fold_1" / "weights" / "best.pt"
     ).resolve()
@@ -369,6 +371,14 @@ def test_the_scores_of_the_folds(experiment):
     text = (experiment / "cross_validation.txt").read_text()
     assert "unet 3d, Amygdala" in text and "select_on_test" not in text
     assert "| a |" in text and "| b |" in text, "sites"
+
+
+def test_two_cross_validations_can_be_compared(experiment):
+    """By common/compare.py, which takes the folders of two experiments."""
+    rows = read_results(experiment)
+    assert len(rows) == 12 and {row["patient"] for row in rows} == {f"head_{k}" for k in range(6)}
+    (first, *_) = compare(rows, rows, ["dice"])
+    assert (first["metric"], first["n"]) == ("dice", 6)
 
 
 def test_weights_bring_their_localiser(experiment):
