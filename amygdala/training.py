@@ -25,7 +25,7 @@ from common.phantoms import prepare_demo
 RESULTS = "fold_{}_results.json"
 DIVISION = ("folds", "split_seed", "leave_site_out")  # flags that decide who is held out by which fold
 TRAINED_ALIKE = ("model", "dimension", "epochs", "time_budget", "loss", "select_on_test")
-CHOSEN_BY_TEST = "epochs were chosen by the test scans (--select_on_test), so that these scores are too good"
+BIASED = "epochs were chosen by the test scans (--select_on_test), so that these scores are too good"
 
 
 def resolve_flags(args: Namespace) -> None:
@@ -224,7 +224,7 @@ def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict
 
 def warnings_of_scores(args: Namespace) -> list[str]:
     """What a reader of the test scores has to know."""
-    return [CHOSEN_BY_TEST] if args.select_on_test else []
+    return [BIASED] if args.select_on_test else []
 
 
 def note_results(experiment: Path, args: Namespace, data: Cohort, rows: list[dict]) -> Path | None:
@@ -252,7 +252,7 @@ def note_results(experiment: Path, args: Namespace, data: Cohort, rows: list[dic
     names = DATASETS[args.dataset].structures.names
     notes = [f"{args.model} {args.dimension}, {args.dataset}"]
     if any(of_fold["select_on_test"] for of_fold in settings_of):
-        notes.append(CHOSEN_BY_TEST)
+        notes.append(BIASED)
     for key in TRAINED_ALIKE:
         values = [of_fold[key] for of_fold in settings_of]
         if any(value != values[0] for value in values):

@@ -276,8 +276,7 @@ def test_asymmetry():
 
 
 def test_what_a_person_should_look_at(tmp_path, monkeypatch, capsys):
-    """A mirrored head, one without anything, one with a small left structure, one whose region is beside, a part
-    of one."""
+    """A head mirrored, empty, with a small left structure, with its region beside the middle, cut off."""
     image, labels = head()
     folder, out = tmp_path / "scans", tmp_path / "out"
     folder.mkdir()

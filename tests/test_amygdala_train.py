@@ -223,6 +223,15 @@ def test_the_recipe_of_the_model_is_read_unless_a_file_is_given(tmp_path):
     assert choose(["--config", str(file), "--model", "unet"])[0].model == "unet", "the command line wins"
 
 
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_medformer_of_half_the_width_by_its_file_alone(dataset):
+    words = ["--config", str(CONFIGS / dataset / "medformer_half_3d.yaml")]
+    chosen, words = choose(words)
+    args = parse_args(train.build_parser(chosen), words)
+    assert (args.model, args.dataset, args.base_chan) == ("medformer", dataset, 16)
+    assert args.unique_name == f"{dataset}_3d_medformer_half", "not the folder of the full width"
+
+
 def test_what_cannot_be_chosen(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--model", "vnet", "--dimension", "2d"])
