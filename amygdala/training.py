@@ -1,6 +1,5 @@
 """What train.py needs besides its loop: where a run lies, data, augmentation, lines of the log, results."""
 
-import math
 import re
 import shlex
 import shutil
@@ -222,11 +221,6 @@ def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict
     return lines
 
 
-def warnings_of_scores(args: Namespace) -> list[str]:
-    """What a reader of the test scores has to know."""
-    return [BIASED] if args.select_on_test else []
-
-
 def note_results(experiment: Path, args: Namespace, data: Cohort, rows: list[dict]) -> Path | None:
     """Keep the rows of a fold; once all folds are there, write cross_validation.txt and return its path.
 
@@ -234,8 +228,7 @@ def note_results(experiment: Path, args: Namespace, data: Cohort, rows: list[dic
     summed up, with a note that says so.
     """
     settings = {key: getattr(args, key) for key in (*DIVISION, *TRAINED_ALIKE)}
-    content = {"settings": settings, "rows": [_plain(row) for row in rows]}
-    write_json(experiment / RESULTS.format(args.fold), content)
+    write_json(experiment / RESULTS.format(args.fold), {"settings": settings, "rows": rows})
     if args.fold == "test":
         return None
     files = [experiment / RESULTS.format(k) for k in fold_names(args)]
@@ -245,9 +238,6 @@ def note_results(experiment: Path, args: Namespace, data: Cohort, rows: list[dic
     settings_of = [fold.get("settings") or settings for fold in found]
     if any(of_fold[key] != settings[key] for of_fold in settings_of for key in DIVISION):
         return None
-    by_fold = [
-        [{k: math.nan if v is None else v for k, v in row.items()} for row in fold["rows"]] for fold in found
-    ]
     path = experiment / "cross_validation.txt"
     names = DATASETS[args.dataset].structures.names
     notes = [f"{args.model} {args.dimension}, {args.dataset}"]
@@ -261,12 +251,8 @@ def note_results(experiment: Path, args: Namespace, data: Cohort, rows: list[dic
     if args.leave_site_out:
         held_out = ", ".join(f"{k} = {site}" for k, site in enumerate(site_names(args)))
         notes.append(f"each fold holds out a site: {held_out}")
-    write_cross_validation(path, by_fold, names, data.sites, notes=notes)
+    write_cross_validation(path, [fold["rows"] for fold in found], names, data.sites, notes=notes)
     return path
-
-
-def _plain(row: dict) -> dict:
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
 def next_command(weights: Path) -> str:
