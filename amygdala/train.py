@@ -179,7 +179,7 @@ def score_best(
     """Score best.pt on the scans that were held out, once; name the next command."""
     rows, failed = [], {}
     weights, experiment = run.best_or_last(), run.folder.parent
-    test = data.split["test"]
+    test, folds = data.split["test"], training.fold_names(args)
     if args.evaluate and test:
         best = load_trained(weights, trained.device, trained.precision)
         rows, failed = evaluate_cases([best], data, test, table=run.folder / "test_cases.csv")
@@ -188,7 +188,7 @@ def score_best(
         if distributed.is_main():
             title = f"fold {args.fold}: {len(test)} held-out scans"
             write_report(rows, run.folder / "evaluation", title, failed, notes=notes)
-            if not failed and (done := training.note_results(experiment, args, data, rows)):
+            if not failed and (done := training.note_results(experiment, args, data, rows, folds)):
                 run.log(f"all folds are done: {done}")
     if distributed.is_main():
         training.link_weights(run.folder, args.fold)  # again, for where links are copies

@@ -4,7 +4,7 @@ import re
 import shlex
 import shutil
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -113,12 +113,19 @@ def site_names(args: Namespace) -> list[str]:
     return sites
 
 
-def fold_names(args: Namespace) -> list[str]:
-    """The runs of a whole cross-validation: numbers of the folds or, with --leave_site_out, of the sites."""
-    return [str(k) for k in range(len(site_names(args)) if args.leave_site_out else args.folds)]
+def fold_names(args: Namespace) -> dict[str, str]:
+    """{fold: the site that it holds out, "" without --leave_site_out} of a whole cross-validation.
+
+    To be called in every process. A folds.json in the data folder decides how many folds there are.
+    """
+    if args.leave_site_out:
+        return {str(k): site for k, site in enumerate(site_names(args))}
+    own = main_first(lambda: data_folder(args)) / "folds.json"
+    number = len(read_json(own, list)) if own.is_file() else args.folds
+    return dict.fromkeys(map(str, range(number)), "")
 
 
-def experiment_folder(args: Namespace, folds: list[str]) -> Path:
+def experiment_folder(args: Namespace, folds: Collection[str]) -> Path:
     """exp/<dataset>/<unique_name>; with _2 behind it where one of these folds was trained already. With a
     bare --resume the one that was written to last.
 
@@ -221,17 +228,19 @@ def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict
     return lines
 
 
-def note_results(experiment: Path, args: Namespace, data: Cohort, rows: list[dict]) -> Path | None:
+def note_results(
+    experiment: Path, args: Namespace, data: Cohort, rows: list[dict], folds: Mapping[str, str]
+) -> Path | None:
     """Keep the rows of a fold; once all folds are there, write cross_validation.txt and return its path.
 
     A fold that was divided off by other flags is not one of these. Folds that were trained differently are
-    summed up, with a note that says so.
+    summed up, with a note that says so. `folds` is of `fold_names`; this is called in one process only.
     """
     settings = {key: getattr(args, key) for key in (*DIVISION, *TRAINED_ALIKE)}
     write_json(experiment / RESULTS.format(args.fold), {"settings": settings, "rows": rows})
     if args.fold == "test":
         return None
-    files = [experiment / RESULTS.format(k) for k in fold_names(args)]
+    files = [experiment / RESULTS.format(k) for k in folds]
     if not all(file.is_file() for file in files):
         return None
     found = [read_json(file, {"settings": dict | None, "rows": list}) for file in files]
@@ -249,8 +258,7 @@ def note_results(experiment: Path, args: Namespace, data: Cohort, rows: list[dic
             listed = ", ".join(f"{value} in fold {k}" for k, value in enumerate(values))
             notes.append(f"the folds were not trained alike: --{key} was {listed}")
     if args.leave_site_out:
-        held_out = ", ".join(f"{k} = {site}" for k, site in enumerate(site_names(args)))
-        notes.append(f"each fold holds out a site: {held_out}")
+        notes.append("each fold holds out a site: " + ", ".join(f"{k} = {folds[k]}" for k in folds))
     write_cross_validation(path, [fold["rows"] for fold in found], names, data.sites, notes=notes)
     return path
 

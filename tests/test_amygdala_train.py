@@ -445,7 +445,7 @@ def noted(folder: Path, amygdala_h5, fold: str, case: str, *flags: str) -> Path 
     args = args_of("--data_path", str(amygdala_h5), "--folds", "2", "--fold", fold, *flags)
     data = SimpleNamespace(sites={})
     rows = [{"case": case, "class": label, "name": "", "status": "ok", **SCORES} for label in (1, 2)]
-    return training.note_results(folder, args, data, rows)
+    return training.note_results(folder, args, data, rows, training.fold_names(args))
 
 
 def test_folds_that_were_not_trained_alike_are_named(amygdala_h5, tmp_path):
@@ -462,6 +462,25 @@ def test_folds_of_another_division_are_not_summed_up(amygdala_h5, tmp_path):
     noted(tmp_path, amygdala_h5, "0", "a", "--split_seed", "7")
     assert noted(tmp_path, amygdala_h5, "1", "b") is None
     assert noted(tmp_path, amygdala_h5, "0", "a") == tmp_path / "cross_validation.txt"
+
+
+def test_folds_of_ones_own_are_all_of_the_cross_validation(amygdala_h5, tmp_path):
+    args = args_of("--data_path", str(tmp_path), "--folds", "5")
+    (tmp_path / "folds.json").write_text(json.dumps([["a"], ["b"], ["c"]]))
+    assert list(training.fold_names(args)) == ["0", "1", "2"]
+
+
+def test_one_process_alone_writes_the_results(amygdala_h5, tmp_path, monkeypatch):
+    """The others are not there then: whatever would talk to them waits for ever."""
+    folds = {"0": "a", "1": "b"}
+    for name in ("main_first", "on_main"):
+        monkeypatch.setattr(training, name, lambda _: pytest.fail("talks to the other processes"))
+    rows = [{"class": label, "name": "", "status": "ok", **SCORES} for label in (1, 2)]
+    for k in folds:
+        args = args_of("--leave_site_out", "--fold", k)
+        data, of_case = SimpleNamespace(sites={}), [{"case": k, **row} for row in rows]
+        path = training.note_results(tmp_path, args, data, of_case, folds)
+    assert "NOTE: each fold holds out a site: 0 = a, 1 = b" in path.read_text()
 
 
 def test_a_single_site_cannot_be_left_out(tmp_path, amygdala_h5):
