@@ -70,10 +70,7 @@ def write_cross_validation(
     *,
     notes: Sequence[str] = (),
 ) -> None:
-    """Write cross_validation.txt, and a table of all metrics by fold and label as .csv beside it.
-
-    Besides, results.csv has a row for each case and label, so that common/compare.py can test two experiments
-    against each other.
+    """Write cross_validation.txt; beside it a .csv by fold and label, and results.csv for common/compare.py.
 
     Args:
         path: of the text file.

@@ -159,8 +159,7 @@ def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Na
     problems = find_warnings(labels, volumes_mm3, dataset, beside_mm)
     sides_mm = np.multiply(scan.shape, scan.spacing_mm)
     if dataset.localised and min(sides_mm) < LEAST_HEAD_MM:
-        size = " x ".join(f"{side:.0f}" for side in sides_mm)
-        problems.append(f"only {size} mm (z y x), which is no whole head; what was found may be anything")
+        problems.append("only {:.0f} x {:.0f} x {:.0f} mm (z y x), which is no whole head".format(*sides_mm))
     for problem in problems:
         tqdm.write(f"warning: {path.name}: {problem}")
     if args.overlay:

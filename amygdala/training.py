@@ -231,10 +231,10 @@ def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict
 def note_results(
     experiment: Path, args: Namespace, data: Cohort, rows: list[dict], folds: Mapping[str, str]
 ) -> Path | None:
-    """Keep the rows of a fold; once all folds are there, write cross_validation.txt and return its path.
+    """Keep the rows of a fold; once all `folds` are there, write cross_validation.txt and return its path.
 
-    A fold that was divided off by other flags is not one of these. Folds that were trained differently are
-    summed up, with a note that says so. `folds` is of `fold_names`; this is called in one process only.
+    A fold divided off by other flags does not count; one trained differently does, with a note that says so.
+    Called in the main process alone, so that it must not talk to the others.
     """
     settings = {key: getattr(args, key) for key in (*DIVISION, *TRAINED_ALIKE)}
     write_json(experiment / RESULTS.format(args.fold), {"settings": settings, "rows": rows})
@@ -265,5 +265,6 @@ def note_results(
 
 def next_command(weights: Path) -> str:
     """What to do with the weights."""
-    words = ["python", "amygdala/predict.py", "--weights", str(weights)]
-    return f"next: {shlex.join(words)} --source <T1 scan or folder>"
+    return (
+        f"next: python amygdala/predict.py --weights {shlex.quote(str(weights))} --source <T1 scan or folder>"
+    )
