@@ -415,7 +415,7 @@ def no_pictures(monkeypatch) -> None:
     monkeypatch.setattr("amygdala.localiser.GRID", (32, 32, 32))
     for module in (script.module for script in SCRIPTS.values()):
         for name in ("save_curves", "save_val_predictions", "save_preview", "save_case_preview"):
-            monkeypatch.setattr(module, name, lambda *_: None, raising=False)
+            monkeypatch.setattr(module, name, lambda *_, **__: None, raising=False)
         monkeypatch.setattr(module, "score_best", lambda *_, **__: ([], {}))
 
 
