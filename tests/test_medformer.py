@@ -397,8 +397,9 @@ def test_every_parameter_learns(options):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         if parameter.grad.abs().max() < 1e-9:
             silent.add(name)
-    # The last shift of up1 meets only norms, of which the next subtract it again.
-    assert silent == ({"up.0.attention.1.mbconv.norm.bias"} if options.get("norm") == "bn" else set())
+    # The last shifts of up1 meet batch norms, which subtract them again: what is left is rounding.
+    allowed = {"up.0.attention.0.block.mbconv.norm.bias", "up.0.attention.1.mbconv.norm.bias"}
+    assert silent <= (allowed if options.get("norm") == "bn" else set())
 
 
 @pytest.mark.parametrize("options", [{}, {"ndim": 2, "norm": "bn"}])
