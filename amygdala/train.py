@@ -180,7 +180,7 @@ def score_best(
     rows, failed = [], {}
     weights, experiment = run.best_or_last(), run.folder.parent
     test, folds = data.split["test"], training.fold_names(args)
-    if args.evaluate and test:
+    if args.evaluate and test and not training.is_scored(experiment, args.fold, weights):
         best = load_trained(weights, trained.device, trained.precision)
         rows, failed = evaluate_cases([best], data, test, table=run.folder / "test_cases.csv")
         notes = [training.BIASED] if args.select_on_test else []

@@ -228,6 +228,12 @@ def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict
     return lines
 
 
+def is_scored(experiment: Path, fold: str, weights: Path) -> bool:
+    """Whether these weights have met the test scans already, as in folds that --resume finds finished."""
+    results = experiment / RESULTS.format(fold)
+    return results.is_file() and results.stat().st_mtime >= weights.stat().st_mtime
+
+
 def note_results(
     experiment: Path, args: Namespace, data: Cohort, rows: list[dict], folds: Mapping[str, str]
 ) -> Path | None:

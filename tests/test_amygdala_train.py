@@ -354,6 +354,7 @@ def test_what_a_cross_validation_leaves_behind(experiment, amygdala_h5):
     assert "go on with: python amygdala/train.py" in log and log.count("--unique_name cv --resume") >= 1
     assert "all folds are done" in (experiment / "fold_2.txt").read_text() and "all folds are done" not in log
     assert list((experiment.parents[2] / "log" / "Amygdala" / "cv" / "fold_2").glob("events*"))
+    assert not list(experiment.glob("fold_*/test_cases.earlier*")), "--resume scored a finished fold again"
     config = yaml.safe_load((experiment / "config.yaml").read_text())
     assert config["fold"] == "all" and config["unique_name"] == "cv" and config["batch_size"] == 1
 
