@@ -155,7 +155,7 @@ def train(
             scores |= {"lr": optimizer.param_groups[0]["lr"]}
             run.end_epoch(scores, score, validated.state_dict())
             if distributed.is_main():
-                save_curves(run.folder / "training_curves.png", run.history, CURVES)
+                save_curves(run.folder / "training_curves.png", run.history, CURVES, only_above_0=True)
             run.log_epoch("" if math.isnan(scores["val_dice"]) else f"Dice {scores['val_dice']:.4f}")
     return score_best(run, trained, data, args)[1], precision.amp
 
