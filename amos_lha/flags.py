@@ -7,7 +7,8 @@ from amos_lha.lha_net import CHECKPOINTING, PRESETS
 from amos_lha.networks import FEATURE_SIZES, HEADS, MODELS
 from amos_lha.sampling import SAMPLING
 from common import flags
-from common.config import Switch, add_run_flags, fraction
+from common.config import Switch, fraction
+from common.run_flags import add_run_flags
 
 
 def add_training_flags(parser: ArgumentParser) -> None:

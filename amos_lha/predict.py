@@ -25,12 +25,13 @@ from amos_lha.segment import segment
 from common import batch, distributed, prediction, prediction_flags
 from common.checkpoints import TrainedModel
 from common.components import remove_stray_pieces
-from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
+from common.config import Switch, make_parser, parse_args, run_script
 from common.files import write_json
 from common.hardware import choose_precision, describe_device, start_device
 from common.label_measures import label_volumes_ml
 from common.nifti import case_name, open_nifti, save_label
 from common.planes import legend_of, save_planes
+from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.views import save_views
 

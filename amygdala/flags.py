@@ -9,15 +9,8 @@ from amygdala.model import MODELS_2D, MODELS_3D, add_architecture_flags
 from amygdala.structures import add_dataset_flag
 from common import flags
 from common.checkpoints import load_checkpoint
-from common.config import (
-    Switch,
-    add_run_flags,
-    fraction,
-    make_parser,
-    non_negative_int,
-    positive_int,
-    read_yaml_files,
-)
+from common.config import Switch, fraction, make_parser, non_negative_int, positive_int, read_yaml_files
+from common.run_flags import add_run_flags
 from common.runs import find_checkpoint
 
 CONFIGS = Path(__file__).resolve().parent / "config"

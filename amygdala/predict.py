@@ -27,13 +27,14 @@ from amygdala.structures import COLORS, DATASETS, NUM_CLASSES, DataSet
 from common import batch, distributed, prediction, prediction_flags
 from common.checkpoints import TrainedModel
 from common.components import remove_stray_pieces
-from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
+from common.config import Switch, make_parser, parse_args, run_script
 from common.files import write_json
 from common.hardware import choose_precision, describe_device, start_device
 from common.intensity import shown_range
 from common.label_measures import asymmetry_index, label_counts
 from common.nifti import case_name, save_label
 from common.planes import legend_of, middle, save_planes
+from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.volumes import Box
 

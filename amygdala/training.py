@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from amygdala.structures import DATASETS
 from common.augment import Augmentation3d, grey_value_probabilities
 from common.config import parse_args
 from common.distributed import main_first, on_main, world_size
-from common.files import read_json, write_json
+from common.files import link_file, read_json, write_json
 from common.hardware import Precision
 from common.phantoms import prepare_demo
 
@@ -151,13 +150,7 @@ def link_weights(folder: Path, fold: str) -> None:
     fold_<i>_latest.pt, fold_<i>.txt; copies of what is there where the system allows no links."""
     targets = {"_best.pt": "weights/best.pt", "_latest.pt": "weights/last.pt", ".txt": "log.txt"}
     for ending, target in targets.items():
-        link = folder.with_name(f"fold_{fold}{ending}")
-        link.unlink(missing_ok=True)
-        try:
-            link.symlink_to(f"{folder.name}/{target}")
-        except OSError:  # Windows, unless the user has the right to make links
-            if (folder / target).is_file():
-                shutil.copyfile(folder / target, link)
+        link_file(folder.with_name(f"fold_{fold}{ending}"), f"{folder.name}/{target}")
 
 
 def get_augmentation(args: Namespace) -> Augmentation3d:

@@ -23,13 +23,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 T = TypeVar("T")
 
 
-def init() -> None:
-    """Join the process group that torchrun describes in the environment; nothing without torchrun."""
+def init(backend: str | None = None) -> None:
+    """Join the process group that torchrun describes in the environment; nothing without torchrun.
+
+    Args:
+        backend: gloo or nccl; None = both where there is a GPU.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
-    backend = "gloo"
-    if torch.cuda.is_available() and dist.is_nccl_available():
-        backend = "cpu:gloo,cuda:nccl"  # gloo as well for --device cpu on a machine with a GPU
+    if backend != "gloo":
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"  # gloo as well for --device cpu
     if local_rank() < torch.cuda.device_count():  # else hardware.pick_device says what is wrong
         torch.cuda.set_device(local_rank())
     # Two hours: rank 0 may convert a data set or evaluate whole volumes while the others wait.
@@ -37,12 +41,14 @@ def init() -> None:
 
 
 @contextmanager
-def session() -> Iterator[None]:
+def session(backend: str | None = None) -> Iterator[None]:
     """Everything that a script does stands inside: join the process group, and leave it whatever happens.
+
+    `backend` is that of `init`.
 
     Errors that a user can mend (ValueError, OSError, too little GPU memory) end the program with one line.
     """
-    init()
+    init(backend)
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,19 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def link_file(link: Path, target: str) -> None:
+    """Give a file a second name: `link` points to `target`, counted from the folder of `link` on.
+
+    Where the system allows no links it is a copy, of what is there now.
+    """
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(target)
+    except OSError:  # Windows, unless the user has the right to make links
+        if (link.parent / target).is_file():
+            shutil.copyfile(link.parent / target, link)
 
 
 def make_folder(path: str | Path, flag: str = "--out") -> Path:

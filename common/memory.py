@@ -293,6 +293,7 @@ def set_up_step(
     resumed: dict | None = None,
     vram_gib: float | None = None,
     patch_step: int = 16,
+    channels: int = 1,
     make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> StepSetup:
     """Choose the precision of a run and, with `vram_gib`, what fits a card; `network` gets its checkpointing.
@@ -306,6 +307,7 @@ def set_up_step(
         resumed: checkpoint of the run that goes on: "auto" then means its precision, so that both halves are
             computed in the same one.
         vram_gib, patch_step, make_optimizer: see `fit_plan` and `training_peak_mib`.
+        channels: of the network's input.
 
     Raises:
         ValueError: nothing fits, or `amp` is not for this device.
@@ -313,7 +315,7 @@ def set_up_step(
 
     def step_once(dtype: torch.dtype | None) -> None:
         copy = deepcopy(network).train()
-        image = torch.zeros(wanted.batch_size, 1, *wanted.patch_size, device=device)
+        image = torch.zeros(wanted.batch_size, channels, *wanted.patch_size, device=device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = copy(image)
         loss_function(logits, torch.zeros_like(image[:, 0], dtype=torch.long)).backward()
@@ -322,7 +324,7 @@ def set_up_step(
         return training_peak_mib(
             lambda: make_network(plan.checkpointing),
             loss_function,
-            (plan.batch_size, 1, *plan.patch_size),
+            (plan.batch_size, channels, *plan.patch_size),
             make_optimizer=make_optimizer,
             dtype=DTYPES[plan.precision],
         )

@@ -180,7 +180,7 @@ def resume(
     A run goes on with its own flags; those of the command line win over them.
 
     Args:
-        parser: with the flags of `config.add_run_flags`.
+        parser: with the flags of `run_flags.add_run_flags`.
         same: flags that a run keeps, such as those that decide the network.
         name: of the run that a bare --resume means; None = --model_name.
         root: folder in which it lies; None = --out.

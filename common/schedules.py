@@ -2,7 +2,7 @@
 
 import math
 
-SCHEDULES = ("cosine_annealing", "warmup_cosine", "reduce_on_plateau", "poly", "constant")
+SCHEDULES = ("cosine_annealing", "warmup_cosine", "reduce_on_plateau", "poly", "warmup_poly", "constant")
 
 
 def learning_rate(
@@ -18,11 +18,13 @@ def learning_rate(
     Args:
         schedule: cosine_annealing (half a cosine from `lr` to `min_lr`), warmup_cosine (linear from 0 to `lr`
             during the share `warmup`, then the cosine over the rest), reduce_on_plateau (halved
-            `plateau_drops` times), poly (`lr` times (1 - progress)^0.9, as in nnU-Net), constant.
+            `plateau_drops` times), poly (`lr` times (1 - progress)^0.9, as in nnU-Net), warmup_poly (linear
+            from 0 to `lr` during the share `warmup`, then `lr` times (1 - progress), which begins lower than
+            the warm-up has ended, as in AFA, CVPR 2022), constant.
         progress: share of the epochs or of the time budget that is done, 0 to 1.
         lr: the highest rate.
         min_lr: the lowest rate.
-        warmup: share of the run, for warmup_cosine.
+        warmup: share of the run, for warmup_cosine and warmup_poly.
         plateau_drops: see the function of this name; for reduce_on_plateau.
 
     Raises:
@@ -37,6 +39,8 @@ def learning_rate(
         return max(lr * 0.5**plateau_drops, min_lr)
     if schedule == "poly":
         return max(lr * (1 - progress) ** 0.9, min_lr)
+    if schedule == "warmup_poly":
+        return max(lr * (progress / warmup if progress < warmup else 1 - progress), min_lr)
     if schedule == "warmup_cosine":
         if progress < warmup:
             return max(lr * progress / warmup, min_lr)

@@ -327,11 +327,12 @@ def optimizer_step(
     """New weights from the gradients that `scaler.scale(loss / size).backward()` has summed up.
 
     Args:
+        optimizer: a group of its parameters may have an "lr_scale", by which `lr` is multiplied for it.
         grad_clip: largest norm of the gradient; 0 leaves it as it is.
         average: moving average that follows the new weights.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     scaler.unscale_(optimizer)
     if grad_clip:
         nn.utils.clip_grad_norm_(network.parameters(), grad_clip)

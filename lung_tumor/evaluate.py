@@ -21,10 +21,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed
-from common.config import add_prediction_flags, fraction, make_parser, parse_args, run_script
+from common.config import fraction, make_parser, parse_args, run_script
 from common.hardware import autocast, choose_precision, start_device
 from common.hu import why_not_hu
 from common.metrics import binary_counts, dice_from_counts, iou_from_counts, lesion_counts
+from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from lung_tumor.cases import case_from_entry, find_cases, load_case
 from lung_tumor.dataset import SliceDataset, SliceFile, list_slices, load_splits, read_notes

@@ -2,8 +2,9 @@
 
 import argparse
 
-from common.config import Switch, add_run_flags, fraction, non_negative_int, positive_int
+from common.config import Switch, fraction, non_negative_int, positive_int
 from common.flags import add_deep_supervision_flag, add_ema_flags, add_fold_flags, add_update_flags
+from common.run_flags import add_run_flags
 from common.schedules import SCHEDULES
 from lung_tumor.model import LOSSES, MODELS
 

@@ -16,18 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import (
-    add_prediction_flags,
-    fraction,
-    make_parser,
-    parse_args,
-    positive_int,
-    run_script,
-)
+from common.config import fraction, make_parser, parse_args, positive_int, run_script
 from common.files import make_folder
 from common.hardware import autocast, choose_precision, start_device
 from common.metrics import dice_from_counts
 from common.plots import PRED_COLOR, TRUTH_COLOR, overlay, save_curves, save_panels
+from common.run_flags import add_prediction_flags
 from common.runs import seed_everything
 from lung_tumor.dataset import common_scale, list_slices, read_notes, training_slices
 from lung_tumor.flags import add_network_flags

@@ -21,22 +21,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed
-from common.config import (
-    Switch,
-    add_prediction_flags,
-    fraction,
-    make_parser,
-    parse_args,
-    positive_float,
-    positive_int,
-    run_script,
-)
+from common.config import Switch, fraction, make_parser, parse_args, positive_float, positive_int, run_script
 from common.files import make_folder
 from common.hardware import choose_precision, describe_device, start_device
 from common.hu import why_not_hu
 from common.metrics import largest_component
 from common.nifti import NIFTI_SUFFIXES, case_name, is_nifti, load_nifti, save_label
 from common.plots import PRED_COLOR, overlay, save_panels
+from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
 from lung_tumor.slices import (

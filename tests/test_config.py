@@ -5,16 +5,8 @@ import argparse
 import pytest
 import yaml
 
-from common.config import (
-    Switch,
-    add_run_flags,
-    duration_s,
-    fraction,
-    make_parser,
-    parse_args,
-    positive_int,
-    resolved_config,
-)
+from common.config import Switch, duration_s, fraction, make_parser, parse_args, positive_int, resolved_config
+from common.run_flags import add_run_flags
 from common.runs import save_config
 
 

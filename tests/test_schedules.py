@@ -46,6 +46,16 @@ def test_progress_outside_the_run_is_held_at_its_ends(schedule):
     assert rate(-0.5) == rate(0) and rate(1.5) == rate(1)
 
 
+@pytest.mark.parametrize(
+    "step, expected",
+    [(0, 6e-11), (749, 2.996e-5), (1499, 5.996e-5), (1500, 5.1e-5), (5000, 3e-5), (9999, 6e-9)],
+)
+def test_warmup_poly_by_hand(step, expected):
+    """10,000 steps with 1,500 of warm-up: the decay does not begin where the warm-up ends, but below it."""
+    rate = learning_rate("warmup_poly", step / 10_000, 6e-5, 6e-11, warmup=0.15)
+    assert rate == pytest.approx(expected, rel=1e-4)
+
+
 def test_warmup_rises_to_lr_and_falls_to_min_lr():
     def rate(progress):
         return learning_rate("warmup_cosine", progress, 1.0, 0.01, warmup=0.2)

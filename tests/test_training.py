@@ -258,6 +258,17 @@ def test_every_group_of_parameters_gets_the_rate():
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
+def test_a_group_may_learn_faster():
+    network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    groups = [{"params": network[0].parameters()}, {"params": network[1].parameters(), "lr_scale": 10}]
+    optimizer = torch.optim.AdamW(groups, lr=99.0)
+    again = torch.optim.AdamW(groups)
+    again.load_state_dict(optimizer.state_dict())  # as a resumed run does
+    for each in (optimizer, again):
+        optimizer_step(network, each, torch.amp.GradScaler("cpu", enabled=False), 0.25)
+        assert [group["lr"] for group in each.param_groups] == [0.25, 2.5]
+
+
 def test_gradients_are_unscaled_before_they_are_clipped():
     """fp16 multiplies the loss by a large number; the limit is for the gradient itself."""
     network = nn.Linear(1, 1, bias=False)

@@ -20,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed
 from common.class_metrics import case_row
-from common.config import add_prediction_flags, make_parser, parse_args, run_script
+from common.config import make_parser, parse_args, run_script
 from common.hardware import choose_precision, start_device
 from common.hdf5 import CaseFile
 from common.mask_files import ENDINGS, matching_files
 from common.nifti import voxel_mm3
+from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from verse_spine.cases import find_cases
 from verse_spine.dataset import SmallScan, VerSe, spine_box

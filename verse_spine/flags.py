@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from common.config import Switch, add_run_flags, fraction
+from common.config import Switch, fraction
 from common.flags import (
     add_augmentation_flags,
     add_evaluate_flag,
@@ -10,6 +10,7 @@ from common.flags import (
     add_patch_size_flag,
     add_update_flags,
 )
+from common.run_flags import add_run_flags
 from verse_spine.networks import FEATURE_SIZES, MODELS
 from verse_spine.training import DEFAULT_LR
 

@@ -22,11 +22,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed, prediction, prediction_flags
-from common.config import Switch, add_prediction_flags, make_parser, parse_args, run_script
+from common.config import Switch, make_parser, parse_args, run_script
 from common.files import write_json
 from common.hardware import choose_precision, describe_device, start_device
 from common.nifti import case_name, open_nifti, save_label
 from common.planes import save_planes
+from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.volumes import crop
 from verse_spine.labels import class_names, num_outputs, unmap_labels, write_centroids
