@@ -1,0 +1,91 @@
+"""Losses of the weakly supervised training, all in float32 and finite for every batch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.schedules import learning_rate
+from wsss_medical.cam import cam_to_label, normalise_cam
+from wsss_medical.pixel_labels import IGNORE, resize
+
+
+def classification_loss(logits: Tensor, cls_label: Tensor) -> Tensor:
+    """Mean binary cross-entropy of logits (N, C) with labels (N, C) 0 or 1."""
+    return F.binary_cross_entropy_with_logits(logits.float(), cls_label.float())
+
+
+def get_seg_loss(pred: Tensor, label: Tensor, ignore_index: int = IGNORE) -> Tensor:
+    """Cross-entropy over background pixels and over foreground pixels, each a mean over its own; their mean.
+
+    Where a batch has no pixel of one kind, the mean of the other kind alone; 0 where it has neither.
+
+    Args:
+        pred: (N, K, h, w) logits, brought to the size of the label.
+        label: (N, H, W) integers: 0 background, others foreground, `ignore_index` left out.
+    """
+    label = label.long()
+    pred = resize(pred, label.shape[1:])
+    per_pixel = F.cross_entropy(pred, label, ignore_index=ignore_index, reduction="none")
+    kinds = [label == 0, (label > 0) & (label != ignore_index)]
+    means = sum((per_pixel * kind).sum() / kind.sum().clamp(min=1) for kind in kinds)
+    return means / sum(kind.any().float() for kind in kinds).clamp(min=1)
+
+
+def affinity_loss(attn_pred: Tensor, target: Tensor) -> Tensor:
+    """Mean error of the pairs of cells that belong together and of those that do not, both counting half.
+
+    Args:
+        attn_pred: (N, n, n), 0 to 1.
+        target: (N, n, n): 1 together, 0 apart, other values left out.
+    """
+    attn_pred = attn_pred.float()
+    together, apart = target == 1, target == 0
+    missed = ((1 - attn_pred) * together).sum() / (together.sum() + 1)
+    false = (attn_pred * apart).sum() / (apart.sum() + 1)
+    return (missed + false) / 2
+
+
+def negative_cam_loss(cam: Tensor, cls_label: Tensor) -> Tensor:
+    """Mean of the positive values of the CAM (N, C, h, w) over slices without the class; 0 if all have it."""
+    absent = (cls_label == 0).float()
+    return (cam.float().relu().mean((2, 3)) * absent).sum() / absent.sum().clamp(min=1)
+
+
+def token_contrast_loss(
+    tokens: Tensor,
+    aux_cam: Tensor,
+    cls_label: Tensor,
+    mask: Tensor,
+    low: float = 0.25,
+    high: float = 0.7,
+) -> Tensor:
+    """Tokens of one label are to look alike, those of different labels not: keeps them from all being equal.
+
+    Args:
+        tokens: (N, D, h, w), of the last stage.
+        aux_cam: (N, C, h, w) CAM of an earlier stage, which decides by `low` and `high` what a token is.
+        cls_label: (N, C).
+        mask: (n, n) bool, pairs of tokens that are near each other.
+
+    Source: Ru et al. 2023, Token contrast, arXiv:2303.01267.
+    """
+    cam = normalise_cam(aux_cam.detach().float().relu())
+    label = cam_to_label(cam, cls_label, low=low, high=high).flatten(1)
+    first, second = label[:, :, None], label[:, None, :]
+    pairs = (first != IGNORE) & (second != IGNORE) & mask.to(label.device)
+    pairs = pairs & ~torch.eye(label.shape[1], dtype=torch.bool, device=label.device)
+    together, apart = pairs & (first == second), pairs & (first != second)
+    with torch.autocast(tokens.device.type, enabled=False):
+        unit = F.normalize(tokens.float().flatten(2), dim=1)
+        cosine = (unit.transpose(1, 2) @ unit).abs()
+    alike = (cosine * together).sum() / (together.sum() + 1)
+    confused = (cosine * apart).sum() / (apart.sum() + 1)
+    return (1 - alike + confused) / 2
+
+
+def high_threshold(progress: float, start: float = 0.7, end: float = 0.55) -> float:
+    """CAM value above which a pixel is foreground: a cosine from `start` to `end` over `progress` 0 to 1.
+
+    Source: Wu et al. 2024, DuPL, arXiv:2403.11184.
+    """
+    return learning_rate("cosine_annealing", progress, start, end)
