@@ -1,4 +1,4 @@
-"""Overlap of two masks, lesions, means with intervals by patient, a paired test, tables.
+"""Overlap of two masks, lesions, yes-or-no decisions, means with intervals by patient, a paired test, tables.
 
 Both masks empty = NaN, left out of means and counted beside them; one empty = 0. Several classes:
 class_metrics.py; distances between surfaces: surfaces.py.
@@ -37,6 +37,64 @@ def iou_from_counts(tp: float, fp: float, fn: float) -> float:
     """TP / (TP + FP + FN); NaN when both masks are empty."""
     total = tp + fp + fn
     return tp / total if total else float("nan")
+
+
+def classification_scores(
+    probs: Sequence[float], labels: Sequence[int], threshold: float = 0.5
+) -> dict[str, float]:
+    """Scores of a yes-or-no classification, from counts pooled over all items.
+
+    Args:
+        probs: predicted probabilities.
+        labels: 1 for positive, 0 for negative.
+        threshold: above it an item is called positive.
+
+    Returns:
+        f1, accuracy, balanced_accuracy (mean of the shares found among positives and among negatives),
+        precision, recall, auroc, prevalence. NaN where nothing is divided by nothing: balanced accuracy and
+        AUROC without both classes, precision without a positive call, recall without a positive, F1 without
+        either, all without an item.
+
+    Raises:
+        ValueError: lengths differ, a probability is not finite or a label is neither 0 nor 1.
+    """
+    probs, labels = np.asarray(probs, float), np.asarray(labels)
+    if probs.shape != labels.shape or probs.ndim != 1:
+        raise ValueError(
+            f"probabilities {probs.shape} do not fit labels {labels.shape}; give one for each item"
+        )
+    if not np.isfinite(probs).all():
+        raise ValueError(
+            f"{np.count_nonzero(~np.isfinite(probs))} of {len(probs)} probabilities are not finite"
+        )
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"labels {sorted(set(labels.tolist()) - {0, 1})} are neither 0 nor 1")
+    tp, fp, fn, tn = binary_counts(probs > threshold, labels == 1)
+    recall = _share(tp, tp + fn)
+    return {
+        "f1": dice_from_counts(tp, fp, fn),
+        "accuracy": _share(tp + tn, len(labels)),
+        "balanced_accuracy": (recall + _share(tn, tn + fp)) / 2,
+        "precision": _share(tp, tp + fp),
+        "recall": recall,
+        "auroc": auroc(probs, labels == 1),
+        "prevalence": _share(tp + fn, len(labels)),
+    }
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Share of the pairs of a positive and a negative item in which the positive one has the higher score.
+
+    Equal scores count half; NaN without both classes. This is the area under the ROC curve.
+    """
+    values, place = np.unique(scores, return_inverse=True)
+    negatives = np.bincount(place[~positive], minlength=len(values))
+    below = negatives.cumsum() - negatives / 2  # negatives below each value, and half of those that equal it
+    return _share(float(below[place[positive]].sum()), int(positive.sum()) * int((~positive).sum()))
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
 
 
 def presence(num_target: int, num_pred: int) -> str:

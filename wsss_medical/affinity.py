@@ -48,12 +48,7 @@ def affinity_target(label: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def propagate(
-    cam: Tensor,
-    attn_pred: Tensor,
-    mask: Tensor,
-    cls_label: Tensor,
-    background: float,
-    size: Sequence[int],
+    cam: Tensor, attn_pred: Tensor, mask: Tensor, cls_label: Tensor, background: float, size: Sequence[int]
 ) -> Tensor:
     """Shares of background and classes (N, 1 + C, h, w) after one step along the affinity.
 

@@ -95,13 +95,7 @@ def cam_to_label(
 
 
 def refined_label(
-    par: PAR,
-    image01: Tensor,
-    cam: Tensor,
-    cls_label: Tensor,
-    boxes: Tensor | None,
-    low: float,
-    high: float,
+    par: PAR, image01: Tensor, cam: Tensor, cls_label: Tensor, boxes: Tensor | None, low: float, high: float
 ) -> Tensor:
     """Pixel label (N, H, W) int64 of a normalised CAM (N, C, H, W) that PAR moves to the image's edges.
 

@@ -52,12 +52,7 @@ def negative_cam_loss(cam: Tensor, cls_label: Tensor) -> Tensor:
 
 
 def token_contrast_loss(
-    tokens: Tensor,
-    aux_cam: Tensor,
-    cls_label: Tensor,
-    mask: Tensor,
-    low: float = 0.25,
-    high: float = 0.7,
+    tokens: Tensor, aux_cam: Tensor, cls_label: Tensor, mask: Tensor, low: float = 0.25, high: float = 0.7
 ) -> Tensor:
     """Tokens of one label are to look alike, those of different labels not: keeps them from all being equal.
 

@@ -1,4 +1,4 @@
-"""How well slices are classified, and how well maps of scores overlap with true masks at every threshold."""
+"""How well maps of scores overlap with true masks at many thresholds at once."""
 
 from collections.abc import Sequence
 
@@ -7,156 +7,89 @@ import numpy as np
 from common.metrics import dice_from_counts, iou_from_counts
 
 THRESHOLDS = np.arange(1, 50) / 50
-IGNORE = 255
-
-
-def classification_scores(
-    probs: Sequence[float], labels: Sequence[int], threshold: float = 0.5
-) -> dict[str, float]:
-    """Scores of a binary classification, from counts pooled over all slices.
-
-    Args:
-        probs: predicted probabilities.
-        labels: 1 for positive, 0 for negative.
-        threshold: above it a slice is called positive.
-
-    Returns:
-        f1, accuracy, balanced_accuracy (mean of the shares found among positives and among negatives),
-        precision, recall, auroc (pairs of equal probability count half), prevalence. NaN where nothing is
-        divided by nothing: balanced accuracy and AUROC without both classes, precision without a positive
-        call, recall without a positive, F1 without either, all without a slice.
-
-    Raises:
-        ValueError: lengths differ, a probability is not finite or a label is neither 0 nor 1.
-    """
-    probs, labels = np.asarray(probs, float), np.asarray(labels)
-    if probs.shape != labels.shape or probs.ndim != 1:
-        raise ValueError(f"{probs.shape} probabilities do not fit {labels.shape} labels")
-    if not np.isfinite(probs).all():
-        raise ValueError(
-            f"{np.count_nonzero(~np.isfinite(probs))} of {len(probs)} probabilities are not finite"
-        )
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"labels {sorted(set(labels.tolist()) - {0, 1})} are neither 0 nor 1")
-    called, true = probs > threshold, labels == 1
-    tp, fp = np.count_nonzero(called & true), np.count_nonzero(called & ~true)
-    fn = np.count_nonzero(true) - tp
-    tn = len(true) - tp - fp - fn
-    return {
-        "f1": dice_from_counts(tp, fp, fn),
-        "accuracy": _share(tp + tn, len(true)),
-        "balanced_accuracy": (_share(tp, tp + fn) + _share(tn, tn + fp)) / 2,
-        "precision": _share(tp, tp + fp),
-        "recall": _share(tp, tp + fn),
-        "auroc": auroc(probs, true),
-        "prevalence": _share(tp + fn, len(true)),
-    }
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")
-
-
-def auroc(probs: np.ndarray, positive: np.ndarray) -> float:
-    """Share of the pairs of a positive and a negative in which the positive has the higher probability.
-
-    Equal probabilities count half; NaN without both classes.
-    """
-    values, place = np.unique(probs, return_inverse=True)
-    num_negative = np.bincount(place[~positive], minlength=len(values))
-    below = np.cumsum(num_negative) - num_negative / 2  # negatives below each value, and half of its own
-    return _share(below[place[positive]].sum(), positive.sum() * (~positive).sum())
 
 
 class Sweep:
-    """Overlap of score maps with true masks at many thresholds at once, one slice after the other.
+    """Overlap of score maps with true masks at each threshold, counted one slice after the other.
 
-    A pixel is predicted where its score is above the threshold; pixels of the mask with 255 are left out.
-    Slices whose mask is empty have no Dice of their own; predictions in them are counted as false alarms and
-    lower the Dice of the volume.
+    A pixel is predicted where its score is above the threshold; pixels with 255 in the mask are left out. A
+    slice whose mask is empty has no Dice of its own: what is predicted there is a false alarm, and lowers the
+    Dice of the volume.
     """
 
     def __init__(self, thresholds: Sequence[float] = THRESHOLDS) -> None:
         self.thresholds = np.sort(np.asarray(thresholds, np.float32))
-        self.patients: dict[str, np.ndarray] = {}  # of each (tp, fp, fn) x thresholds
-        # Sums of Dice and of IoU over the slices with tissue, and alarms in those without; numbers of both.
-        self.sums = np.zeros((3, len(self.thresholds)))
-        self.num_positive = self.num_negative = 0
-
-    def _above(self, scores: np.ndarray) -> np.ndarray:
-        """How many scores are above each threshold."""
-        exceeded = np.searchsorted(self.thresholds, scores.astype(np.float32, copy=False), side="left")
-        counts = np.bincount(exceeded, minlength=len(self.thresholds) + 1)
-        return counts[::-1].cumsum()[::-1][1:]
+        self.volumes: dict[str, np.ndarray] = {}  # of each patient (tp, fp, fn) at each threshold
+        self.slices = {name: np.zeros(len(self.thresholds)) for name in ("dice", "iou", "alarms")}  # sums
+        self.num_positive = self.num_negative = 0  # slices with and without tissue in their mask
 
     def add(self, score_map: np.ndarray, mask: np.ndarray, patient: str) -> None:
         """Count a slice: scores (H, W), mask (H, W) of 0 and 1."""
         if score_map.shape != mask.shape:
             raise ValueError(
-                f"patient {patient}: scores {score_map.shape} and mask {mask.shape} differ in shape"
+                f"patient {patient}: scores {score_map.shape}, mask {mask.shape} differ in shape"
             )
-        inside = mask == 1
-        tp = self._above(score_map[inside])
-        fp = self._above(score_map[mask == 0])
-        counts = np.stack([tp, fp, np.count_nonzero(inside) - tp])
-        self.patients[patient] = self.patients.get(patient, 0) + counts
-        if inside.any():
+        tp, fp = self._above(score_map[mask == 1]), self._above(score_map[mask == 0])
+        fn = np.count_nonzero(mask == 1) - tp
+        self.volumes[patient] = self.volumes.get(patient, 0) + np.stack([tp, fp, fn])
+        if tp[0] + fn[0]:
             self.num_positive += 1
-            self.sums[0] += 2 * tp / (2 * tp + fp + counts[2])
-            self.sums[1] += tp / counts.sum(0)
+            self.slices["dice"] += 2 * tp / (2 * tp + fp + fn)
+            self.slices["iou"] += tp / (tp + fp + fn)
         else:
             self.num_negative += 1
-            self.sums[2] += fp > 0
+            self.slices["alarms"] += fp > 0
+
+    def _above(self, scores: np.ndarray) -> np.ndarray:
+        """How many scores are above each threshold."""
+        exceeded = np.searchsorted(self.thresholds, scores.astype(np.float32, copy=False))
+        counts = np.bincount(exceeded, minlength=len(self.thresholds) + 1)
+        return counts[::-1].cumsum()[-2::-1]
 
     def merge(self, other: "Sweep") -> None:
         """Take over what another process has counted with the same thresholds."""
-        if not np.array_equal(self.thresholds, other.thresholds):
-            raise ValueError("two sweeps with different thresholds cannot be merged")
-        for patient, counts in other.patients.items():
-            self.patients[patient] = self.patients.get(patient, 0) + counts
-        self.sums = self.sums + other.sums
+        for patient, counts in other.volumes.items():
+            self.volumes[patient] = self.volumes.get(patient, 0) + counts
+        for name, sums in other.slices.items():
+            self.slices[name] = self.slices[name] + sums
         self.num_positive += other.num_positive
         self.num_negative += other.num_negative
 
     def rows(self) -> list[dict[str, float]]:
-        """One row for each threshold: threshold, means over slices with tissue, means over volumes, alarms.
+        """One row for each threshold, to choose one or to write to a table.
 
-        dice_slices and iou_slices are NaN without such a slice; dice_volumes and iou_volumes are means over
-        the volumes in which anything is true or predicted; false_alarms is the share of the slices without
-        tissue in which any pixel is predicted.
+        dice_slices, iou_slices: means over the slices with tissue. dice_volumes, iou_volumes: means over the
+        patients of whom anything is true or predicted. false_alarms: share of the slices without tissue in
+        which a pixel is predicted. NaN where there is nothing to take the mean of.
         """
         rows = []
         for i, threshold in enumerate(self.thresholds):
-            volumes = [counts[:, i].tolist() for counts in self.patients.values()]
-            rows.append(
-                {
-                    "threshold": round(float(threshold), 6),
-                    "dice_slices": _share(self.sums[0, i], self.num_positive),
-                    "iou_slices": _share(self.sums[1, i], self.num_positive),
-                    "dice_volumes": _mean([dice_from_counts(*counts) for counts in volumes]),
-                    "iou_volumes": _mean([iou_from_counts(*counts) for counts in volumes]),
-                    "false_alarms": _share(self.sums[2, i], self.num_negative),
-                }
-            )
+            volumes = [counts[:, i].tolist() for counts in self.volumes.values()]
+            row = {"threshold": round(float(threshold), 6)}
+            for name, measure in (("dice", dice_from_counts), ("iou", iou_from_counts)):
+                row[f"{name}_slices"] = _mean(self.slices[name][i], self.num_positive)
+                known = [value for counts in volumes if not np.isnan(value := measure(*counts))]
+                row[f"{name}_volumes"] = _mean(sum(known), len(known))
+            row["false_alarms"] = _mean(self.slices["alarms"][i], self.num_negative)
+            rows.append(row)
         return rows
 
-    def volume_dice(self, threshold: float) -> dict[str, float]:
-        """Dice of each patient's volume at one of the thresholds; NaN where nothing is true or predicted."""
-        i = int(np.abs(self.thresholds - threshold).argmin())
-        return {name: dice_from_counts(*counts[:, i].tolist()) for name, counts in self.patients.items()}
-
     def best(self, metric: str = "dice_volumes") -> dict[str, float]:
-        """The row in which `metric` is highest, the lowest threshold of several; NaN never is.
+        """The row in which `metric` is highest, at the lowest threshold of several.
 
         Raises:
-            ValueError: no threshold has a value, for instance because no slice has a mask.
+            ValueError: `metric` is NaN in all of them, as no slice had a mask with tissue.
         """
         rows = [row for row in self.rows() if not np.isnan(row[metric])]
         if not rows:
-            raise ValueError(f"no threshold has a {metric}: no slice with tissue in its mask was counted")
+            raise ValueError(f"{metric} has no value: none of the slices has tissue in its mask")
         return max(rows, key=lambda row: row[metric])
 
+    def volume_dice(self, threshold: float) -> dict[str, float]:
+        """Dice of each patient at the nearest of the thresholds; NaN where nothing is true or predicted."""
+        i = int(np.abs(self.thresholds - threshold).argmin())
+        return {name: dice_from_counts(*counts[:, i].tolist()) for name, counts in self.volumes.items()}
 
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not np.isnan(value)]
-    return _share(sum(known), len(known))
+
+def _mean(total: float, number: int) -> float:
+    return float(total) / number if number else float("nan")
