@@ -4,6 +4,7 @@ Ru et al. 2022, Learning affinity from attention, arXiv:2203.02664. Every pixel 
 neighbours, 10 times; neighbours that look like the pixel weigh more. There is nothing to learn.
 """
 
+from collections.abc import Sequence
 from math import hypot
 
 import torch
@@ -30,7 +31,7 @@ class PAR(nn.Module):
     def __init__(
         self,
         num_iter: int = 10,
-        dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24),
+        dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
         w1: float = 0.3,
         w2: float = 0.01,
     ) -> None:
@@ -50,11 +51,11 @@ class PAR(nn.Module):
             image01: (N, 3, H, W) with grey values from 0 to 1; any number of channels.
             masks: (N, K, h, w) of any size, brought to that of the image with corners aligned; of any sign.
         """
-        image = image01.float()
-        masks = F.interpolate(masks.float(), size=image.shape[2:], mode="bilinear", align_corners=True)
+        image, (height, width) = image01.float(), image01.shape[2:]
+        masks = F.interpolate(masks.float(), size=(height, width), mode="bilinear", align_corners=True)
         refined = torch.empty_like(masks)
         limit = MOST_WEIGHTS.get(image.device.type, MOST_WEIGHTS["cuda"])
-        step = max(1, limit // (len(self.offsets) * image[:1, :1].numel())) if len(image) else 1
+        step = max(1, limit // (len(self.offsets) * height * width))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # waking others for each of many short steps costs more than they bring
         try:

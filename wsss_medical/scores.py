@@ -85,11 +85,6 @@ class Sweep:
             raise ValueError(f"{metric} has no value: none of the slices has tissue in its mask")
         return max(rows, key=lambda row: row[metric])
 
-    def volume_dice(self, threshold: float) -> dict[str, float]:
-        """Dice of each patient at the nearest of the thresholds; NaN where nothing is true or predicted."""
-        i = int(np.abs(self.thresholds - threshold).argmin())
-        return {name: dice_from_counts(*counts[:, i].tolist()) for name, counts in self.volumes.items()}
-
 
 def _mean(total: float, number: int) -> float:
     return float(total) / number if number else float("nan")
