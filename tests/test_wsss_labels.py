@@ -269,6 +269,11 @@ def test_par_of_a_blurred_step_finds_the_edge_of_the_image():
     assert found[:19].max() < 0.3 and found[21:].min() > 0.7
 
 
+def test_par_brings_masks_to_the_size_of_the_image_with_corners_aligned():
+    found = PAR(num_iter=0)(random(1, 3, 2, 4), torch.tensor([[[[0.0, 3.0]]]]))
+    assert torch.allclose(found, torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 1, 2, 4))
+
+
 def test_par_is_linear_and_keeps_constants():
     image, par = random(2, 3, 20, 30), PAR()
     first, second = random(2, 1, 20, 30, seed=1), random(2, 1, 20, 30, seed=2)
