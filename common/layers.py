@@ -67,13 +67,13 @@ def upsample_to(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def resize_linear(x: Tensor, size: tuple[int, ...], align_corners: bool = False) -> Tensor:
-    """Linear interpolation of (N, C, D, H, W) to `size`, as F.interpolate's.
+    """Linear interpolation of (N, C, *spatial) to `size`, as F.interpolate's.
 
     Written as one matrix product for each axis: deterministic on every device, also backwards, which
     F.interpolate is not on CUDA, and 4 to 15 times as fast on a CPU. Halving a side takes the mean of two.
     The result has the layout of `x`, channels first or last.
     """
-    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    channels_last = x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim - 2])
     y = x.movedim(1, -1) if channels_last else x
     for axis, want in enumerate(size, start=1 if channels_last else 2):
         have = y.shape[axis]

@@ -62,9 +62,9 @@ class Fusion(nn.Module):
 class Decoder(nn.Module):
     """SegFormer's decoder: all stages on the grid of stride 4, concatenated, and turned into classes.
 
-    Concatenation and 1 x 1 convolution are computed as a sum over the stages of convolutions on their own
-    coarse grids: the same result, since linear interpolation and convolution can change places, for a third of
-    the time and memory.
+    Nothing but linear steps lies between a stage and the norm, so they are taken in another order: each stage
+    is multiplied once, on its own coarse grid, by the product of its two matrices, and the results are added.
+    The concatenation of 4 * `channels` channels at stride 4 never exists.
     """
 
     def __init__(self, widths: Sequence[int], channels: int, num_classes: int) -> None:
@@ -78,12 +78,14 @@ class Decoder(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         """Features of the stages, finest first -> logits (N, K, h, w) on the grid of the first."""
         grid = features[0].shape[2:]
-        projections = [getattr(self, f"linear_c{i + 1}").proj for i in range(len(features))]
-        fusing = self.linear_fuse.conv.weight.chunk(len(features), dim=1)  # coarsest stage first
+        fusing = self.linear_fuse.conv.weight[:, :, 0, 0].chunk(len(features), dim=1)  # coarsest stage first
         fused = 0
-        for x, projection, weight in zip(features, projections, reversed(fusing), strict=True):
-            x = F.conv2d(x, projection.weight[:, :, None, None], projection.bias)
-            fused = fused + resize_linear(F.conv2d(x, weight), grid)
+        for i, (x, fuse) in enumerate(zip(features, reversed(fusing), strict=True), start=1):
+            linear = getattr(self, f"linear_c{i}").proj
+            with torch.autocast(x.device.type, enabled=False):
+                weight, bias = fuse @ linear.weight, fuse @ linear.bias
+            x = F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+            fused = fused + resize_linear(x, grid)
         x = F.relu(self.linear_fuse.bn(fused))
         return self.linear_pred(self.dropout(x))
 
@@ -108,8 +110,8 @@ class WeTr(nn.Module):
 
     Parameters (2 classes): tiny 2,332,627, b1 13,678,291.
 
-    Source: Ru et al. 2022, Learning Affinity from Attention, arXiv:2203.02664; auxiliary classifier: Ru et al.
-    2023, ToCo, arXiv:2303.01267.
+    Source: Ru et al. 2022, Learning Affinity from Attention, arXiv:2203.02664; auxiliary classifier:
+    Ru et al. 2023, ToCo, arXiv:2303.01267.
     """
 
     def __init__(
@@ -199,9 +201,10 @@ class WeTr(nn.Module):
 
         The convolution comes first, which is the same and needs one transposed map instead of 16.
         """
-        weights = self.attn_proj.weight.chunk(len(attentions), dim=1)
+        weights = self.attn_proj.weight.flatten(1).chunk(len(attentions), dim=1)
         with torch.autocast(attentions[0].device.type, enabled=False):
-            maps = sum(F.conv2d(a, w.float()) for a, w in zip(attentions, weights, strict=True))[:, 0]
+            maps = sum(w.float() @ a.flatten(2) for a, w in zip(attentions, weights, strict=True))
+            maps = maps.unflatten(2, attentions[0].shape[2:])[:, 0]
             return torch.sigmoid(maps + maps.transpose(1, 2) + self.attn_proj.bias.float())
 
 
