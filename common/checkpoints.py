@@ -49,11 +49,24 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint without ever running code from it.
+    """Read a checkpoint of this project without ever running code from it.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it carries code or foreign objects, is damaged, or was not written by this project.
+    """
+    state = load_tensors(path, device)
+    if not isinstance(state, dict) or "model" not in state or "config" not in state:
+        raise ValueError(f"{path}: holds no 'model' and 'config'; it was not written by this project")
+    return state
+
+
+def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    """Read tensors and plain values, whoever saved them (torch 1.6 or later); never runs code from the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it carries code or foreign objects, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -69,7 +82,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} in it is damaged")
-        state = torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many types here; each ends as one clear sentence
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             raise ValueError(
@@ -78,9 +91,6 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
             ) from error
         detail = str(error).split("\n")[0]
         raise ValueError(f"{path}: not a readable checkpoint ({detail})") from error
-    if not isinstance(state, dict) or "model" not in state or "config" not in state:
-        raise ValueError(f"{path}: holds no 'model' and 'config'; it was not written by this project")
-    return state
 
 
 def _require_plain(value: Any, where: str) -> None:

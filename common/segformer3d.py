@@ -28,7 +28,7 @@ class ReducedAttention(nn.Module):
         """x (N, tokens, C) of the grid (d, h, w), z outermost -> the same shape."""
         query = self.query(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, tokens, c)
         if self.reduce is not None:
-            x = self.reduce_norm(_tokens(self.reduce(_volume(x, grid))))
+            x = self.reduce_norm(to_tokens(self.reduce(_volume(x, grid))))
         key, value = self.key_value(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -46,7 +46,7 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         x = self.norm(self.depthwise(_volume(self.fc1(x), grid)))
-        return self.fc2(F.gelu(_tokens(x)))
+        return self.fc2(F.gelu(to_tokens(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -82,7 +82,7 @@ class TransformerStage(nn.Module):
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
         x = self.embed(x)
         grid = tuple(x.shape[2:])
-        x = self.embed_norm(_tokens(x))
+        x = self.embed_norm(to_tokens(x))
         for block in self.blocks:
             x = run(block, x, grid)
         return _volume(self.norm(x), grid)
@@ -104,7 +104,7 @@ class MlpDecoder(nn.Module):
         """Features of strides 4, 8, 16, 32 -> logits of stride 4."""
         grid = features[0].shape[2:]
         projected = [
-            _resized(_volume(project(_tokens(x)), x.shape[2:]), grid)
+            _resized(_volume(project(to_tokens(x)), x.shape[2:]), grid)
             for project, x in zip(self.project, features, strict=True)
         ]
         x = self.fuse(torch.cat(projected[::-1], dim=1))  # coarsest first, as in the source
@@ -166,7 +166,7 @@ class SegFormer3D(nn.Module):
             self.stages.append(TransformerStage(in_channels, width, kernel, stride, blocks))
             in_channels = width
         self.decoder = MlpDecoder(widths, decoder_width, num_classes, norm)
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
     def forward(self, image: Tensor) -> Tensor:
         """image (N, C, D, H, W) -> logits (N, K, D, H, W)."""
@@ -181,8 +181,8 @@ class SegFormer3D(nn.Module):
         return _resized(logits, image.shape[2:])[crop]
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """(N, C, d, h, w) -> (N, d*h*w, C)."""
+def to_tokens(x: Tensor) -> Tensor:
+    """(N, C, *grid) -> (N, tokens, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
@@ -195,11 +195,12 @@ def _resized(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return F.interpolate(x, size=tuple(grid), mode="trilinear", align_corners=False)
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
+    """SegFormer's random start of a linear layer or a convolution; other layers stay as they are."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv3d):
+    elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
         if module.bias is not None:

@@ -455,6 +455,16 @@ def test_resize_linear_equals_interpolate(layout, size, new_size):
     assert resized.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("new_size", [(16, 12), (4, 3), (5, 2)])
+def test_resize_linear_of_images(layout, new_size):
+    x = noise(2, 3, 5, 7).contiguous(memory_format=layout)
+    resized = resize_linear(x, new_size)
+    expected = F.interpolate(x, size=new_size, mode="bilinear", align_corners=False)
+    assert torch.allclose(resized, expected, atol=1e-5)
+    assert resized.is_contiguous(memory_format=layout)
+
+
 def test_resize_linear_by_hand():
     x = torch.tensor([0.0, 4.0, 8.0, 12.0]).view(1, 1, 1, 1, 4)
     assert resize_linear(x, (1, 1, 2)).flatten().tolist() == [2, 10]

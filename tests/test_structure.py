@@ -163,7 +163,7 @@ def test_the_readme_lists_every_module_of_common():
 def test_requirements_name_what_is_imported():
     """Nothing is imported, lazily or not, that requirements.txt or that of the benchmarks does not bring."""
     names = {"cv2": "opencv-python-headless", "yaml": "PyYAML", "PIL": "pillow"}
-    optional = {"wandb", "kagglehub"}
+    optional = {"wandb", "kagglehub", "huggingface_hub"}
     core = set(re.findall(r"^([A-Za-z][\w-]*)", (ROOT / "requirements.txt").read_text(), re.M))
     peers = set(re.findall(r"^([A-Za-z][\w-]*)", (ROOT / "benchmarks/requirements.txt").read_text(), re.M))
     for path in MODULES:

@@ -1,0 +1,77 @@
+"""Fetch an encoder that was trained on ImageNet from Hugging Face, and check it.
+
+    python wsss_medical/download_weights.py --backbone b1 --out pretrained
+
+Ends with the flags for wsss_medical/dist_train.py, or with the steps to do by hand. The weights are
+NVIDIA's, whose licence allows research and evaluation only.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.config import make_parser, parse_args, run_script
+from common.files import make_folder, replacing
+from wsss_medical.mit import BACKBONES
+from wsss_medical.model import WeTr
+from wsss_medical.pretrained import load_encoder
+
+STEPS = """By hand, in a browser:
+  1. Open https://huggingface.co/nvidia/mit-{backbone}/tree/main and download pytorch_model.bin.
+  2. Save it as {target} and run this command again, which checks it.
+mit_{backbone}.pth of NVlabs' SegFormer or a model.safetensors does as well: --pretrained takes all three."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--backbone",
+        choices=[name for name in BACKBONES if name != "tiny"],
+        default="b1",
+        help="size of the encoder: b0 for a CPU, b1 as in the paper, up to b5 for a large GPU",
+    )
+    parser.add_argument("--out", default="pretrained", help="folder that the weights are written to")
+    return parser
+
+
+def fetch(backbone: str, target: Path) -> None:
+    """Download the weights to `target`.
+
+    Raises:
+        RuntimeError: huggingface_hub is missing or gave up.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+
+        found = hf_hub_download(f"nvidia/mit-{backbone}", "pytorch_model.bin")
+        with replacing(target) as partial:
+            shutil.copyfile(found, partial)
+    except Exception as error:  # network, disk, ...: all end in the steps by hand
+        cause = str(error).split("\n")[0]
+        raise RuntimeError(f"huggingface_hub (pip install huggingface_hub) failed: {cause}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    target = Path(args.out) / f"mit_{args.backbone}.bin"
+    try:
+        make_folder(args.out)
+        if not target.exists():
+            fetch(args.backbone, target)
+        for line in load_encoder(WeTr(args.backbone), target):
+            print(line)
+    except RuntimeError as error:
+        print(f"{error}\n{STEPS.format(backbone=args.backbone, target=target)}")
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"error: {error}; delete the file if it is damaged", file=sys.stderr)
+        return 1
+    print(f"Next: add --backbone {args.backbone} --pretrained {target} to wsss_medical/dist_train.py")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
