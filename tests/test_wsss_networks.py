@@ -163,6 +163,27 @@ def test_drop_path():
     assert torch.equal(block.eval()._dropped(torch.ones(9, 2, 4)), torch.ones(9, 2, 4))
 
 
+def test_only_the_last_two_blocks_hand_out_attention(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "tiny", BACKBONES["tiny"]._replace(depths=(1, 1, 2, 4)))
+    calls = []
+
+    def run(block, *inputs):
+        calls.append(block(*inputs)[1])
+        return block(*inputs)
+
+    with torch.no_grad():
+        _, products = MixTransformer("tiny").eval()(noise(1, 3, 32, 32), run)
+    assert [product is None for product in calls] == [True] * 6 + [False] * 2
+    assert all(torch.equal(a, b) for a, b in zip(products, calls[-2:], strict=True))
+
+
+def test_memory_can_be_planned():
+    """common/memory.py runs networks on tensors without content."""
+    with FakeTensorMode():
+        output = tiny(token_contrast=True).train()(torch.zeros(2, 3, 64, 64))
+        (output.seg.mean() + output.cls.mean() + output.attn_pred.mean()).backward()
+
+
 def test_images_of_a_batch_do_not_meet(network):
     images = noise(2, 3, 48, 64)
     with torch.no_grad():
