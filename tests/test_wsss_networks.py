@@ -192,6 +192,13 @@ def test_images_of_a_batch_do_not_meet(network):
         torch.testing.assert_close(getattr(both, field)[1:], getattr(second, field), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_lie_in_memory_as_their_weights():
+    network = tiny(token_contrast=True)
+    output = network(noise(2, 3, 64, 64))
+    (output.seg.mean() + output.attn_pred.mean() + output.cls.mean() + output.aux_cls.mean()).backward()
+    assert not [name for name, p in network.named_parameters() if p.stride() != p.grad.stride()]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_every_parameter(checkpointing):
     network = tiny(token_contrast=True, cam_stages=(4, 3, 2), checkpointing=checkpointing).train()

@@ -88,7 +88,8 @@ class MixFFN(nn.Module):
         super().__init__()
         depthwise = nn.Conv2d(4 * channels, 4 * channels, 3, padding=1, groups=4 * channels)
         self.fc1 = nn.Linear(channels, 4 * channels)
-        depthwise = depthwise.to(memory_format=torch.channels_last)  # as its gradient is; else DDP warns
+        # In memory as its gradient will be; otherwise DistributedDataParallel warns.
+        depthwise.weight = nn.Parameter(depthwise.weight.detach().to(memory_format=torch.channels_last))
         self.dwconv = nn.ModuleDict({"dwconv": depthwise})  # for the original's names of weights
         self.fc2 = nn.Linear(4 * channels, channels)
 
