@@ -123,35 +123,47 @@ def file_stamp(paths: Sequence[Path]) -> list[list]:
 # ---- what is noted of a converted data set ----
 
 
-def finished_entries(out: Path, stamps: Mapping[str, list], settings: Mapping[str, dict]) -> dict[str, dict]:
+def finished_entries(
+    out: Path,
+    stamps: Mapping[str, list],
+    settings: Mapping[str, dict],
+    is_whole: Callable[[Path, dict], bool] | None = None,
+) -> dict[str, dict]:
     """{name: entry} of an earlier, perhaps interrupted conversion that still hold; tells how many they are.
 
-    An entry holds if it has the settings and the stamp of now and its <out>/cases/<name>.h5 can be opened.
+    An entry holds if it has the settings and the stamp of now and what was written of it is there.
 
     Args:
         stamps: {name: `file_stamp` of its files} of every case that is to be converted.
         settings: {name: what decides how the case comes out}, plain values.
+        is_whole: whether all files of an entry in `out` are there; None: its <out>/cases/<name>.h5 can be
+            opened.
     """
     known = {}
+    holds = is_whole or _opens
     if (out / NOTES).is_file():
         known = {entry["name"]: entry for entry in read_json(out / NOTES, {"cases": list})["cases"]}
     done, num_changed = {}, 0
     for name, stamp in stamps.items():
-        entry, file = known.get(name), out / "cases" / f"{name}.h5"
-        if entry and entry["settings"] == settings[name] and entry["stamp"] == stamp:
-            try:
-                CaseFile(file).shape  # noqa: B018  opens it
-                done[name] = entry
-                continue
-            except (ValueError, OSError):
-                pass
-        num_changed += file.is_file()
+        entry = known.get(name)
+        if entry and entry["settings"] == settings[name] and entry["stamp"] == stamp and holds(out, entry):
+            done[name] = entry
+        else:
+            num_changed += name in known if is_whole else (out / "cases" / f"{name}.h5").is_file()
     if done:
         print(f"{len(done)} of {len(stamps)} cases are converted already")
     if num_changed:
         why = "were not finished, or made with other settings or from other files"
         print(f"{num_changed} case(s) {why}, and are converted again")
     return done
+
+
+def _opens(out: Path, entry: dict) -> bool:
+    try:
+        CaseFile(out / "cases" / f"{entry['name']}.h5").shape  # noqa: B018  opens it
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def convert_data_set(
@@ -163,6 +175,8 @@ def convert_data_set(
     settings: Mapping[str, dict],
     about_all: dict,
     workers: int,
+    folders: Sequence[str] = ("cases",),
+    is_whole: Callable[[Path, dict], bool] | None = None,
 ) -> tuple[list[dict], dict[str, str]]:
     """Convert what is not done yet with these settings from these files, with a progress bar on a terminal.
 
@@ -170,20 +184,23 @@ def convert_data_set(
     `finish_notes` comes last.
 
     Args:
-        convert: a function of a module; convert(case, out, *arguments) writes <out>/cases/<name>.h5 and
-            returns what is to be noted of the case, with its "name".
+        convert: a function of a module; convert(case, out, *arguments) writes <out>/cases/<name>.h5, or what
+            `is_whole` looks for, and returns what is to be noted of the case, with its "name".
         cases: {name: case} of all that the data set is to hold.
         files: {name: the files that the case is made from}; None for one that it does not have.
         settings: {name: what decides how the case comes out}, plain values.
         about_all: see `write_notes`.
+        folders: made in `out` before the first case.
+        is_whole: see `finished_entries`.
 
     Returns:
         entries of all cases that are converted, with "stamp" and "settings", by natural order of their
         names; {failed case: reason}.
     """
-    make_folder(out / "cases")
+    for folder in folders:
+        make_folder(out / folder)
     stamps = {name: file_stamp([path for path in paths if path]) for name, paths in files.items()}
-    done = finished_entries(out, stamps, settings)
+    done = finished_entries(out, stamps, settings, is_whole)
     todo = {case: name for name, case in cases.items() if name not in done}
     failed: dict[str, str] = {}
     results = convert_cases(convert, list(todo), out, *arguments, workers=workers)

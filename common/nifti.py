@@ -15,7 +15,15 @@ import numpy as np
 
 from common.files import replacing
 from common.nifti_checks import as_labels, check_file, check_forms, check_header, off_mm, rounded_labels
-from common.stored_values import clip_values, lowest_finite, scaled, without_nan
+from common.stored_values import (
+    BlockMeans,
+    Stored,
+    choose_channel,
+    clip_values,
+    lowest_finite,
+    scaled,
+    without_nan,
+)
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")  # of what `open_nifti` reads
 UNREADABLE = (EOFError, zlib.error, OSError, ValueError)  # what nibabel raises for damaged files
@@ -40,7 +48,7 @@ class NiftiFile:
         header: nibabel's NIfTI header, with form codes and units.
         file_affine: (4, 4) affine as stored in the file, in the file's unit.
         orientation: axis codes of the file, such as "LPS".
-        stored: nibabel's note of where and how the voxels are stored; only for this module.
+        stored: where and how the voxels are stored; only for this module.
     """
 
     shape: tuple[int, int, int]
@@ -50,7 +58,7 @@ class NiftiFile:
     header: Any
     file_affine: np.ndarray
     orientation: str
-    stored: Any
+    stored: Stored
 
     @property
     def file_shape(self) -> tuple[int, int, int]:
@@ -98,22 +106,13 @@ class NiftiFile:
         """
         if len(factors) != 3 or any(f != int(f) or f < 1 for f in factors):
             raise ValueError(f"{self.path}: factors {factors}, expected three whole numbers above 0 (z y x)")
-        sums = np.zeros([-(-n // f) for n, f in zip(self.shape, factors, strict=True)])
+        means = BlockMeans(self.shape, factors)
         for place, part in self._parts((0, 0, 0), self.shape):
-            part = clip_values(without_nan(self._scaled(part), lambda: self.lowest), value_range)
-            # The number of the block that each plane of the part belongs to, along each axis.
-            blocks = [np.arange(p.start, p.stop) // f for p, f in zip(place, factors, strict=True)]
-            for axis in (2, 1, 0):
-                firsts = np.flatnonzero(np.diff(blocks[axis], prepend=-1))
-                part = np.add.reduceat(part, firsts, axis=axis, dtype=np.float64)
-            sums[tuple(slice(b[0], b[-1] + 1) for b in blocks)] += part
-        for axis, (n, f) in enumerate(zip(self.shape, factors, strict=True)):
-            num_planes = np.minimum(n - np.arange(0, n, f), f)  # of each block
-            sums /= num_planes.reshape(np.roll([-1, 1, 1], axis))
-        return sums.astype(np.float32)
+            means.add(place, clip_values(without_nan(self._scaled(part), lambda: self.lowest), value_range))
+        return means.result()
 
     def _scaled(self, part: np.ndarray) -> np.ndarray:
-        return scaled(part, float(self.stored.slope), float(self.stored.inter))
+        return scaled(part, self.stored.slope, self.stored.inter)
 
     def _read(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
         """A box as it is stored, without slope and intercept, in native byte order."""
@@ -174,21 +173,27 @@ def case_name(path: str | Path) -> str:
     return name[: -len(endings[0])] if endings else Path(path).stem
 
 
-def open_nifti(path: str | Path) -> NiftiFile:
+def open_nifti(path: str | Path, channel: int | None = None) -> NiftiFile:
     """Read the header of a scan; its voxels are read by the methods of what is returned.
 
     An affine in m or um is converted to mm. If the file holds both an sform and a qform the sform counts,
     with a warning if they differ by more than 1 mm at a corner of the grid.
 
+    Args:
+        channel: which 3-D volume of a 4-D file, from 0 on; a 3-D file has only the channel 0.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: neither NIfTI nor .mgz, a Git-LFS pointer, 4-D, RGB, complex, or an unusable affine.
+        ValueError: neither NIfTI nor .mgz, a Git-LFS pointer, 4-D without `channel`, RGB, complex, without
+            the channel, or with an unusable affine.
     """
     import nibabel as nib
 
     path = Path(path)
     image, stored = _open(path)
     shape = tuple(map(int, image.shape))
+    if channel is not None:
+        shape, stored = choose_channel(path, shape, stored, channel)
     while len(shape) > 3 and shape[-1] == 1:  # a trailing singleton is how some tools write 3-D
         shape = shape[:-1]
     shape = (*shape, 1) if len(shape) == 2 else shape
@@ -205,17 +210,17 @@ def open_nifti(path: str | Path) -> NiftiFile:
     return NiftiFile(shape_zyx, spacing_mm, affine, path, header, file_affine, orientation, stored)
 
 
-def load_nifti(path: str | Path) -> Scan:
-    """Read a scan as (z, y, x) RAS+.
+def load_nifti(path: str | Path, channel: int | None = None) -> Scan:
+    """Read a scan, or with `channel` one volume of a 4-D file, as (z, y, x) RAS+.
 
     Integer files with a whole-number slope and intercept stay integers (int16 for CT); others become float32.
     NaN and infinity are replaced by the smallest finite value, with a warning that counts them.
 
     Raises what `open_nifti` does, and ValueError if the file is truncated or holds no finite value.
     """
-    file = open_nifti(path)
+    file = open_nifti(path, channel)
     raw = file._read((0, 0, 0), file.shape)
-    array = scaled(raw, float(file.stored.slope), float(file.stored.inter), by_value=True)
+    array = scaled(raw, file.stored.slope, file.stored.inter, by_value=True)
     array = without_nan(array, lambda: lowest_finite([array], file.path))
     return Scan(**file.__dict__, array=array)
 
@@ -320,8 +325,8 @@ def write_nifti(
         nib.save(image, partial)
 
 
-def _open(path: Path) -> tuple[Any, Any]:
-    """nibabel's NIfTI image, and its note of how the voxels are stored; raises what `open_nifti` does."""
+def _open(path: Path) -> tuple[Any, Stored]:
+    """nibabel's NIfTI image, and how its voxels are stored; raises what `open_nifti` does."""
     import nibabel as nib
 
     check_file(path)
@@ -331,13 +336,13 @@ def _open(path: Path) -> tuple[Any, Any]:
         image = nib.load(path)
     except damaged as error:
         raise ValueError(f"{path}: not a readable NIfTI file ({_first_line(error)})") from error
-    stored = image.dataobj
+    data = image.dataobj
     if isinstance(image, nib.MGHImage):
-        image = nib.Nifti1Image(stored, image.affine)
+        image = nib.Nifti1Image(data, image.affine)
         image.header.set_xyzt_units("mm")
     if not isinstance(image, nib.Nifti1Image):  # NIfTI-2 is a subclass; an .hdr/.img pair is not
         raise ValueError(f"{path}: {type(image).__name__}, not a NIfTI file; convert it to .nii.gz")
-    return image, stored
+    return image, Stored(int(data.offset), data.dtype, float(data.slope), float(data.inter))
 
 
 def _first_line(error: Exception) -> str:

@@ -13,11 +13,12 @@ from common.conversion import convert_cases
 from common.decathlon import Case
 from common.files import make_folder, write_json
 from common.hu import why_not_hu
+from common.slices import to_display, to_pixel_size, write_png
 from common.splits import natural_key
 from lung_tumor.cases import load_case, pixel_size_mm, source_files, source_stamp
 from lung_tumor.dataset import read_notes
 from lung_tumor.kaggle import KaggleCase
-from lung_tumor.slices import to_display, to_pixel_size, volume_to_slices, write_png
+from lung_tumor.slices import volume_to_slices
 
 WINDOW_HU = (-1024.0, 325.0)  # wide enough for lung, soft tissue and contrast; a grey level is 5.3 HU
 

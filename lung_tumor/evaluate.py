@@ -27,11 +27,12 @@ from common.hu import why_not_hu
 from common.metrics import binary_counts, dice_from_counts, iou_from_counts, lesion_counts
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
+from common.slices import to_display
 from lung_tumor.cases import case_from_entry, find_cases, load_case
 from lung_tumor.dataset import SliceDataset, SliceFile, list_slices, load_splits, read_notes
 from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
 from lung_tumor.report import THRESHOLDS, clear_report, write_report
-from lung_tumor.slices import read_image, read_mask, to_display, volume_to_slices
+from lung_tumor.slices import read_image, read_mask, volume_to_slices
 
 
 def build_parser() -> ArgumentParser:

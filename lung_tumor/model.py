@@ -11,7 +11,8 @@ from common import checkpoints, losses
 from common.checkpoints import TrainedModel
 from common.hardware import Precision, autocast
 from common.networks import AttentionUNet, UNet
-from lung_tumor.slices import fit_to_square, normalise, probs_from_square, resize, shape_at
+from common.slices import resize, shape_at
+from lung_tumor.slices import fit_to_square, normalise, probs_from_square
 
 NUM_CLASSES = 2  # background, tumour
 MODELS = ("AttentionUNet", "UNet")

@@ -30,15 +30,9 @@ from common.nifti import NIFTI_SUFFIXES, case_name, is_nifti, load_nifti, save_l
 from common.plots import PRED_COLOR, overlay, save_panels
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
+from common.slices import to_display, to_pixel_size, write_png
 from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
-from lung_tumor.slices import (
-    IMAGE_SUFFIXES,
-    read_image,
-    to_display,
-    to_pixel_size,
-    volume_to_slices,
-    write_png,
-)
+from lung_tumor.slices import IMAGE_SUFFIXES, read_image, volume_to_slices
 
 OWN_NAMES = ("_mask", "_overlay")  # what this script writes itself
 

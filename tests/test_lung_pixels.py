@@ -10,6 +10,7 @@ from conftest import REAL_DATA
 
 from common.hardware import Precision
 from common.nifti import load_label, write_nifti
+from common.slices import resize, to_pixel_size
 from lung_tumor import evaluate, predict, preprocess
 from lung_tumor.augmentations import Augmentation
 from lung_tumor.cases import pixel_size_mm
@@ -18,7 +19,7 @@ from lung_tumor.dataset import common_scale, list_slices, open_data, pack_slices
 from lung_tumor.kaggle import KaggleCase
 from lung_tumor.model import TrainedModel, predict_slices, predict_squares
 from lung_tumor.overfit_test import slices_with_most_tumour
-from lung_tumor.slices import fit_to_square, probs_from_square, resize, to_pixel_size
+from lung_tumor.slices import fit_to_square, probs_from_square
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", None, False, "test")
@@ -195,7 +196,8 @@ def test_a_wider_field_of_view_is_seen_whole_at_the_same_pixel_size(monkeypatch)
 
 
 def test_image_files_have_the_training_pixels_or_those_of_the_flag(tmp_path, monkeypatch):
-    from lung_tumor.slices import read_mask, volume_to_slices, write_png
+    from common.slices import write_png
+    from lung_tumor.slices import read_mask, volume_to_slices
 
     model = spot_model(96, pixel_mm=1.0, scale=1.0)
     monkeypatch.setattr(predict, "load_trained", lambda *_: model)

@@ -13,6 +13,7 @@ from conftest import REAL_DATA
 
 from common.decathlon import Case
 from common.nifti import load_label, load_nifti, save_label, write_nifti
+from common.slices import resize, to_display, write_png
 from lung_tumor import conversion, preprocess
 from lung_tumor.dataset import (
     SliceFile,
@@ -28,10 +29,7 @@ from lung_tumor.slices import (
     probs_from_square,
     read_image,
     read_mask,
-    resize,
-    to_display,
     volume_to_slices,
-    write_png,
 )
 
 

@@ -13,9 +13,10 @@ from conftest import TINY, run_script
 from common import runs
 from common.checkpoints import load_checkpoint
 from common.memory import training_peak_mib
+from common.slices import write_png
 from lung_tumor import train
 from lung_tumor.model import get_loss, get_model
-from lung_tumor.slices import read_mask, write_png
+from lung_tumor.slices import read_mask
 
 TIMES = {"seconds", "data_wait", "peak_mib"}
 

@@ -1,0 +1,143 @@
+"""Which files of a raw data set belong to which patient: a reader for each layout of folders.
+
+For another layout write one more reader and name it in READERS.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from common.decathlon import find_decathlon, list_cases, read_dataset_json
+from common.nifti import case_name, is_nifti
+from common.splits import natural_key
+
+# Other names of the MR sequences flair, t1, t1ce and t2, in the Decathlon and in later releases of BraTS.
+SEQUENCES = {"t2f": "flair", "t1w": "t1", "t1n": "t1", "t1gd": "t1ce", "t1c": "t1ce", "t2w": "t2"}
+BRATS_FILE = "(.+)[_-](flair|t1|t1ce|t2|t1n|t1c|t2w|t2f|seg)"
+
+
+class Record(NamedTuple):
+    """A scan with its label map.
+
+    Attributes:
+        patient: number in the names of the slices; decides their order and so the split.
+        scan: 0, or which of several scans of the patient this is; they stay in one part of the split.
+        name: for messages.
+        images: sequence, file, and channel of a 4-D file or None; for each sequence.
+    """
+
+    patient: int
+    scan: int
+    name: str
+    images: tuple[tuple[str, Path, int | None], ...]
+    label: Path
+
+
+def read_decathlon(source: Path) -> list[Record]:
+    """imagesTr, labelsTr; dataset.json names the channels of 4-D files. Patients keep their numbers."""
+    root = find_decathlon(source) or source
+    notes = read_dataset_json(root)
+    channels = notes.get("modality") or notes.get("channel_names") or {"0": "image"}
+    records = []
+    for case in list_cases(root):
+        images = tuple((sequence_name(name), case.image, int(k)) for k, name in channels.items())
+        records.append(Record(last_number(case.case_id), 0, case.case_id, images, case.label))
+    return records
+
+
+def read_lasc(source: Path) -> list[Record]:
+    """<patient>/lgemri.nrrd with laendo.nrrd (or NIfTI). The folders' names are no numbers, so patients are
+    numbered from 1 on in the order of the names, those in a test folder last."""
+    records = []
+    scans = {path.relative_to(source).as_posix(): path for path in source.rglob("lgemri.*") if is_nifti(path)}
+    for inside in sorted(scans, key=lambda inside: ("test" in inside.lower(), natural_key(inside))):
+        image = ("lge", scans[inside], None)
+        for label in filter(is_nifti, sorted(scans[inside].parent.glob("laendo.*"))[:1]):
+            records.append(Record(len(records) + 1, 0, str(Path(inside).parent), (image,), label))
+    return tell_unlabelled(records, len(scans), "laendo")
+
+
+def read_brats(source: Path) -> list[Record]:
+    """BraTS 2020 to 2023: <case>_flair.nii.gz, or <case>-t2f.nii.gz, and so on, with <case>_seg or -seg.
+
+    BraTS-GLI-00005-001 is a later scan of patient 5.
+    """
+    cases: dict[str, dict[str, Path]] = {}
+    for path in sorted(filter(is_nifti, source.rglob("*"))):
+        if match := re.fullmatch(BRATS_FILE, case_name(path), re.IGNORECASE):
+            cases.setdefault(match[1], {})[sequence_name(match[2])] = path
+    records = []
+    for name, files in cases.items():
+        if label := files.pop("seg", None):
+            numbers = re.search(r"-(\d+)-(\d+)$", name)
+            patient, scan = map(int, numbers.groups()) if numbers else (last_number(name), 0)
+            images = tuple((sequence, path, None) for sequence, path in files.items())
+            records.append(Record(patient, scan, name, images, label))
+    return tell_unlabelled(records, len(cases), "seg")
+
+
+READERS = {"decathlon": read_decathlon, "lasc": read_lasc, "brats": read_brats}
+
+
+def find_layout(source: Path) -> str:
+    """Which of READERS fits what lies in the folder.
+
+    Raises:
+        FileNotFoundError: none does.
+    """
+    if find_decathlon(source):
+        return "decathlon"
+    for layout, pattern in (("lasc", "lgemri.*"), ("brats", "*[_-]seg.*")):
+        if any(map(is_nifti, source.rglob(pattern))):
+            return layout
+    raise FileNotFoundError(
+        f"--source {source}: there is neither imagesTr/ (Decathlon), nor <patient>/lgemri.nrrd (LASC), nor "
+        "<case>_seg.nii.gz (BraTS) in it; README.md tells how to add another layout"
+    )
+
+
+def list_records(source: Path, layout: str, modality: Sequence[str]) -> list[Record]:
+    """All labelled scans with the wanted sequences, in the order of patients and scans.
+
+    Args:
+        modality: names of sequences or numbers of channels; none: FLAIR where there is one, else the first.
+
+    Raises:
+        FileNotFoundError, ValueError: no scan, one without a sequence, or two with the same number.
+    """
+    records = sorted(READERS[layout](source))
+    for i, record in enumerate(records):
+        if i and record[:2] == records[i - 1][:2]:
+            both = f"{records[i - 1].name} and {record.name} both have the number {record.patient}"
+            raise ValueError(f"--source {source}: {both}; rename one")
+        there = {image[0]: image for image in record.images}
+        numbered = {str(k): image for k, image in enumerate(record.images)}
+        wanted = list(modality) or ["flair" if "flair" in there else "0"]
+        images = tuple((numbered | there).get(sequence_name(name)) for name in wanted)
+        if None in images:
+            raise ValueError(f"--modality {' '.join(wanted)}: {record.name} only has {', '.join(there)}")
+        records[i] = record._replace(images=images)
+    if not records:
+        raise ValueError(f"--source {source}: no scan with labels in the layout {layout}")
+    return records
+
+
+def sequence_name(name: str) -> str:
+    """One spelling for each MR sequence: t1gd of the Decathlon is BraTS' t1ce."""
+    return SEQUENCES.get(name.lower(), name.lower())
+
+
+def last_number(name: str) -> int:
+    """104 of BraTS20_Training_104."""
+    numbers = re.findall(r"\d+", name)
+    if not numbers:
+        raise ValueError(f"{name}: no number in this name, by which patients are told apart and ordered")
+    return int(numbers[-1])
+
+
+def tell_unlabelled(records: list[Record], num_cases: int, what: str) -> list[Record]:
+    """The records, after a line that counts the cases that are not among them."""
+    if len(records) < num_cases:
+        print(f"left out: {num_cases - len(records)} case(s) without a file {what}, and so without labels")
+    return records

@@ -1,0 +1,220 @@
+"""Cut volumes into slices, each with a label that says only whether it shows what is looked for.
+
+    python wsss_medical/preprocess.py --dataset LASC --source ../shared/data/left_atrium_lge --out data/LASC
+    python wsss_medical/preprocess.py --dataset BraTS --source Task01_BrainTumour --modality flair t1gd t2
+
+Writes imageSlice/LASC_001_012_1.npy (patient, slice, label), masks of the same names in maskSlice/ (for
+evaluation only, training never reads them), manifest.csv, and slices.json with a suggested split by patient.
+Run it again to go on where it stopped.
+"""
+
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import distributed
+from common.config import (
+    Switch,
+    make_parser,
+    non_negative_int,
+    parse_args,
+    positive_float,
+    positive_int,
+    run_script,
+)
+from common.conversion import NOTES, convert_data_set, print_failed, write_notes
+from common.files import read_json, replacing, write_json
+from common.flags import add_workers_flag
+from common.metrics import write_table
+from common.nifti import load_label
+from common.pairs import why_not_a_pair
+from common.slices import to_display
+from wsss_medical.dataset import IMAGES, MASKS, split_lines, split_slices, suggested_split
+from wsss_medical.layouts import READERS, Record, find_layout, list_records
+from wsss_medical.slices import read_scan, to_pixel_mm
+
+SCAN_STEP = 1000  # the slices of a patient's second scan are numbered from here on
+COLUMNS = ("stem", "patient", "z", "label", "area", "height", "width")  # of manifest.csv
+SETTINGS = ("label_values", "pixel_mm", "step", "skip_empty", "min_pixels", "below_min")
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help="name of the data set, such as LASC or BraTS; in capitals it begins the name of every slice",
+    )
+    parser.add_argument("--source", required=True, help="folder with the volumes and their label maps")
+    parser.add_argument("--out", help="folder that the slices are written to; default: data/<dataset>")
+    parser.add_argument(
+        "--layout",
+        choices=("auto", *READERS),
+        default="auto",
+        help="how --source is laid out: decathlon (imagesTr/, labelsTr/), lasc (<patient>/lgemri.nrrd) or "
+        "brats (<case>_flair.nii.gz); auto finds out",
+    )
+    parser.add_argument(
+        "--modality",
+        nargs="+",
+        default=[],
+        help="one MR sequence, or three that become the colours of the slices: flair, t1, t1ce, t2, or the "
+        "numbers of the channels; default: flair where there is one, else the first channel",
+    )
+    parser.add_argument(
+        "--label_values",
+        type=positive_int,
+        nargs="+",
+        help="numbers in the label maps that count as what is looked for; default: all above 0",
+    )
+    parser.add_argument(
+        "--pixel_mm",
+        type=positive_float,
+        help="side in mm of the square pixels that slices are resampled to, worthwhile where voxel sizes "
+        "differ; default: pixels stay as they are",
+    )
+    parser.add_argument(
+        "--step",
+        type=positive_int,
+        default=1,
+        help="distance between slices that are taken, in slices; 2 gives the 44 slices a volume with which "
+        "LASC's published split counts",
+    )
+    parser.add_argument(
+        "--skip_empty",
+        action=Switch,
+        default=False,
+        help="leave out slices that are black all over; published splits count them",
+    )
+    parser.add_argument(
+        "--min_pixels",
+        type=non_negative_int,
+        default=0,
+        help="number of pixels from which on a slice surely shows what is looked for; --below_min tells what "
+        "becomes of slices with fewer, whose labels are the least certain",
+    )
+    parser.add_argument(
+        "--below_min",
+        choices=("positive", "negative", "drop"),
+        default="drop",
+        help="what slices with fewer than --min_pixels are: positive, negative, or left out",
+    )
+    parser.add_argument("--limit", type=positive_int, help="number of volumes to convert in a trial")
+    add_workers_flag(parser)
+    return parser
+
+
+def convert_record(record: Record, out: Path, prefix: str, settings: dict) -> dict:
+    """Write the slices of one scan; returns what is noted of it. Runs in a worker process.
+
+    Raises:
+        FileNotFoundError, ValueError: a file cannot be read, or the label map lies on another grid.
+    """
+    pixel_mm = settings["pixel_mm"]
+    slices, scan = read_scan([place for _, *place in record.images], pixel_mm)
+    label = load_label(record.label)
+    if reason := why_not_a_pair(scan, label):
+        raise ValueError(reason)
+    values = settings["label_values"]
+    mask = label.array > 0 if values is None else np.isin(label.array, values)
+    masks = to_pixel_mm(to_display(mask).astype(np.uint8), scan.spacing_mm, pixel_mm, is_mask=True)
+    patient, rows = f"{prefix}_{record.patient:03d}", []
+    for z in range(0, len(slices), settings["step"]):
+        area = int(masks[z].sum())
+        positive = area > 0
+        if 0 < area < settings["min_pixels"]:
+            if settings["below_min"] == "drop":
+                continue
+            positive = settings["below_min"] == "positive"
+        if settings["skip_empty"] and not slices[z].any():
+            continue
+        number = SCAN_STEP * record.scan + z
+        stem = f"{patient}_{number:03d}_{int(positive)}"
+        for folder, array in ((IMAGES, slices[z]), (MASKS, masks[z])):
+            with replacing(out / folder / f"{stem}.npy") as partial:
+                np.save(partial, array)
+        rows.append([stem, patient, number, int(positive), area, *masks.shape[1:]])
+    side_mm = scan.spacing_mm[1:] if pixel_mm is None else (pixel_mm, pixel_mm)
+    slice_mm = [round(side, 6) for side in (scan.spacing_mm[0] * settings["step"], *side_mm)]
+    return {"name": record.name, "patient": patient, "slice_mm": slice_mm, "slices": rows}
+
+
+def files_of(out: Path, entries: list[dict]) -> set[Path]:
+    """All files that the slices of these scans are in."""
+    names = [f"{row[0]}.npy" for entry in entries for row in entry["slices"]]
+    return {out / folder / name for name in names for folder in (IMAGES, MASKS)}
+
+
+def is_whole(out: Path, entry: dict) -> bool:
+    return all(path.is_file() for path in files_of(out, [entry]))
+
+
+def convert(args: Namespace) -> dict[str, str]:
+    """The whole conversion that the flags ask for; returns {failed scan: reason}.
+
+    Raises:
+        ValueError, OSError: nothing can be converted as asked.
+    """
+    source, out = Path(args.source), Path(args.out or f"data/{args.dataset}")
+    layout = find_layout(source) if args.layout == "auto" else args.layout
+    records = list_records(source, layout, args.modality)[: args.limit]
+    channels, prefix = [name for name, *_ in records[0].images], args.dataset.upper()
+    if len(channels) not in (1, 3):
+        raise ValueError(f"--modality {' '.join(args.modality)}: choose one sequence, or three")
+    if not prefix.isalnum():
+        raise ValueError(f"--dataset {args.dataset}: letters and digits only, as file names begin with it")
+    print(f"{len(records)} labelled scans in the layout {layout}; channels: {', '.join(channels)}")
+    settings = {flag: getattr(args, flag) for flag in SETTINGS}
+    before = read_json(out / NOTES, {"cases": list})["cases"] if (out / NOTES).is_file() else []
+    entries, failed = convert_data_set(
+        convert_record,
+        {record.name: record for record in records},
+        out,
+        prefix,
+        settings,
+        files={r.name: [*dict.fromkeys(path for _, path, _ in r.images), r.label] for r in records},
+        settings={r.name: settings | {"channels": channels, "number": [prefix, *r[:2]]} for r in records},
+        about_all={},
+        workers=args.workers,
+        folders=(IMAGES, MASKS),
+        is_whole=is_whole,
+    )
+    print_failed(failed)
+    write_notes(out, {entry["name"]: entry for entry in entries}, {})
+    for path in files_of(out, before) - files_of(out, entries):
+        path.unlink(missing_ok=True)
+    if strangers := len(set((out / IMAGES).glob("[!.]*.npy")) - files_of(out, entries)):
+        print(f"warning: {out / IMAGES}: {strangers} more file(s), which shift splits by slice numbers")
+    rows = sorted(row for entry in entries for row in entry["slices"])
+    if rows:
+        write_table(out / "manifest.csv", [dict(zip(COLUMNS, row, strict=True)) for row in rows])
+        names, positives = [row[0] for row in rows], sum(row[3] for row in rows)
+        split = suggested_split(names)
+        notes = {"dataset": args.dataset, "channels": channels, "slices": len(rows), "positives": positives}
+        notes |= {"channel_numbers": [k for *_, k in records[0].images], "suggested_split": split}
+        notes |= {"pixel_mm": args.pixel_mm, "step": args.step, "settings": settings}
+        notes["slice_mm"] = {entry["patient"]: entry["slice_mm"] for entry in entries}
+        write_json(out / "slices.json", notes)
+        print(f"{len(rows)} slices in {out}, {100 * positives / len(rows):.0f} % of them positive")
+        print(f"suggested slice_split: {split or 'none, as there are too few patients'}")
+        print("\n".join(split_lines(split_slices(names, split)) if split else []))
+    return failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    with distributed.session():  # an error that the user can mend is one line
+        if convert(args):
+            return 1
+    out = shlex.quote(args.out or f"data/{args.dataset}")
+    print(f"next: python wsss_medical/dist_train.py --dataset {args.dataset} --data_path {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
