@@ -69,7 +69,7 @@ def list_cases(folder: str | Path) -> list[Case]:
     if same:
         raise ValueError("; ".join(same))
     if not cases:
-        raise ValueError(f"{folder}: imagesTr and labelsTr hold no scan (.nii.gz, .nii, .mgz)")
+        raise ValueError(f"{folder}: imagesTr and labelsTr hold no scan (.nii.gz, .nii, .mgz, .nrrd)")
     without = {
         "scan(s) without a file of that name in labelsTr": [c.case_id for c in cases if c.label is None],
         "label(s) without a file of that name in imagesTr": [c.case_id for c in cases if c.image is None],

@@ -1,13 +1,11 @@
 """NIfTI in and out: the only file that knows NIfTI's axis order (x, y, z), affines and nibabel.
 
-FreeSurfer's .mgz and .mgh are read as if they were NIfTI; masks of them are written as NIfTI.
+FreeSurfer's .mgz and .mgh, and .nrrd, are read as if they were NIfTI; masks of them are written as NIfTI.
 Everywhere else a volume is `(z, y, x)` in RAS+: z grows upwards, y to the front, x to the patient's right.
 """
 
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,149 +13,12 @@ import numpy as np
 
 from common.files import replacing
 from common.nifti_checks import as_labels, check_file, check_forms, check_header, off_mm, rounded_labels
-from common.stored_values import (
-    BlockMeans,
-    Stored,
-    choose_channel,
-    clip_values,
-    lowest_finite,
-    scaled,
-    without_nan,
-)
+from common.nrrd import is_nrrd, read_nrrd_header
+from common.scan_files import UNREADABLE, NiftiFile, Scan, first_line
+from common.stored_values import Stored, choose_channel, lowest_finite, scaled, without_nan
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")  # of what `open_nifti` reads
-UNREADABLE = (EOFError, zlib.error, OSError, ValueError)  # what nibabel raises for damaged files
+NIFTI_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".nrrd")  # of what `open_nifti` reads
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}  # any other unit is taken as mm
-CHUNK_BYTES = 2**22  # that are read at once: several planes, as turning the axes of each plane is slow
-
-
-def voxel_mm3(affine: np.ndarray) -> float:
-    """Volume of a voxel, of a (4, 4) affine in mm; the product of spacings is wrong where it is sheared."""
-    x, y, z = np.asarray(affine, float)[:3, :3].T
-    return float(abs(np.cross(x, y) @ z))
-
-
-@dataclass(frozen=True)
-class NiftiFile:
-    """A 3-D volume in a file of which only the header has been read.
-
-    Attributes:
-        shape: (z, y, x) of the volume in RAS+.
-        spacing_mm: voxel size, z y x.
-        affine: (4, 4) float64, voxel (x, y, z) of the RAS+ volume to mm.
-        header: nibabel's NIfTI header, with form codes and units.
-        file_affine: (4, 4) affine as stored in the file, in the file's unit.
-        orientation: axis codes of the file, such as "LPS".
-        stored: where and how the voxels are stored; only for this module.
-    """
-
-    shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
-    affine: np.ndarray
-    path: Path
-    header: Any
-    file_affine: np.ndarray
-    orientation: str
-    stored: Stored
-
-    @property
-    def file_shape(self) -> tuple[int, int, int]:
-        """(x, y, z) of the array in the file's axes."""
-        x, y, z = (*self.header.get_data_shape(), 1)[:3]  # a 2-D file has one slice
-        return x, y, z
-
-    @property
-    def voxel_mm3(self) -> float:
-        """Volume of one voxel in mm^3; right for sheared affines too."""
-        return voxel_mm3(self.affine)
-
-    @cached_property
-    def lowest(self) -> float:
-        """Smallest finite value of the file, which is read once for it; warns of NaN and infinity."""
-        parts = (self._scaled(part) for _, part in self._parts((0, 0, 0), self.shape))
-        return lowest_finite(parts, self.path)
-
-    def read_box(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
-        """Voxels [start, stop) as (z, y, x) RAS+; needs the memory of the box and of a chunk of the file.
-
-        A .nii.gz is decompressed up to the last slice needed: read one box rather than many. The values are
-        those of `load_nifti`, but the type depends only on the stored type: integers with an intercept may
-        come as int32 or float32 where `load_nifti` sees that int16 holds them. NaN and infinity become the
-        smallest finite value of the whole file, which is then read once more.
-
-        Raises:
-            ValueError: the box is empty or not inside the volume; the file is truncated before the box ends.
-        """
-        start, stop = (tuple(map(int, corner)) for corner in (start, stop))
-        if not all(0 <= a < b <= n for a, b, n in zip(start, stop, self.shape, strict=True)):
-            raise ValueError(f"{self.path}: box {start} to {stop} is not inside {self.shape} (z y x)")
-        return without_nan(self._scaled(self._read(start, stop)), lambda: self.lowest)
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        """`file[a:b]`: the slices a to b along z, as `read_box` reads them."""
-        return self.read_box((rows.start, 0, 0), (rows.stop, *self.shape[1:]))
-
-    def read_reduced(self, factors: Sequence[int], value_range: Sequence[float] | None = None) -> np.ndarray:
-        """Means over blocks of `factors` (z y x) voxels; needs the memory of the result and of a chunk.
-
-        Values are cut to `value_range` before they are averaged, see `clip_values`.
-
-        Returns (z, y, x) float32; the last block of an axis may have fewer voxels to average.
-        """
-        if len(factors) != 3 or any(f != int(f) or f < 1 for f in factors):
-            raise ValueError(f"{self.path}: factors {factors}, expected three whole numbers above 0 (z y x)")
-        means = BlockMeans(self.shape, factors)
-        for place, part in self._parts((0, 0, 0), self.shape):
-            means.add(place, clip_values(without_nan(self._scaled(part), lambda: self.lowest), value_range))
-        return means.result()
-
-    def _scaled(self, part: np.ndarray) -> np.ndarray:
-        return scaled(part, self.stored.slope, self.stored.inter)
-
-    def _read(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
-        """A box as it is stored, without slope and intercept, in native byte order."""
-        box = np.empty(np.subtract(stop, start), self.stored.dtype.newbyteorder("="))
-        for place, part in self._parts(start, stop):
-            box[place] = part
-        return box
-
-    def _parts(self, start: Sequence[int], stop: Sequence[int]) -> Iterator[tuple[tuple, np.ndarray]]:
-        """Pieces of the box in the order of the file: (slices of the box, stored values), z y x in RAS+."""
-        import nibabel as nib
-
-        codes = nib.orientations.axcodes2ornt(self.orientation)[::-1]  # slowest axis of the file first
-        axes, flips = 2 - codes[:, 0].astype(int), codes[:, 1] < 0
-        start, stop, shape = (np.array(corner)[axes] for corner in (start, stop, self.shape))
-        first = np.where(flips, shape - stop, start)  # corners of the box in the file's own voxels
-        last = first + stop - start
-        turn = tuple(slice(None, None, -1 if flip else 1) for flip in flips)
-        dtype = self.stored.dtype
-        plane_bytes = int(shape[1] * shape[2]) * dtype.itemsize
-        planes_at_once = max(1, CHUNK_BYTES // plane_bytes)
-        try:
-            with nib.openers.ImageOpener(self.path) as file:
-                file.seek(self.stored.offset + int(first[0]) * plane_bytes)
-                for k in range(first[0], last[0], planes_at_once):
-                    num = min(planes_at_once, int(last[0]) - k)
-                    data = file.read(num * plane_bytes)
-                    if len(data) < num * plane_bytes:
-                        raise EOFError(f"ends between slice {k} and {k + num} of {shape[0]}")
-                    part = np.frombuffer(data, dtype).reshape(num, *shape[1:])
-                    part = part[:, first[1] : last[1], first[2] : last[2]][turn].transpose(np.argsort(axes))
-                    place = [slice(0, n) for n in part.shape]
-                    begin = last[0] - k - num if flips[0] else k - first[0]
-                    place[axes[0]] = slice(begin, begin + num)
-                    yield tuple(place), part
-        except UNREADABLE as error:
-            message = f"{self.path}: truncated or damaged ({_first_line(error)}); fetch it again"
-            raise ValueError(message) from error
-
-
-@dataclass(frozen=True)
-class Scan(NiftiFile):
-    """A NiftiFile with its voxels: `array` is (z, y, x) RAS+, of integers if the file's scaling allows."""
-
-    array: np.ndarray
 
 
 def is_nifti(path: str | Path) -> bool:
@@ -167,7 +28,7 @@ def is_nifti(path: str | Path) -> bool:
 
 
 def case_name(path: str | Path) -> str:
-    """File name without .nii.gz, .nii, .mgz or .mgh."""
+    """File name without the ending of a scan, such as .nii.gz."""
     name = Path(path).name
     endings = [s for s in NIFTI_SUFFIXES if name.lower().endswith(s)]
     return name[: -len(endings[0])] if endings else Path(path).stem
@@ -184,7 +45,7 @@ def open_nifti(path: str | Path, channel: int | None = None) -> NiftiFile:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: neither NIfTI nor .mgz, a Git-LFS pointer, 4-D without `channel`, RGB, complex, without
+        ValueError: not NIfTI, .mgz or .nrrd, a Git-LFS pointer, 4-D without `channel`, RGB, complex, without
             the channel, or with an unusable affine.
     """
     import nibabel as nib
@@ -330,12 +191,17 @@ def _open(path: Path) -> tuple[Any, Stored]:
     import nibabel as nib
 
     check_file(path)
+    if is_nrrd(path):
+        shape, affine, stored = read_nrrd_header(path)
+        image = nib.Nifti1Image(np.broadcast_to(np.uint8(0), shape), affine)
+        image.header.set_xyzt_units("mm")
+        return image, stored
     damaged = (*UNREADABLE, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
     damaged += (nib.freesurfer.mghformat.MGHError, KeyError, TypeError)  # of .mgz files
     try:
         image = nib.load(path)
     except damaged as error:
-        raise ValueError(f"{path}: not a readable NIfTI file ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a readable NIfTI file ({first_line(error)})") from error
     data = image.dataobj
     if isinstance(image, nib.MGHImage):
         image = nib.Nifti1Image(data, image.affine)
@@ -343,7 +209,3 @@ def _open(path: Path) -> tuple[Any, Stored]:
     if not isinstance(image, nib.Nifti1Image):  # NIfTI-2 is a subclass; an .hdr/.img pair is not
         raise ValueError(f"{path}: {type(image).__name__}, not a NIfTI file; convert it to .nii.gz")
     return image, Stored(int(data.offset), data.dtype, float(data.slope), float(data.inter))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0] or type(error).__name__

@@ -35,7 +35,7 @@ def add_scan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         required=True,
-        help="what to predict: a scan (NIfTI, or .mgz of FreeSurfer), or a folder with scans",
+        help="what to predict: a scan (NIfTI, .nrrd, or .mgz of FreeSurfer), or a folder with scans",
     )
     parser.add_argument(
         "--out", help="folder that the results are written to; default: predictions/ in the run's folder"

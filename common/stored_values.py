@@ -99,33 +99,3 @@ def clip_values(array: np.ndarray, value_range: Sequence[float] | None) -> np.nd
     if array.dtype.kind in "iu":  # numpy refuses limits that the type cannot hold
         low, high = max(low, np.iinfo(array.dtype).min), min(high, np.iinfo(array.dtype).max)
     return array.clip(low, high)
-
-
-class BlockMeans:
-    """Means over blocks of voxels of a volume that comes in pieces.
-
-    Args:
-        shape: of the volume.
-        factors: voxels of a block along each axis; the last block of an axis may have fewer.
-    """
-
-    def __init__(self, shape: Sequence[int], factors: Sequence[int]) -> None:
-        self.shape, self.factors = shape, factors
-        self.sums = np.zeros([-(-n // f) for n, f in zip(shape, factors, strict=True)])
-
-    def add(self, place: tuple[slice, ...], part: np.ndarray) -> None:
-        """Count in the voxels `part`, which lie at `place` in the volume."""
-        # The number of the block that each plane of the part belongs to, along each axis.
-        blocks = [np.arange(p.start, p.stop) // f for p, f in zip(place, self.factors, strict=True)]
-        for axis in reversed(range(len(blocks))):
-            firsts = np.flatnonzero(np.diff(blocks[axis], prepend=-1))
-            part = np.add.reduceat(part, firsts, axis=axis, dtype=np.float64)
-        self.sums[tuple(slice(b[0], b[-1] + 1) for b in blocks)] += part
-
-    def result(self) -> np.ndarray:
-        """The means, float32, when every voxel was added once."""
-        means = self.sums
-        for axis, (n, f) in enumerate(zip(self.shape, self.factors, strict=True)):
-            num_planes = np.minimum(n - np.arange(0, n, f), f)  # of each block
-            means = means / num_planes.reshape(np.roll([-1, *[1] * (means.ndim - 1)], axis))
-        return means.astype(np.float32)

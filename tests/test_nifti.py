@@ -24,9 +24,9 @@ from common.nifti import (
     save_label,
     save_probability,
     to_ras,
-    voxel_mm3,
     write_nifti,
 )
+from common.scan_files import voxel_mm3
 
 ORIENTATIONS = [
     "".join(ends) for axes in itertools.permutations(("LR", "PA", "IS")) for ends in itertools.product(*axes)
@@ -353,7 +353,7 @@ def test_full_disk_leaves_no_partial_file_and_the_old_one_intact(tmp_path, suffi
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_boxes_in_any_orientation_equal_slices(tmp_path, monkeypatch, orientation):
-    monkeypatch.setattr("common.nifti.CHUNK_BYTES", 100)  # one or two slices at a time
+    monkeypatch.setattr("common.scan_files.CHUNK_BYTES", 100)  # one or two slices at a time
     volume = random_volume(shape=(6, 5, 7))
     path = write(tmp_path / "scan.nii", *stored_as(volume, AFFINES["oblique"], orientation))
     check_lazy_reading(open_nifti(path), load_nifti(path))
@@ -361,7 +361,7 @@ def test_boxes_in_any_orientation_equal_slices(tmp_path, monkeypatch, orientatio
 
 
 def test_boxes_of_a_compressed_file_equal_slices(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.nifti.CHUNK_BYTES", 100)
+    monkeypatch.setattr("common.scan_files.CHUNK_BYTES", 100)
     stored, affine = stored_as(random_volume(shape=(6, 5, 7)), AFFINES["oblique"], "IRP")
     path = write(tmp_path / "scan.nii.gz", stored, affine)
     check_lazy_reading(open_nifti(path), load_nifti(path))
@@ -409,7 +409,7 @@ def test_nan_in_a_box_becomes_the_lowest_of_the_file(tmp_path):
 @pytest.mark.parametrize("slice_of_the_lowest", [0, 1, 2])
 def test_lowest_is_that_of_all_parts_of_the_file(tmp_path, monkeypatch, slice_of_the_lowest):
     """Read slice by slice, the lowest value in any of them counts."""
-    monkeypatch.setattr("common.nifti.CHUNK_BYTES", 1)
+    monkeypatch.setattr("common.scan_files.CHUNK_BYTES", 1)
     volume = random_volume(5, 100, np.float32)
     volume[0, 1, slice_of_the_lowest], volume[1, 1] = 1, np.nan
     with pytest.warns(UserWarning, match="voxels set to 1$"):
@@ -450,7 +450,7 @@ def test_bad_factors_are_refused(tmp_path, factors):
 
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
 def test_memory_of_a_box_is_not_that_of_the_volume(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("common.nifti.CHUNK_BYTES", 2**19)  # 2 MB as float64, with the sums beside it
+    monkeypatch.setattr("common.scan_files.CHUNK_BYTES", 2**19)  # 2 MB as float64, with the sums beside it
     shape = (128, 128, 600)  # 19.7 MB as int16
     path = tmp_path / name
     write(path, np.broadcast_to(random_volume(shape=(128, 128, 1)), shape), np.eye(4))
@@ -467,7 +467,7 @@ def test_memory_of_a_box_is_not_that_of_the_volume(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
 def test_truncated_file_gives_what_lies_before_the_cut(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("common.nifti.CHUNK_BYTES", 1)
+    monkeypatch.setattr("common.scan_files.CHUNK_BYTES", 1)
     path = write(tmp_path / name, random_volume(shape=(30, 30, 30)), np.eye(4))
     first = load_nifti(path).array[:2]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

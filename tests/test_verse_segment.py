@@ -8,7 +8,8 @@ import torch
 from conftest import REAL_DATA
 
 from common.hardware import Precision
-from common.nifti import load_label, voxel_mm3
+from common.nifti import load_label
+from common.scan_files import voxel_mm3
 from verse_spine.heatmap import small_grid
 from verse_spine.networks import TrainedModel, scale_patches
 from verse_spine.phantoms import spine_phantom

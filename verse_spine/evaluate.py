@@ -24,9 +24,9 @@ from common.config import make_parser, parse_args, run_script
 from common.hardware import choose_precision, start_device
 from common.hdf5 import CaseFile
 from common.mask_files import ENDINGS, matching_files
-from common.nifti import voxel_mm3
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
+from common.scan_files import voxel_mm3
 from verse_spine.cases import find_cases
 from verse_spine.dataset import SmallScan, VerSe, spine_box
 from verse_spine.heatmap import MARGIN_MM, box_recall

@@ -9,7 +9,8 @@ from common.class_metrics import case_metrics
 from common.files import read_json
 from common.mask_files import load_masks
 from common.metrics import binary_counts, dice_from_counts
-from common.nifti import case_name, voxel_mm3
+from common.nifti import case_name
+from common.scan_files import voxel_mm3
 from common.volumes import resample_labels, resampled_affine, resampled_shape
 from verse_spine.cases import Case
 from verse_spine.labels import (
