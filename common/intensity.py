@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CT_RANGE = (-1024.0, 1500.0)  # HU: what preprocessing keeps, so that metal does not smear
+EMPTY_SHARE = 0.05  # of the voxels: where values are negative, so many zeros are background, not tissue
 MR_SAMPLE = 2_000_000  # most voxels that the scaling of an MR scan looks at
 
 
@@ -61,6 +62,24 @@ def shown_range(volume: np.ndarray) -> tuple[float, float]:
     """Which grey values are black and white in pictures of an MR (z, y, x)."""
     low, high, *_ = mr_scaling(volume)
     return low, max(high, low + 1e-6)  # of a region without contrast
+
+
+def to_grey(values: np.ndarray) -> np.ndarray:
+    """Any numbers -> uint8 of the same shape by their own percentiles.
+
+    Zeros, NaN and infinity are background and become 0; the rest is cut to its percentiles 0.5 and 99.5 and
+    becomes 1..255, so that 0 means "nothing here". Only where values are negative and zeros are rare, as in
+    CT, zero is a value like others.
+    """
+    values = np.where(np.isfinite(values), values, 0).astype(np.float32, copy=False)
+    inside = values != 0
+    if values.size and values.min() < 0 and inside.mean() > 1 - EMPTY_SHARE:
+        inside[:] = True
+    if not inside.any():
+        return np.zeros(values.shape, np.uint8)
+    low, high = np.percentile(values[inside], [0.5, 99.5])
+    share = (values - low) / max(high - low, 1e-6)
+    return np.where(inside, np.rint(share * 255).clip(1, 255), 0).astype(np.uint8)
 
 
 def _scaling(values: np.ndarray, body: np.ndarray) -> Scaling:

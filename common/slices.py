@@ -3,11 +3,13 @@
 Row = front to back, column = the patient's right to left.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from common.files import replacing
+from common.intensity import to_grey
 
 
 def to_display(volume: np.ndarray) -> np.ndarray:
@@ -23,6 +25,16 @@ def to_pixel_size(
     The pixel size really got is off by half a pixel of the side at most, since the field of view is kept.
     """
     return resize(image, shape_at(image.shape, pixel_size_mm, pixel_mm), is_mask=is_mask)
+
+
+def to_pixel_mm(
+    slices: np.ndarray, spacing_mm: Sequence[float], pixel_mm: float | None, *, is_mask: bool = False
+) -> np.ndarray:
+    """Slices (z, row, column[, 3]) of a scan with `spacing_mm` (z y x) -> square pixels, the same view."""
+    if pixel_mm is None:
+        return slices
+    shape = shape_at(slices.shape[1:3], spacing_mm[1:], pixel_mm)
+    return np.stack([resize(plane, shape, is_mask=is_mask) for plane in slices])
 
 
 def shape_at(shape: tuple[int, int], pixel_size_mm: tuple[float, float], pixel_mm: float) -> tuple[int, int]:
@@ -47,6 +59,37 @@ def resize(image: np.ndarray, shape: tuple[int, int], *, is_mask: bool = False) 
     smaller = min(shape[0], image.shape[0]), min(shape[1], image.shape[1])
     image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA)
     return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def robust_read_npy(file_path: str | Path) -> np.ndarray:
+    """A slice from a .npy file of whatever type as uint8 (h, w, 3).
+
+    uint8 is taken as it is, booleans and floats within 0..1 times 255, everything else by `to_grey`. Shapes:
+    (h, w), (h, w, 1), (h, w, 3), (1, h, w) and (3, h, w).
+
+    Raises:
+        ValueError: an object array (which could run code), another shape, or no .npy file.
+    """
+    try:
+        array = np.load(file_path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file_path}: not a .npy file of plain numbers ({error})") from error
+    shape = array.shape
+    if array.ndim == 3 and shape[-1] not in (1, 3) and shape[0] in (1, 3):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 3) or array.dtype.kind not in "buif" or 0 in shape:
+        raise ValueError(
+            f"{file_path}: {array.dtype} of shape {shape}; a slice is (h, w) or (h, w, 3) of real numbers"
+        )
+    if array.dtype.kind == "f":
+        array = np.where(np.isfinite(array), array, 0)
+    if array.dtype.kind in "bf" and array.min() >= 0 and array.max() <= 1:
+        array = np.rint(array * np.float32(255)).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        array = to_grey(array)
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else np.ascontiguousarray(array)
 
 
 def write_png(path: str | Path, pixels: np.ndarray) -> None:

@@ -5,6 +5,7 @@ The second half draws folds that are exact partitions, stratified by group, such
 
 import random
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -79,6 +80,52 @@ def fold_split(patients: dict[str, str], *, folds: int, fold: int, seed: int = 4
     rest = [p for k in range(folds) if k not in (fold, (fold + 1) % folds) for p in order[k::folds]]
     parts = {"train": rest, "val": order[(fold + 1) % folds :: folds], "test": order[fold::folds]}
     return _cases_of(parts, patients)
+
+
+def cut_in_order(
+    patients: Sequence[str],
+    bounds: Sequence[float],
+    *,
+    snap: bool = False,
+    flag: str = "split",
+    advice: str = "",
+) -> tuple[int, int]:
+    """Where a list in which each patient's items lie together is cut in three parts: items [:a], [a:b], [b:].
+
+    Args:
+        patients: of each item.
+        bounds: a and b, 0 <= a < b: numbers of items, or shares of the patients below 1, which are cut so
+            that at least one patient is in each part. With a = 0 the first part is empty.
+        snap: whether a number inside of a patient moves on to the next one; else there is a loud warning.
+        flag: what the bounds are called; advice: what else a message about them should say.
+
+    Raises:
+        ValueError: the bounds do not fit the list.
+    """
+    a, b = bounds
+    asked = f"{flag} [{a:g}, {b:g}]"
+    num = len(patients)
+    ends = [i for i in range(num) if not i or patients[i] != patients[i - 1]] + [num]
+    if 0 <= a < b < 1:
+        first = max(1, round(a * (len(ends) - 1))) if a else 0
+        last = max(first + 1, round(b * (len(ends) - 1)))
+        if last >= len(ends) - 1:
+            raise ValueError(f"{asked}: {len(ends) - 1} patient(s) are too few for three parts; add some")
+        return ends[first], ends[last]
+    if int(a) != a or int(b) != b or not 0 <= a < b < num:
+        raise ValueError(
+            f"{asked}: there are N = {num}, and 0 <= a < b < N is needed. Numbers fit one list only{advice}; "
+            "give those of this one, or shares of the patients such as 0.2 0.35"
+        )
+    for index in sorted({a, b} - set(ends)) if not snap else ():
+        warnings.warn(
+            f"{asked}: {index:g} cuts patient {patients[int(index)]} in two; scores will be too good. Choose "
+            "a number between two patients",
+            stacklevel=3,
+        )
+    if snap:
+        a, b = (min(end for end in ends if end >= index) for index in (a, b))
+    return int(a), int(b)
 
 
 def check_split(split: dict[str, list[str]], patients: dict[str, str], where: str | Path = "split") -> None:

@@ -26,7 +26,7 @@ def write(path, array=STORED, header=LPS, **options):
 
 @pytest.mark.parametrize("encoding", ["raw", "gzip"])
 def test_axes_and_origin_by_hand(tmp_path, encoding):
-    """x grows to the left and y to the back, so both are turned; the first voxel in RAS is the last of both."""
+    """x grows to the left and y to the back, so both are turned: the last voxel comes first."""
     scan = load_nifti(write(tmp_path / "lgemri.nrrd", header=LPS | {"encoding": encoding}))
     assert scan.shape == (2, 3, 4) and scan.spacing_mm == (3.0, 2.0, 0.5) and scan.orientation == "LPS"
     assert scan.array.dtype == np.int16

@@ -5,7 +5,6 @@
 <root>/slices.json                     how the slices were made
 """
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.slices import resize
-from common.splits import PARTS, natural_key
-from wsss_medical.slices import random_crop, robust_read_npy, rotate, vary_grey
+from common.augment2d import random_crop, rotate, vary_grey
+from common.slices import resize, robust_read_npy
+from common.splits import PARTS, cut_in_order, natural_key
 
 IMAGES, MASKS = "imageSlice", "maskSlice"
+PUBLISHED = " (LASC as published has 6776 slices, BraTS 75020)"
 SUGGESTED = (0.2, 0.35)  # of the patients: where the test part and the validation part end
 
 
@@ -82,45 +82,20 @@ def split_slices(
 
     Args:
         names: in the order of `list_names`.
-        slice_split: a and b, numbers of slices; or shares of the patients, with at least one patient in each
-            part. With a = 0 there is no test.
-        snap: whether a number inside a patient moves on to the next one; else there is a loud warning.
+        slice_split, snap: a and b, as of `cut_in_order`.
 
     Raises:
         ValueError: a and b do not fit, or a part has slices of one kind only.
     """
-    a, b = slice_split
-    asked = f"slice_split [{a:g}, {b:g}]"
     patients = [patient_of(name) for name in names]
-    ends = [i for i in range(len(names)) if not i or patients[i] != patients[i - 1]] + [len(names)]
-    if 0 <= a < b < 1:
-        first = max(1, round(a * (len(ends) - 1))) if a else 0
-        last = max(first + 1, round(b * (len(ends) - 1)))
-        if last >= len(ends) - 1:
-            raise ValueError(f"{asked}: {len(ends) - 1} patient(s) are too few for three parts; add some")
-        a, b = ends[first], ends[last]
-    if int(a) != a or int(b) != b or not 0 <= a < b < len(names):
-        raise ValueError(
-            f"{asked}: of N = {len(names)} slices 0 <= a < b < N is needed. Published numbers only fit the "
-            "published lists (LASC 6776 slices, BraTS 75020); take the suggested split of slices.json, or "
-            "shares of the patients such as 0.2 0.35"
-        )
-    for index in sorted({a, b} - set(ends)) if not snap else ():
-        warnings.warn(
-            f"{asked}: index {index:g} cuts patient {patients[int(index)]} in two, so that scores will be "
-            "too good; take the suggested split of slices.json, or let it snap to the next patient",
-            stacklevel=2,
-        )
-    if snap:
-        a, b = (min(end for end in ends if end >= index) for index in (a, b))
-    a, b = int(a), int(b)
+    a, b = cut_in_order(patients, slice_split, snap=snap, flag="slice_split", advice=PUBLISHED)
     split = {"train": list(names[b:]), "val": list(names[a:b]), "test": list(names[:a])}
     for part, stems in split.items():
         positives = load_cls_labels_from_filenames(stems).sum()
         if positives in (0, len(stems)) and (stems or part != "test"):
+            found = f"{len(stems)} slices, {positives} of them positive"
             raise ValueError(
-                f"{asked}: the part '{part}' has {len(stems)} slices, of which {positives} are positive; it "
-                "needs both kinds"
+                f"slice_split {list(slice_split)}: the part '{part}' has {found}; it needs both kinds"
             )
     return split
 
