@@ -232,8 +232,9 @@ def write_data_set(
     parts: Sequence[str],
     labels: Mapping[int, str],
     make: Callable[[int], PhantomCase],
+    modality: str = "CT",
 ) -> Path:
-    """Write phantoms of CT in the Decathlon's layout with its dataset.json; returns the folder.
+    """Write phantoms in the Decathlon's layout with its dataset.json; returns the folder.
 
     The folder appears when it is complete; if it is there already, nothing is done.
 
@@ -253,7 +254,7 @@ def write_data_set(
     with new_folder(folder) as root:
         for index, part in enumerate(tqdm(parts, desc="phantoms", unit="case", disable=None)):
             listed[part].append(write_pair(root, part, *make(index)))
-        notes = {"name": name, "modality": {"0": "CT"}, "numTraining": len(listed["Tr"])}
+        notes = {"name": name, "modality": {"0": modality}, "numTraining": len(listed["Tr"])}
         notes["labels"] = {"0": "background"} | {str(number): label for number, label in labels.items()}
         notes |= {"training": listed["Tr"], "validation": listed["Va"], "test": []}
         (root / "dataset.json").write_text(json.dumps(notes, indent=1) + "\n")

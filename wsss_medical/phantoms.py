@@ -41,4 +41,4 @@ def write_wsss_phantoms(folder: Path) -> Path:
         FileExistsError: the folder holds something else.
     """
     contents = {"description": "heads with a lesion", "patients": NUM_PATIENTS, "shape": list(SHAPE)}
-    return write_data_set(folder, contents, "heads", ["Tr"] * NUM_PATIENTS, {1: "lesion"}, make_head)
+    return write_data_set(folder, contents, "heads", ["Tr"] * NUM_PATIENTS, {1: "lesion"}, make_head, "MRI")
