@@ -281,6 +281,19 @@ def test_what_is_finished_holds_until_files_or_settings_change(converted, tmp_pa
     assert finished_entries(tmp_path / "none", stamps, settings) == {}
 
 
+def test_what_is_whole_may_be_asked_of_the_task(converted, capsys):
+    out, stamps, settings = converted
+    asked = []
+
+    def is_whole(folder, entry):
+        asked.append((folder, entry["name"]))
+        return entry["name"] == "a2"
+
+    assert list(finished_entries(out, stamps | {"new": []}, settings | {"new": {}}, is_whole)) == ["a2"]
+    assert sorted(asked) == [(out, "a10"), (out, "a2")]
+    assert "1 case(s) were not finished" in capsys.readouterr().out
+
+
 def test_the_last_notes(converted):
     out, stamps, _ = converted
     entry = {"name": "a2", "voxels": 60, "organs": {"1": 3.5, "6": 1.0}}

@@ -12,6 +12,7 @@ from common.intensity import (
     scale,
     scale_by_own_values,
     stored_range,
+    to_grey,
 )
 
 
@@ -65,3 +66,33 @@ def test_windows_are_scaled_by_their_own_values_whatever_lies_around_the_brain()
 def test_a_window_without_contrast_becomes_zero():
     scaled = scale_by_own_values(torch.full((1, 1, 4, 4, 4), 5.0))
     assert torch.equal(scaled, torch.zeros(1, 1, 4, 4, 4))
+
+
+# ---- grey values ----
+
+
+def test_grey_values_by_hand():
+    """201 values 1..201: percentiles 0.5 and 99.5 are 2 and 200, so 101 is half way, 127.5, an even 128."""
+    values = np.concatenate([np.zeros(50), np.arange(1, 202)]).astype(np.float32)
+    grey = to_grey(values)
+    assert grey.dtype == np.uint8 and not grey[:50].any()
+    assert grey[50:].tolist()[:3] == [1, 1, 1] and grey[-2:].tolist() == [255, 255] and grey[50 + 100] == 128
+    assert (np.diff(grey[50:].astype(int)) >= 0).all() and grey[50:].min() == 1
+
+
+def test_what_is_not_finite_is_background():
+    values = np.array([[np.nan, np.inf, -np.inf, 5, 10, 15]])
+    assert to_grey(values).tolist() == [[0, 0, 0, 1, 128, 255]]
+    assert not to_grey(np.full((2, 2), np.nan)).any() and not to_grey(np.zeros((0, 3))).size
+
+
+def test_one_value_is_not_background():
+    assert (to_grey(np.full((3, 3), 7)) == 1).all()
+
+
+def test_zero_is_a_value_where_values_are_negative_and_zeros_are_rare():
+    """CT: -1000..1000 without a gap in grey values around water; z-scored brains: 0 is what was stripped."""
+    ct = np.arange(-1000, 1001)
+    assert 126 <= to_grey(ct)[1000] <= 129
+    brain = np.concatenate([np.zeros(500), np.linspace(-2, 2, 500)])
+    assert not to_grey(brain)[:500].any() and (to_grey(brain)[500:] > 0).all()

@@ -937,3 +937,55 @@ def test_real_label_with_qform_only_keeps_it(tmp_path):
     assert np.bincount(label.array.ravel(), minlength=16)[[1, 6, 15]].tolist() == [94546, 373508, 26730]
     save_label(tmp_path / "label.nii", label.array, label)
     check_label_lies_on(tmp_path / "label.nii", path, label.array)
+
+
+# ---- channels of 4-D files ----
+
+
+@pytest.mark.parametrize("name", ["four.nii", "four.nii.gz"])
+@pytest.mark.parametrize("orientation", ["RAS", "PIL"])
+def test_each_channel_of_a_4d_file(tmp_path, name, orientation, monkeypatch):
+    monkeypatch.setattr("common.scan_files.CHUNK_BYTES", 1)
+    volumes = [random_volume() + 10 * channel for channel in range(3)]
+    stored = [stored_as(volume, AFFINES["oblique"], orientation) for volume in volumes]
+    path = write(tmp_path / name, np.stack([array for array, _ in stored], axis=-1), stored[0][1])
+    for channel, volume in enumerate(volumes):
+        scan = load_nifti(path, channel)
+        np.testing.assert_array_equal(scan.array, volume.transpose(2, 1, 0))
+        check_lazy_reading(open_nifti(path, channel), scan)
+        assert scan.file_shape == stored[0][0].shape
+    for channel in (3, -1):
+        with pytest.raises(ValueError, match=rf"{name}: no channel {channel} in a file of shape"):
+            open_nifti(path, channel)
+    with pytest.raises(ValueError, match="4-D with shape"):
+        open_nifti(path)
+
+
+def test_a_mask_of_one_channel_is_3d(tmp_path):
+    path = write(tmp_path / "four.nii", np.stack(2 * [random_volume()], axis=-1), AFFINES["anisotropic"])
+    scan = load_nifti(path, 1)
+    save_label(tmp_path / "mask.nii.gz", (scan.array > 0).astype(np.uint8), scan)
+    back = load_label(tmp_path / "mask.nii.gz")
+    assert same_grid(back, scan) and np.array_equal(back.array > 0, scan.array > 0)
+
+
+def test_a_3d_file_has_the_channel_0_only(tmp_path):
+    path = write(tmp_path / "scan.nii", random_volume(), AFFINES["oblique"])
+    np.testing.assert_array_equal(load_nifti(path, 0).array, load_nifti(path).array)
+    with pytest.raises(ValueError, match="no channel 1"):
+        load_nifti(path, 1)
+    five = write(tmp_path / "five.nii", random_volume()[..., None, None].repeat(2, 4), AFFINES["oblique"])
+    with pytest.raises(ValueError, match="no channel 0 in a file of shape"):
+        load_nifti(five, 0)
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "name", ["4d_int16_scl_slope.nii", "4d_oblique_int16.nii.gz", "nifti2_4d_int16.nii.gz"]
+)
+def test_channels_of_real_files(name):
+    image = nib.load(DATA / "odd_headers" / name)
+    last = image.shape[3] - 1
+    scan = load_nifti(DATA / "odd_headers" / name, last)
+    expected = nib.as_closest_canonical(image).get_fdata()[..., last].transpose(2, 1, 0)
+    np.testing.assert_allclose(scan.array, expected, rtol=1e-6)

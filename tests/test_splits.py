@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from common.splits import (
     check_folds,
     check_split,
+    cut_in_order,
     fold_split,
     hold_out,
     leave_group_out,
@@ -424,3 +426,40 @@ def test_leaving_a_group_out_leaves_out_what_its_patients_have_elsewhere():
 def test_folds_that_are_no_exact_partition_are_refused(folds, message):
     with pytest.raises(ValueError, match=f"folds.json: {message}"):
         check_folds(folds, {"a1": "a", "a2": "a", "b": "b"}, "folds.json")
+
+
+# ---- cuts of an ordered list ----
+
+ORDERED = list("aaabbccccd")  # patients with 3, 2, 4 and 1 items
+
+
+def test_cuts_by_number_and_by_share():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cut_in_order(ORDERED, [3, 5]) == (3, 5) and cut_in_order(ORDERED, [0, 9]) == (0, 9)
+        assert cut_in_order(ORDERED, [3.0, 5.0]) == (3, 5), "as numbers come from a flag"
+        assert cut_in_order(ORDERED, [0.25, 0.5]) == (3, 5) and cut_in_order(ORDERED, [0, 0.75]) == (0, 9)
+        assert cut_in_order(ORDERED, [0.01, 0.02]) == (3, 5), "one patient each at least"
+        assert cut_in_order(ORDERED, [0.5, 0.6]) == (5, 9)
+
+
+def test_cuts_inside_of_a_patient():
+    with pytest.warns(UserWarning) as told:
+        assert cut_in_order(ORDERED, [2, 6], flag="slice_split") == (2, 6)
+    assert ["slice_split [2, 6]: 2 cuts patient a in two" in str(told[0].message), len(told)] == [True, 2]
+    assert "6 cuts patient c in two; scores will be too good" in str(told[1].message)
+    assert cut_in_order(ORDERED, [2, 6], snap=True) == (3, 9) and cut_in_order(
+        ORDERED, [3, 9], snap=True
+    ) == (3, 9)
+
+
+@pytest.mark.parametrize("bounds", [[5, 3], [3, 3], [-1, 3], [3, 10], [2.5, 5], [0.5, 5], [0.5, 1]])
+def test_cuts_that_do_not_fit(bounds):
+    with pytest.raises(ValueError, match="there are N = 10, and 0 <= a < b < N is needed.*only, or so; give"):
+        cut_in_order(ORDERED, bounds, advice=", or so")
+
+
+def test_cuts_of_too_few_patients():
+    with pytest.raises(ValueError, match="2 patient.s. are too few for three parts"):
+        cut_in_order(ORDERED[:5], [0.2, 0.4])
+    assert cut_in_order(ORDERED[:5], [0, 0.4]) == (0, 3)

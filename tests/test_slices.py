@@ -1,0 +1,88 @@
+"""common/slices.py: .npy files of every kind as pictures; square pixels for whole scans."""
+
+import numpy as np
+import pytest
+
+from common.slices import robust_read_npy, to_display, to_pixel_mm
+
+GREY = np.arange(20, dtype=np.uint8).reshape(4, 5)
+
+
+def read(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    found = robust_read_npy(tmp_path / "a.npy")
+    assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
+    return found
+
+
+@pytest.mark.parametrize("array", [GREY, GREY[..., None], GREY[None], np.asfortranarray(GREY)])
+def test_grey_slices_of_8_bit_are_taken_as_they_are(tmp_path, array):
+    assert all(np.array_equal(read(tmp_path, array)[..., k], GREY) for k in range(3))
+
+
+def test_colours_come_first_or_last(tmp_path):
+    colours = np.stack([GREY, GREY + 50, GREY + 100], axis=-1)
+    np.testing.assert_array_equal(read(tmp_path, colours), colours)
+    np.testing.assert_array_equal(read(tmp_path, np.moveaxis(colours, -1, 0)), colours)
+
+
+def test_floats_of_0_to_1_are_not_black(tmp_path):
+    """0.5 is 127.5, which rounds to the even 128; NaN and infinity become 0."""
+    for dtype in (np.float32, np.float64, np.float16):
+        array = np.array([[0, 0.5, 1], [np.nan, np.inf, 0.25]], dtype)
+        assert read(tmp_path, array)[..., 1].tolist() == [[0, 128, 255], [0, 0, 64]]
+    assert read(tmp_path, np.eye(2, 3, dtype=bool))[..., 0].tolist() == [[255, 0, 0], [0, 255, 0]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int64, np.float32, ">i2"])
+def test_other_values_are_spread_by_their_percentiles(tmp_path, dtype):
+    """0.5 % of 1..1001 lies at 6, 99.5 % at 996; 501 is in the middle. 0 stays 0, where there is nothing."""
+    array = np.zeros((11, 92), dtype)
+    array.flat[:1001] = np.arange(1, 1002)
+    found = read(tmp_path, array)[..., 0]
+    assert found.flat[0] == found.flat[5] == 1 and found.flat[995] == 255 and not found.flat[1001:].any()
+    assert abs(int(found.flat[500]) - 127.5) <= 0.5
+
+
+def test_16_bit_does_not_wrap(tmp_path):
+    found = read(tmp_path, np.array([[256, 512, 1024, 4096]], np.uint16))
+    assert (np.diff(found[0, :, 0].astype(int)) > 0).all()
+
+
+def test_what_is_no_slice_is_refused(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="a.npy: not a .npy file of plain numbers .*allow_pickle"):
+        robust_read_npy(path)
+    for content in (b"", b"\x93NUMPY no header", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="a.npy: not a .npy file of plain numbers"):
+            robust_read_npy(path)
+    for array in (
+        np.zeros(5),
+        np.zeros((2, 4, 5)),
+        np.zeros((4, 5), complex),
+        np.zeros((0, 5)),
+        GREY.astype(str),
+    ):
+        np.save(path, array)
+        with pytest.raises(ValueError, match=r"a.npy: .* of shape .*; a slice is \(h, w\)"):
+            robust_read_npy(path)
+
+
+def test_square_pixels_keep_the_field_of_view():
+    """6 x 4 pixels of 1 x 2 mm are 6 x 8 mm: 3 x 4 pixels of 2 mm, each the mean of two rows."""
+    slices = np.arange(24, dtype=np.uint8).reshape(1, 6, 4) * np.uint8(2)
+    found = to_pixel_mm(slices, (5.0, 1.0, 2.0), 2.0)
+    assert found[0, :, 0].tolist() == [4, 20, 36] and found.shape == (1, 3, 4)
+    colours = to_pixel_mm(np.repeat(slices[..., None], 3, axis=-1), (5.0, 1.0, 2.0), 2.0)
+    np.testing.assert_array_equal(colours[..., 2], found)
+    mask = to_pixel_mm((slices > 20).astype(np.uint8), (5.0, 1.0, 2.0), 0.5, is_mask=True)
+    assert mask.shape == (1, 12, 16) and set(np.unique(mask)) == {0, 1}
+    assert to_pixel_mm(slices, (5.0, 1.0, 2.0), None) is slices
+
+
+def test_turning_is_its_own_inverse():
+    volume = np.arange(24).reshape(2, 3, 4)
+    assert to_display(volume)[0, 0, 0] == volume[0, 2, 3]
+    np.testing.assert_array_equal(to_display(to_display(volume)), volume)
