@@ -470,6 +470,39 @@ def test_flags_that_choose_slices_and_labels(heart, tmp_path):
     assert json.loads((tmp_path / "step_2" / "slices.json").read_text())["slice_mm"]["HEART_003"] == [6, 2, 1]
 
 
+def test_a_label_is_not_lost_between_large_pixels(heart, tmp_path):
+    """One pixel of 5 mm a slice: the small structure of slice 1 is not in it, its label stays."""
+    assert run(heart, tmp_path / "out", "--limit", "1", "--pixel_mm", "5") == 0
+    rows = read_manifest(tmp_path / "out")
+    assert [(row["label"], row["height"], row["width"]) for row in rows.values()] == [
+        ("0", "1", "1"),
+        ("1", "1", "1"),
+        ("1", "1", "1"),
+        ("0", "1", "1"),
+    ]
+    assert rows["HEART_003_001_1"]["area"] == "0"
+
+
+def test_an_interrupted_change_of_settings_leaves_nothing_behind(heart, tmp_path, monkeypatch):
+    from wsss_medical import preprocess
+
+    out, flags = tmp_path / "out", ("--min_pixels", "2", "--below_min", "negative")
+    run(heart, out)
+    convert_record = preprocess.convert_record
+
+    def stop_at_the_second(record, *arguments):
+        if record.patient == 10:
+            raise KeyboardInterrupt
+        return convert_record(record, *arguments)
+
+    monkeypatch.setattr(preprocess, "convert_record", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(heart, out, *flags)
+    monkeypatch.undo()
+    assert run(heart, out, *flags) == 0
+    assert len(list_names(out)) == 12 == len(read_manifest(out))
+
+
 def test_a_second_run_does_only_what_is_missing(heart, tmp_path, capsys):
     out = tmp_path / "out"
     run(heart, out)

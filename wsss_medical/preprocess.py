@@ -104,7 +104,11 @@ def build_parser() -> ArgumentParser:
         default="drop",
         help="what slices with fewer than --min_pixels are: positive, negative, or left out",
     )
-    parser.add_argument("--limit", type=positive_int, help="number of volumes to convert in a trial")
+    parser.add_argument(
+        "--limit",
+        type=positive_int,
+        help="number of volumes to convert in a trial; slices of others, of earlier runs, go",
+    )
     add_workers_flag(parser)
     return parser
 
@@ -122,12 +126,12 @@ def convert_record(record: Record, out: Path, prefix: str, settings: dict) -> di
         raise ValueError(reason)
     values = settings["label_values"]
     mask = label.array > 0 if values is None else np.isin(label.array, values)
+    shown = mask.any(axis=(1, 2))  # before resampling, in which a few pixels may be lost
     masks = to_pixel_mm(to_display(mask).astype(np.uint8), scan.spacing_mm, pixel_mm, is_mask=True)
     patient, rows = f"{prefix}_{record.patient:03d}", []
     for z in range(0, len(slices), settings["step"]):
-        area = int(masks[z].sum())
-        positive = area > 0
-        if 0 < area < settings["min_pixels"]:
+        area, positive = int(masks[z].sum()), shown[z]
+        if positive and area < settings["min_pixels"]:
             if settings["below_min"] == "drop":
                 continue
             positive = settings["below_min"] == "positive"
@@ -144,14 +148,13 @@ def convert_record(record: Record, out: Path, prefix: str, settings: dict) -> di
     return {"name": record.name, "patient": patient, "slice_mm": slice_mm, "slices": rows}
 
 
-def files_of(out: Path, entries: list[dict]) -> set[Path]:
-    """All files that the slices of these scans are in."""
-    names = [f"{row[0]}.npy" for entry in entries for row in entry["slices"]]
-    return {out / folder / name for name in names for folder in (IMAGES, MASKS)}
+def stems_of(entries: list[dict]) -> set[str]:
+    return {row[0] for entry in entries for row in entry["slices"]}
 
 
 def is_whole(out: Path, entry: dict) -> bool:
-    return all(path.is_file() for path in files_of(out, [entry]))
+    files = (out / folder / f"{stem}.npy" for stem in stems_of([entry]) for folder in (IMAGES, MASKS))
+    return all(file.is_file() for file in files)
 
 
 def convert(args: Namespace) -> dict[str, str]:
@@ -170,7 +173,8 @@ def convert(args: Namespace) -> dict[str, str]:
         raise ValueError(f"--dataset {args.dataset}: letters and digits only, as file names begin with it")
     print(f"{len(records)} labelled scans in the layout {layout}; channels: {', '.join(channels)}")
     settings = {flag: getattr(args, flag) for flag in SETTINGS}
-    before = read_json(out / NOTES, {"cases": list})["cases"] if (out / NOTES).is_file() else []
+    earlier = read_json(out / NOTES, {"cases": list}) if (out / NOTES).is_file() else {"cases": []}
+    outdated = stems_of(earlier["cases"]) | set(earlier.get("outdated", []))  # unless made again
     entries, failed = convert_data_set(
         convert_record,
         {record.name: record for record in records},
@@ -179,17 +183,19 @@ def convert(args: Namespace) -> dict[str, str]:
         settings,
         files={r.name: [*dict.fromkeys(path for _, path, _ in r.images), r.label] for r in records},
         settings={r.name: settings | {"channels": channels, "number": [prefix, *r[:2]]} for r in records},
-        about_all={},
+        about_all={"outdated": sorted(outdated)},  # what an interrupted run has still to remove
         workers=args.workers,
         folders=(IMAGES, MASKS),
         is_whole=is_whole,
     )
     print_failed(failed)
+    current = stems_of(entries)
+    for stem in outdated - current:
+        for folder in (IMAGES, MASKS):
+            (out / folder / f"{stem}.npy").unlink(missing_ok=True)
     write_notes(out, {entry["name"]: entry for entry in entries}, {})
-    for path in files_of(out, before) - files_of(out, entries):
-        path.unlink(missing_ok=True)
-    if strangers := len(set((out / IMAGES).glob("[!.]*.npy")) - files_of(out, entries)):
-        print(f"warning: {out / IMAGES}: {strangers} more file(s), which shift splits by slice numbers")
+    if others := sum(path.stem not in current for path in (out / IMAGES).glob("[!.]*.npy")):
+        print(f"warning: {out / IMAGES}: {others} more file(s), which shift splits by slice numbers")
     rows = sorted(row for entry in entries for row in entry["slices"])
     if rows:
         write_table(out / "manifest.csv", [dict(zip(COLUMNS, row, strict=True)) for row in rows])

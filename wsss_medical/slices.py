@@ -15,6 +15,7 @@ from torch import Tensor
 from common.intensity import to_grey
 from common.nifti import NiftiFile, load_nifti
 from common.slices import resize, to_display, to_pixel_mm
+from common.slices import robust_read_npy as robust_read_npy  # slices come from files as well
 
 MEAN, SD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, which encoders are trained on
 
