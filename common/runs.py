@@ -52,7 +52,7 @@ def new_run_dir(root: str | Path, name: str) -> Path:
 def run_dir_of(weights: str | Path) -> Path:
     """Folder for what is made with these weights: that of their run, or theirs if they lie outside of one."""
     folder = Path(weights).resolve().parent
-    return folder.parent if folder.name == "weights" else folder
+    return folder.parent if folder.name in ("weights", "checkpoints") else folder
 
 
 def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
