@@ -25,14 +25,16 @@ PICTURE, COMPARISON = "worst_and_median.png", "comparison.csv"
 VOLUMES, SITES = "volume_agreement.csv", "sites.csv"
 
 
-def add_evaluation_flags(parser: argparse.ArgumentParser, labels: Collection[int] | None = None) -> None:
+def add_evaluation_flags(
+    parser: argparse.ArgumentParser, labels: Collection[int] | None = None, *, required: bool = True
+) -> None:
     """The flags of `evaluate_folder`; `labels` are those of the task's structures, of which cases may be
-    labelled in part. None: all cases are labelled in full."""
+    labelled in part. None: all cases are labelled in full. `required`: the script does nothing else."""
     parser.add_argument(
-        "--pred", required=True, help="folder with the masks to score, such as predict.py writes"
+        "--pred", required=required, help="folder with the masks to score, such as predict.py writes"
     )
-    parser.add_argument("--target", required=True, help="folder with the true masks, such as labelsVa")
-    parser.add_argument("--out", required=True, help="folder that tables and pictures are written to")
+    parser.add_argument("--target", required=required, help="folder with the true masks, such as labelsVa")
+    parser.add_argument("--out", required=required, help="folder that tables and pictures are written to")
     parser.add_argument(
         "--images",
         help="folder with the scans, which the picture of the worst and median cases then shows in grey",
@@ -131,6 +133,7 @@ def score_files(
     patients: Mapping[str, str],
     *,
     table: Path | None = None,
+    merged: bool = False,
 ) -> tuple[list[dict], dict[str, str]]:
     """Score masks in files on the scans' own grids, shared over the processes.
 
@@ -138,6 +141,8 @@ def score_files(
         preds, targets: {case: file}; a case without a prediction has failed.
         labelled, patients: {case: labels} and {case: patient}.
         table: CSV file that gets a row for each case as soon as it is scored.
+        merged: as of `load_masks`.
+        merged: as of `load_masks`.
 
     Returns: as `score_cases`, in the order of `targets`.
     """
@@ -145,7 +150,7 @@ def score_files(
     def masks_of(name: str) -> Masks:
         if name not in preds:
             raise FileNotFoundError(f"no prediction for {targets[name]}")
-        target, pred = load_masks(targets[name], preds[name])
+        target, pred = load_masks(targets[name], preds[name], merged=merged)
         return Masks(pred.array, target.array, target.spacing_mm, labelled[name], target.voxel_mm3)
 
     return score_cases(masks_of, list(targets), structures, patients, table=table)
@@ -165,6 +170,7 @@ def evaluate_folder(
     window_hu: tuple[float, float] | None,
     volumes: bool = False,
     sites: Mapping[str, str] | None = None,
+    merged: bool = False,
 ) -> dict[str, str]:
     """Score a folder of masks against a folder of true ones; every file of `target` needs a prediction.
 
@@ -179,6 +185,7 @@ def evaluate_folder(
         num_pictures, window_hu: as of `save_worst_and_median`.
         volumes: also write volume_agreement.csv, see `volume_agreement`, and add it to the summary.
         sites: {case: site}: also write sites.csv, see `site_table`, and add it to the summary.
+        merged: all labels above 0 count as the label 1.
 
     Returns:
         {case that failed: reason}, the same in every process.
@@ -192,7 +199,9 @@ def evaluate_folder(
     scans = label_files(images) if images else {}
     patients = patients_of(list(targets), patient_pattern)
     report.clear_report(out, (*report.FILES, CASES, PICTURE, COMPARISON, VOLUMES, SITES))
-    rows, failed = score_files(preds, targets, structures, labelled, patients, table=out / CASES)
+    rows, failed = score_files(
+        preds, targets, structures, labelled, patients, table=out / CASES, merged=merged
+    )
     if distributed.is_main():
         extra = sorted(preds.keys() - targets.keys(), key=natural_key)
         notes = [f"without a true mask, not scored: {', '.join(extra)}"] if extra else []
@@ -208,7 +217,7 @@ def evaluate_folder(
             more += ["", *site_lines(by_site)]
         report.write_report(rows, out, title, failed, notes=notes, more=more)
     if second is not None:
-        rows_b, failed_b = score_files(second, targets, structures, labelled, patients)
+        rows_b, failed_b = score_files(second, targets, structures, labelled, patients, merged=merged)
         failed |= {f"{name} of {other}": reason for name, reason in failed_b.items()}
         if distributed.is_main():
             for line in batch.failed_lines(failed_b):
@@ -229,5 +238,6 @@ def evaluate_folder(
             labelled=labelled,
             number=num_pictures,
             window_hu=window_hu,
+            merged=merged,
         )
     return failed

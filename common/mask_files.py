@@ -1,7 +1,10 @@
 """Folders of label maps that belong together: which file is which case, all of a case on one grid."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from common.nifti import Scan, case_name, is_nifti, load_label, same_grid
 from common.splits import natural_key
@@ -48,8 +51,11 @@ def matching_files(
     return files
 
 
-def load_masks(target: Path, *preds: Path) -> list[Scan]:
+def load_masks(target: Path, *preds: Path, merged: bool = False) -> list[Scan]:
     """The true label map of a case and predicted ones, on one grid.
+
+    Args:
+        merged: all labels above 0 become 1.
 
     Raises:
         FileNotFoundError, ValueError: as `load_label`; or a prediction lies on another grid than the target.
@@ -61,4 +67,5 @@ def load_masks(target: Path, *preds: Path) -> list[Scan]:
                 f"{pred.path}: lies on another grid than {truth.path} (shapes {pred.shape} and "
                 f"{truth.shape}); score masks that were predicted for this very scan"
             )
-    return [truth, *found]
+    scans = [truth, *found]
+    return [replace(scan, array=(scan.array > 0).astype(np.uint8)) for scan in scans] if merged else scans

@@ -36,6 +36,7 @@ def save_worst_and_median(
     labelled: Mapping[str, Collection[int]],
     number: int,
     window_hu: tuple[float, float] | None,
+    merged: bool = False,
 ) -> None:
     """Three planes through the worst structure of each chosen case, and the errors in the axial one.
 
@@ -48,6 +49,7 @@ def save_worst_and_median(
         number: of the worst cases, and of the median ones.
         window_hu: what is black and what is white in a CT; other scans are shown by their percentiles. None:
             no scan is a CT.
+        merged: as of `load_masks`.
 
     Raises:
         ValueError: a scan lies on another grid than its mask.
@@ -56,7 +58,7 @@ def save_worst_and_median(
     for case, kind in worst_and_median(rows, number).items():
         of_case = [row for row in rows if row["case"] == case and not np.isnan(row["dice"])]
         worst = min(of_case, key=lambda row: row["dice"])
-        target, pred = load_masks(targets[case], preds[case])
+        target, pred = load_masks(targets[case], preds[case], merged=merged)
         value_range = window_hu or (0, 1)
         image = np.full(target.shape, value_range[0])
         if case in images:

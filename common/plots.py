@@ -18,11 +18,13 @@ def save_curves(
     names: Mapping[str, str] | None = None,
     *,
     only_above_0: bool = False,
+    x: str = "epoch",
 ) -> None:
-    """One panel for each title: the named columns of `rows` over "epoch"; the file is replaced in one step.
+    """One panel for each title: the named columns of `rows` over their column `x`; the file is replaced in
+    one step.
 
     Args:
-        rows: one dict for each epoch; values float (NaN leaves a gap).
+        rows: one dict for each epoch, or other `x`; values float (NaN leaves a gap).
         panels: {title: [column, ...]}; the legend of more than six columns stands beside the panel.
         names: {column: what the legend calls it}; None, or a column that is not in it: its own name.
         only_above_0: leave out columns that are 0 or NaN in every row, and panels without any other.
@@ -42,10 +44,11 @@ def save_curves(
         for column in columns:
             # A dot as well: a single epoch draws no line.
             name = (names or {}).get(column, column)
-            axis.plot([r["epoch"] for r in rows], [r[column] for r in rows], marker=".", label=name)
+            axis.plot([r[x] for r in rows], [r[column] for r in rows], marker=".", label=name)
         axis.set_title(title)
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)  # no fifths of an epoch
+        axis.set_xlabel(x)
+        if x == "epoch":
+            axis.xaxis.get_major_locator().set_params(integer=True)  # no fifths of an epoch
         axis.grid(alpha=0.3)
         if len(columns) > MOST_INSIDE:
             axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)

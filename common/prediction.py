@@ -297,6 +297,8 @@ def predict_scans(
     table: str,
     machine: str,
     found: Callable[[dict], str],
+    suffixes: tuple[str, ...] = NIFTI_SUFFIXES,
+    name_of: Callable[[Path], str] = case_name,
 ) -> dict[Path, str]:
     """Call `predict` for each scan of `source`, shared over the processes, and print what came of it.
 
@@ -307,6 +309,8 @@ def predict_scans(
         table: name of the CSV file of the rows in `out`.
         machine: what it runs on, for the line that is printed first.
         found: row -> what was found, for the scan's line; only 20 lines are printed.
+        suffixes: of the files that count as scans.
+        name_of: scan -> name that its results begin with.
 
     Returns:
         {scan that failed: reason}, the same in every process.
@@ -315,13 +319,13 @@ def predict_scans(
         FileNotFoundError: no scan.
     """
     scans = batch.find_sources(
-        source, NIFTI_SUFFIXES, out=out, own_names=own_names, recursive=recursive, what="NIfTI scan"
+        source, suffixes, out=out, own_names=own_names, recursive=recursive, what="NIfTI scan"
     )
     make_folder(out)
     if distributed.is_main():
         print(f"{len(scans)} scan(s) on {machine}")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of code
-    clashes = batch.name_clashes({path: out / case_name(path) for path in scans})
+    clashes = batch.name_clashes({path: out / name_of(path) for path in scans})
     todo = [path for path in scans if path not in clashes]
     rows, failed = batch.each(predict, todo, unit="scan", table=out / table)
     failed = clashes | failed

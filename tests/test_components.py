@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.components import lies_left_of, remove_stray_pieces
+from common.components import lies_left_of, remove_stray_pieces, smooth_mask
 
 A, B = 6, 1
 
@@ -64,3 +64,23 @@ def test_which_of_two_lies_on_the_left():
     assert not lies_left_of(np.where(labels == A, labels, 0), A, B), "without the other nothing can be said"
     assert not lies_left_of(np.where(labels[:, :, ::-1] == B, labels[:, :, ::-1], 0), A, B)
     assert not lies_left_of(np.zeros((3, 3, 3), np.uint8), A, B)
+
+
+def test_smoothing_is_the_median_of_the_probabilities():
+    """A median of 27 is above the threshold where 14 or more of them are."""
+    from scipy import ndimage
+
+    probs = np.random.default_rng(0).random((7, 9, 8), np.float32)
+    for threshold in (0.4, 0.5, 0.6):
+        expected = ndimage.median_filter(probs, 3, mode="nearest") > threshold
+        np.testing.assert_array_equal(smooth_mask(probs > threshold), expected)
+
+
+def test_smoothing_of_single_voxels_and_holes():
+    mask = np.zeros((5, 8, 8), bool)
+    mask[:, :4] = True
+    before = mask.copy()
+    mask[2, 1, 1], mask[2, 6, 6] = False, True
+    smooth = smooth_mask(mask)
+    assert smooth.dtype == bool and not smooth_mask(np.zeros((2, 3, 3), np.uint8)).any()
+    np.testing.assert_array_equal(smooth, before)  # also at the border of the scan

@@ -56,3 +56,11 @@ def test_masks_of_a_case_lie_on_one_grid(folder):
     write_nifti(folder / "cut.nii", MASK[1:], SPACING_MM)
     with pytest.raises(ValueError, match=r"shapes \(3, 5, 6\) and \(4, 5, 6\)"):
         load_masks(target, folder / "cut.nii")
+
+
+def test_merged_labels_are_1(folder):
+    parts = MASK * np.arange(0, 256, 51, dtype=np.uint8)  # 0, 51 ... 255 along x
+    write_nifti(folder / "parts.nii", parts, SPACING_MM)
+    truth, pred = load_masks(folder / "case_10_pred.nii.gz", folder / "parts.nii", merged=True)
+    assert np.array_equal(truth.array, MASK) and pred.array.dtype == np.uint8
+    assert np.array_equal(pred.array, parts > 0)

@@ -96,6 +96,14 @@ def test_curves_draw_the_named_columns_over_epochs(figures, tmp_path):
         assert list(axis.lines[0].get_ydata()) == [r[column] for r in rows]
 
 
+def test_curves_over_another_column(figures, tmp_path):
+    rows = [{"threshold": 0.25, "dice": 0.5}, {"threshold": 0.5, "dice": 0.7}]
+    save_curves(tmp_path / "curves.png", rows, {"Dice": ["dice"]}, x="threshold")
+    (axis,) = figures[0].axes
+    assert axis.get_xlabel() == "threshold" and list(axis.lines[0].get_xdata()) == [0.25, 0.5]
+    assert any(0.25 < tick < 0.5 for tick in axis.get_xticks())  # not at whole numbers only
+
+
 def test_a_single_epoch_is_visible(tmp_path):
     save_curves(tmp_path / "curves.png", curve_rows(1), PANELS)
     picture = read_png(tmp_path / "curves.png")

@@ -72,6 +72,11 @@ def make_run(root, name, modified):
     return path
 
 
+def test_results_of_weights_go_to_their_run(tmp_path):
+    for folder, expected in (("weights", "run"), ("checkpoints", "run"), ("mine", "run/mine")):
+        assert runs.run_dir_of(tmp_path / "run" / folder / "best.pt") == tmp_path / expected
+
+
 def test_find_checkpoint_takes_a_file_or_a_run_folder(tmp_path):
     path = make_run(tmp_path, "lung", 100)
     assert runs.find_checkpoint(str(path), "elsewhere", "other") == path

@@ -1,0 +1,191 @@
+"""Segment scans, or slices in .npy files, with a network that was trained on slice labels.
+
+    python wsss_medical/predict.py --weights work_dir_lasc/checkpoints/best.pth --source scan.nii.gz
+    python wsss_medical/predict.py --weights best.pth --source slices/ --out masks --output cam --overlay
+
+Of a scan <name> it writes <name>_mask.nii.gz on the scan's own grid, of a slice <stem>_mask.png (0 or 255),
+with --overlay also a picture, and results.csv of all. MR sequence and pixel size are those of the training:
+the right channel of a 4-D file and the right file of a BraTS case are taken. For research only.
+"""
+
+import re
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import batch, distributed, prediction, prediction_flags
+from common.checkpoints import TrainedModel
+from common.components import smooth_mask
+from common.config import Switch, add_prediction_flags, fraction, make_parser, parse_args, run_script
+from common.decathlon import read_dataset_json
+from common.hardware import choose_precision, describe_device, start_device
+from common.intensity import shown_range
+from common.metrics import largest_component
+from common.nifti import NIFTI_SUFFIXES, case_name, is_nifti, save_label
+from common.planes import save_planes
+from common.plots import PRED_COLOR
+from common.runs import run_dir_of
+from common.slices import robust_read_npy, write_png
+from wsss_medical.layouts import BRATS_FILE, SEQUENCES, sequence_name
+from wsss_medical.maps import write_picture
+from wsss_medical.model import load_trained
+from wsss_medical.par import PAR
+from wsss_medical.segment import GATE, OUTPUTS, add_slice_flags, scales_of, segment_slices, threshold_of
+from wsss_medical.slices import read_scan, to_scan_grid
+
+
+def build_parser() -> ArgumentParser:
+    parser = make_parser(__doc__)
+    prediction_flags.add_weights_flag(parser, "dist_train.py", file="checkpoints/best.pth")
+    prediction_flags.add_scan_flags(parser)
+    parser.add_argument(
+        "--output",
+        choices=OUTPUTS,
+        default="seg",
+        help="what the mask is made of: seg, the segmentation head; cam, the class activation map; affinity, "
+        "that map propagated along the affinities",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=fraction,
+        help="probability, 0 to 1, above which a pixel belongs to the structure; default: what was best on "
+        "the validation slices of the training, else 0.5",
+    )
+    parser.add_argument(
+        "--gate",
+        type=fraction,
+        default=GATE,
+        help="probability of the whole slice, 0 to 1, below which its mask stays empty",
+    )
+    refine = "move the maps to the edges of the image first, by PAR"
+    parser.add_argument("--refine", action=Switch, default=False, help=refine)
+    smooth = "let each voxel of a scan become what most of the 27 around it are, also in the next slices"
+    parser.add_argument("--smooth_slices", action=Switch, default=False, help=smooth)
+    largest = "keep only the largest connected piece in each scan; right if there is one structure"
+    parser.add_argument("--largest_only", action=Switch, default=False, help=largest)
+    pictures = "also write pictures: three planes of a scan, the map over a slice"
+    parser.add_argument("--overlay", action=Switch, default=False, help=pictures)
+    add_slice_flags(parser, batch_size=4)
+    add_prediction_flags(parser)
+    return parser
+
+
+def scan_images(path: Path, wanted: Sequence[str]) -> list[tuple[Path, int | None]]:
+    """(file, channel or None) of each sequence wanted of the scan that `path` belongs to.
+
+    Beside <case>_flair lie the other sequences of BraTS; the channels of a 4-D file in the Decathlon's
+    imagesTr or imagesTs are named by dataset.json. Any other file holds the only sequence.
+
+    Raises:
+        ValueError: a sequence is not there.
+    """
+    notes = read_dataset_json(path.parent.parent) if path.parent.name.startswith("images") else {}
+    channels = notes.get("modality") or notes.get("channel_names") or {}
+    files = {wanted[0]: (path, None)}
+    if case := re.fullmatch(BRATS_FILE, case_name(path), re.IGNORECASE):
+        beside = [p for p in path.parent.iterdir() if is_nifti(p) and p.name.startswith(case[1])]
+        files |= {sequence_name(re.split("[_-]", case_name(p))[-1]): (p, None) for p in beside}
+    elif len(channels) > 1:
+        files = {sequence_name(name): (path, int(number)) for number, name in channels.items()}
+    if missing := [name for name in wanted if name not in files]:
+        raise ValueError(f"{path}: the model needs the sequence {missing[0]}; there is {', '.join(files)}")
+    return [files[name] for name in wanted]
+
+
+def result_name(path: Path, is_brats: bool) -> str:
+    """Name of the case: of LASC, where every scan is called lgemri, of its folder; of BraTS without the
+    sequence."""
+    case = re.fullmatch(BRATS_FILE, case_name(path), re.IGNORECASE) if is_brats else None
+    return path.parent.name if case_name(path) == "lgemri" else case[1] if case else case_name(path)
+
+
+def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Namespace) -> dict:
+    """Write the mask, and the picture, of a scan or slice; returns its row of results.csv."""
+    started, volume_ml = time.perf_counter(), float("nan")
+    if is_nifti(path):
+        images = scan_images(path, model.preprocessing["channels"] or ["image"])
+        slices, scan = read_scan(images, model.preprocessing["pixel_mm"])
+    else:
+        slices = robust_read_npy(path)[None]
+    found = segment_slices(
+        model,
+        slices,
+        scales=scales_of(model, args.scales),
+        batch_size=args.batch_size,
+        par=PAR().to(model.device) if args.refine else None,
+        gate=args.gate,
+        cams=args.output != "seg",
+    )
+    results = list(tqdm(found, name, len(slices), unit="slice", disable=None, leave=False))
+    probs = np.stack([getattr(result, args.output) for result in results])
+    scores = [result.score for result in results]
+    if is_nifti(path):
+        mask = to_scan_grid(probs, scan) > args.threshold
+        mask = smooth_mask(mask) if args.smooth_slices else mask
+        mask = (largest_component(mask) if args.largest_only else mask).astype(np.uint8)
+        save_label(out / f"{name}_mask.nii.gz", mask, scan)
+        volume_ml = float(mask.sum(dtype=int)) * scan.voxel_mm3 / 1000
+        if args.overlay:
+            save_planes(
+                out / f"{name}_overlay.png",
+                scan.array,
+                scan.spacing_mm,
+                mask,
+                palette=np.array([PRED_COLOR]),
+                value_range=shown_range(scan.array),
+                title=name,
+            )
+    else:
+        write_png(out / f"{name}_mask.png", (probs[0] > args.threshold) * np.uint8(255))
+        if args.overlay:
+            write_picture(out, name, slices[0], scores[0], probs[0])
+    return {
+        "scan": str(path),
+        "slices": len(slices),
+        "slices_with": sum(score >= args.gate for score in scores),
+        "lowest_score": min(scores),
+        "highest_score": max(scores),
+        "highest_probability": float(probs.max()),
+        "volume_ml": volume_ml,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(build_parser(), argv)
+    with distributed.session():
+        device = start_device(args.device, distributed.local_rank())
+        model = load_trained(args.weights, device, choose_precision(args.amp, device))
+        if args.threshold is None:
+            args.threshold = threshold_of(model, args.output)
+        out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
+        sequence = (model.preprocessing["channels"] or [""])[0]
+        is_brats = sequence in SEQUENCES.values()
+        others = [s for s in (*SEQUENCES, *SEQUENCES.values()) if is_brats and sequence_name(s) != sequence]
+        failed = prediction.predict_scans(
+            lambda path: predict_one(model, path, result_name(path, is_brats), out, args),
+            args.source,
+            out,
+            own_names=("_mask", "laendo", *(sign + s for s in ("seg", *others) for sign in "_-")),
+            recursive=args.recursive,
+            table="results.csv",
+            machine=f"{describe_device(device)}, {model.precision.name}, threshold {args.threshold:g}",
+            found=lambda row: (
+                f"{row['slices_with']} of {row['slices']} slices, {row['volume_ml']:.1f} mL, "
+                f"highest probability {row['highest_probability']:.2f}"
+            ),
+            suffixes=(*NIFTI_SUFFIXES, ".npy"),
+            name_of=lambda path: result_name(path, is_brats),
+        )
+        return batch.exit_code(failed)
+
+
+if __name__ == "__main__":
+    run_script(main)
