@@ -23,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import batch, distributed
 from common.checkpoints import TrainedModel
 from common.class_metrics import Structures
-from common.config import add_prediction_flags, fraction, make_parser, parse_args, run_script
+from common.config import fraction, make_parser, parse_args, run_script
 from common.evaluation import add_evaluation_flags, evaluate_folder
 from common.hardware import choose_precision, start_device
 from common.mask_files import label_files
 from common.metrics import classification_scores, dice_from_counts, write_table
 from common.plots import save_curves
 from common.report import clear_report
+from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from wsss_medical.dataset import PARTS, MedicalSliceDataset, patient_of
 from wsss_medical.model import load_trained

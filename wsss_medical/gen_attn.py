@@ -14,8 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed, runs
-from common.config import Switch, add_prediction_flags, make_parser, parse_args, read_yaml_files, run_script
+from common.config import Switch, make_parser, parse_args, read_yaml_files, run_script
 from common.hardware import choose_precision, start_device
+from common.run_flags import add_prediction_flags
 from common.splits import natural_key
 from wsss_medical.dataset import PARTS, MedicalSliceDataset
 from wsss_medical.maps import generate_maps

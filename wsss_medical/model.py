@@ -20,7 +20,7 @@ from wsss_medical.pretrained import backbone_of, encoder_weights
 POOLINGS = ("gmp", "gap")
 CAM_STAGES = (4, 3, 2)  # of the encoder, that can give class activation maps
 # Flags that decide the shape of the weights or what they mean; a run can only be resumed with the same ones.
-ARCHITECTURE = ("backbone", "num_classes", "pooling", "cam_stages", "token_contrast")
+ARCHITECTURE = ("backbone", "pooling", "cam_stages", "contrast_weight")
 
 
 class Output(NamedTuple):
@@ -187,15 +187,13 @@ class WeTr(nn.Module):
 def get_model(config: dict) -> WeTr:
     """The network that `config` (flag values, as in a checkpoint) names.
 
-    It must hold backbone, num_classes and pooling, and may hold embedding_dim, strides, cam_stages,
-    token_contrast, seg_detach, drop_path and checkpointing; what is missing or None is WeTr's default.
+    It must hold backbone and pooling, and may hold num_classes, embedding_dim, cam_stages, contrast_weight,
+    seg_detach, drop_path and checkpointing; what is missing or None is WeTr's default.
     """
-    names = ("embedding_dim", "cam_stages", "token_contrast", "seg_detach", "drop_path", "checkpointing")
+    names = ("num_classes", "embedding_dim", "cam_stages", "seg_detach", "drop_path", "checkpointing")
     options = {name: config[name] for name in names if config.get(name) is not None}
-    stride = config.get("strides") or STRIDES
-    return WeTr(
-        config["backbone"], config["num_classes"], stride=stride, pooling=config["pooling"], **options
-    )
+    contrast = bool(config.get("contrast_weight"))
+    return WeTr(config["backbone"], pooling=config["pooling"], token_contrast=contrast, **options)
 
 
 def load_trained(weights: str | Path, device: torch.device, precision: Precision) -> TrainedModel:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import batch, distributed, prediction, prediction_flags
 from common.checkpoints import TrainedModel
 from common.components import smooth_mask
-from common.config import Switch, add_prediction_flags, fraction, make_parser, parse_args, run_script
+from common.config import Switch, fraction, make_parser, parse_args, run_script
 from common.decathlon import read_dataset_json
 from common.hardware import choose_precision, describe_device, start_device
 from common.intensity import shown_range
@@ -31,6 +31,7 @@ from common.metrics import largest_component
 from common.nifti import NIFTI_SUFFIXES, case_name, is_nifti, save_label
 from common.planes import save_planes
 from common.plots import PRED_COLOR
+from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.slices import robust_read_npy, write_png
 from wsss_medical.layouts import BRATS_FILE, SEQUENCES, sequence_name

@@ -1,0 +1,242 @@
+"""What dist_train.py needs besides its loop: data, labels of pixels, losses, lines of the log."""
+
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common import hardware
+from common.checkpoints import save_checkpoint
+from common.config import parse_args
+from common.files import link_file, make_folder, read_json
+from common.phantoms import prepare_demo
+from common.training import Run
+from wsss_medical import affinity, cam, losses, phantoms, preprocess
+from wsss_medical.dataset import MedicalSliceDataset, find_root, list_names, split_lines, split_slices
+from wsss_medical.model import Output
+from wsss_medical.par import PAR
+from wsss_medical.pixel_labels import zero_pixels_background
+from wsss_medical.slices import image01, to_network_input
+
+CURVES = {
+    "loss": ["train_loss", "loss_class", "loss_seg", "loss_affinity", "loss_negative", "loss_contrast"],
+    "labels of slices, validation": ["val_f1", "val_accuracy", "val_auroc"],
+    "Dice of positive slices, validation": ["val_dice_cam", "val_dice_seg"],
+    "learning rate of the encoder": ["lr"],
+}
+LOSSES = ("class", "seg", "affinity", "negative", "contrast")  # in the order of the table
+HEADS_LEARN_FASTER = 10
+NOTES = ("dataset", "channels", "channel_numbers", "pixel_mm", "step")  # of slices.json that predict.py needs
+
+
+def demo_dataset(folder: Path = Path("data/demo/wsss_medical")) -> Path:
+    """Phantom volumes in Decathlon layout, cut into slices by the ordinary route; made once."""
+    source, out = folder / "volumes", folder / "slices"
+    flags = ["--dataset", "demo", "--source", str(source), "--out", str(out)]
+
+    def make() -> dict[str, str]:
+        phantoms.write_wsss_phantoms(source)
+        return preprocess.convert(parse_args(preprocess.build_parser(), flags), out)
+
+    return prepare_demo(source, out, make, flags, [phantoms, preprocess])
+
+
+def data_folder(args: Namespace) -> Path:
+    """The folder of slices that the flags name.
+
+    Raises:
+        ValueError: they name none.
+    """
+    if args.data_path == "demo":
+        return demo_dataset()
+    if args.data_path is None and args.dataset is None:
+        raise ValueError(
+            "no data: --data_path takes the folder that wsss_medical/preprocess.py wrote, or demo; or give "
+            "--config wsss_medical/lasc.yaml"
+        )
+    return Path(args.data_path or f"data/{args.dataset}")
+
+
+def open_data(args: Namespace) -> tuple[Path, dict, dict[str, list[str]]]:
+    """The folder of slices, what preprocess.py noted about it, and the split that the flags ask for."""
+    root = find_root(data_folder(args))
+    path = root / "slices.json"
+    found = read_json(path, dict) if path.is_file() else {}
+    notes = {name: found.get(name) for name in NOTES}  # None: somebody else's slices
+    split = split_slices(list_names(root), args.slice_split)
+    return root, notes | {"data_path": str(root)}, split
+
+
+def data_lines(root: Path, split: dict[str, list[str]], num_batches: int, effective_batch: int) -> list[str]:
+    """What the log says about the data."""
+    with_masks = "with" if MedicalSliceDataset(root, split["val"]).has_masks else "without"
+    return [
+        f"slices of {root}, {with_masks} masks to score against:",
+        *(f"  {line}" for line in split_lines(split)),
+        f"{num_batches} batches between two validations in each process, effective batch {effective_batch}",
+    ]
+
+
+def parameter_groups(network: nn.Module, weight_decay: float, *, freeze_norms: bool) -> list[dict]:
+    """Parameters in groups for AdamW: encoder, its norms (no decay), heads (ten times the learning rate).
+
+    Args:
+        freeze_norms: leave the norms of the encoder as they are, which suits pretrained weights.
+    """
+    groups = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+        {"params": [], "weight_decay": weight_decay, "lr_scale": HEADS_LEARN_FASTER},
+    ]
+    for name, parameter in network.named_parameters():
+        if not name.startswith("encoder."):
+            groups[2]["params"].append(parameter)
+        elif "norm" not in name:
+            groups[0]["params"].append(parameter)
+        elif freeze_norms:
+            parameter.requires_grad_(False)
+        else:
+            groups[1]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def step_loss(output: Output, target: Tensor) -> Tensor:
+    """A loss through all heads, for the prediction of a step's memory: target (N, H, W) int64."""
+    heads = [output.cls.mean(), output.attn_pred.mean(), output.cam.mean()]
+    if output.aux_cls is not None:
+        heads.append(output.aux_cls.mean())
+    return losses.get_seg_loss(output.seg, target) + sum(heads)
+
+
+class PixelLabels(NamedTuple):
+    """What the segmentation and the affinity of a batch learn from; 255 = unknown.
+
+    Attributes:
+        seg: (N, H, W) int64.
+        affinity: (N, n, n) uint8: whether two cells belong together.
+    """
+
+    seg: Tensor
+    affinity: Tensor
+
+
+@torch.no_grad()
+def make_labels(
+    teacher: nn.Module,
+    par: PAR,
+    pixels: Tensor,
+    classes: Tensor,
+    boxes: Tensor,
+    args: Namespace,
+    precision: hardware.Precision,
+    iteration: int,
+) -> PixelLabels:
+    """Labels of pixels from the teacher's class activation maps.
+
+    Args:
+        teacher: network that makes the maps, in evaluation mode while it does.
+        pixels: uint8 (N, 3, H, W); classes: (N, C); boxes: (N, 4), pixels that come from the slice.
+        iteration: up to --aff_iters the segmentation learns from maps that PAR draws to the edges, then from
+            maps that the affinity has spread before. The affinity itself always learns from the former:
+            from the latter it would only confirm itself.
+    """
+    high = losses.high_threshold(iteration / args.max_iters) if args.dynamic_threshold else args.high
+    thresholds = {"low": min(args.low, high), "high": high}
+    with hardware.autocast(pixels.device, precision):
+        raw, attn_pred, cells = cam.multi_scale_cam(teacher, to_network_input(pixels), args.scales)
+    maps, image = cam.normalise_cam(raw.float()), image01(pixels)
+    refined = cam.refined_label(par, image, maps, classes, boxes, **thresholds)
+    seg = refined
+    if iteration >= args.aff_iters:
+        near = affinity.get_mask_by_radius(*cells, args.radius)
+        seg = affinity.propagated_label(
+            par, image, maps, attn_pred.float(), near, classes, boxes, size=cells, **thresholds
+        )
+    if args.zero_is_background:
+        refined, seg = (zero_pixels_background(label, image, boxes) for label in (refined, seg))
+    cells = affinity.get_down_size(pixels.shape[2:])
+    near = affinity.get_mask_by_radius(*cells, args.radius)
+    return PixelLabels(seg, affinity.affinity_target(refined, near, cells))
+
+
+def all_losses(
+    output: Output, classes: Tensor, labels: PixelLabels | None, args: Namespace
+) -> dict[str, Tensor]:
+    """The losses of a batch by name, each with its weight; their sum is what is minimised.
+
+    Without `labels` (the first phase) the heads of segmentation and affinity count nothing, but stand in the
+    sum, since DistributedDataParallel wants a gradient for every weight.
+    """
+    found = {"class": losses.classification_loss(output.cls, classes)}
+    if output.aux_cls is not None:
+        copies = output.aux_cls.shape[1] // classes.shape[1]
+        found["class"] = found["class"] + losses.classification_loss(
+            output.aux_cls, classes.repeat(1, copies)
+        )
+    if labels is None:
+        found["seg"] = 0 * output.seg.float().sum() + 0 * output.attn_pred.sum()
+    else:
+        found["seg"] = args.seg_weight * losses.get_seg_loss(output.seg, labels.seg)
+        found["affinity"] = args.affinity_weight * losses.affinity_loss(output.attn_pred, labels.affinity)
+    if args.negative_weight:
+        found["negative"] = args.negative_weight * losses.negative_cam_loss(output.cam, classes)
+    if args.contrast_weight:
+        cells = output.tokens.shape[2:]
+        near = affinity.get_mask_by_radius(*cells, args.radius)
+        contrast = losses.token_contrast_loss(output.tokens, output.aux_cam, classes, near)
+        found["contrast"] = args.contrast_weight * contrast
+    return found
+
+
+# ---- the run ----
+
+
+def work_dir(args: Namespace) -> tuple[Path, str]:
+    """Folder and name of --work_dir, by default work_dir_<dataset>."""
+    path = Path(args.work_dir or f"work_dir_{(args.dataset or 'wsss').lower()}")
+    return path.parent, path.name
+
+
+def augmentation(args: Namespace) -> dict:
+    """How MedicalClsDataset changes slices, as the flags ask for it."""
+    return {}
+
+
+def keep_weights(run: Run, weights: dict, iteration: int) -> None:
+    """checkpoints/wetr_iter_<iteration>.pth with `weights`; best.pth and last.pth beside it are second names
+    of what lies in weights/. Rank 0 only."""
+    folder = make_folder(run.folder / "checkpoints")
+    save_checkpoint(folder / f"wetr_iter_{iteration}.pth", run.notes | {"model": weights})
+    for name in ("best", "last"):
+        if (run.folder / "weights" / f"{name}.pt").is_file():
+            link_file(folder / f"{name}.pth", f"../weights/{name}.pt")
+
+
+def count_losses(counts: dict[str, float], losses_of_batch: dict[str, Tensor]) -> None:
+    """Add the losses of a batch to the sums of the epoch."""
+    for name, loss in losses_of_batch.items():
+        counts[name] = counts.get(name, 0.0) + loss.item()
+        counts[f"batches_{name}"] = counts.get(f"batches_{name}", 0) + 1
+
+
+def mean_losses(counts: dict[str, float]) -> dict[str, float]:
+    """{"loss_<name>": mean over the batches that had it}; NaN where none had."""
+    found = {}
+    for name in LOSSES:
+        num = counts.get(f"batches_{name}", 0)
+        found[f"loss_{name}"] = counts[name] / num if num else math.nan
+    return found
+
+
+def scores_text(scores: dict[str, float]) -> str:
+    """The scores of a validation in one line."""
+    text = (
+        f"iteration {scores['iteration']}  F1 {scores['val_f1']:.3f}, accuracy {scores['val_accuracy']:.3f}"
+    )
+    dice = [
+        f"{kind} {scores[f'val_dice_{kind}']:.3f}" for kind in ("cam", "seg") if f"val_dice_{kind}" in scores
+    ]
+    return f"{text}, Dice of {', '.join(dice)}" if dice else text
