@@ -38,10 +38,11 @@ class BrightIsIt(torch.nn.Module):
         margin = 20 * (grey - 0.5)
         cells = F.avg_pool2d(grey, 16, ceil_mode=True, count_include_pad=False)
         n = cells[0].numel()
+        is_dark = (margin.amax((2, 3)) < 0).float()[:, :, None]  # then all cells are alike
         return Output(
             cls=margin.amax((2, 3)),
             seg=torch.cat([-margin, margin], 1),
-            attn_pred=torch.eye(n).expand(len(image), n, n),
+            attn_pred=torch.maximum(torch.eye(n), is_dark.expand(-1, n, n)),
             attentions=[torch.full((len(image), 8, n, n), float(k)) for k in range(2)],
             tokens=cells,
             aux_cls=None,
@@ -251,6 +252,8 @@ def test_every_file_of_the_maps(folder, tmp_path):
     expected = [f"{n}_{'1.000' if n.endswith('1') else '0.002'}.png" for n in NAMES]
     assert sorted(p.name for p in folders[0].iterdir()) == sorted(expected)
     picture = np.asarray(Image.open(folders[0] / expected[1]))
+    # White of its own slice and (.5, 0, 0) of the map, divided by 2: white and the full green in between.
+    assert picture[0, 0].tolist() == [191, 128, 128]
     assert picture[0, 0].tolist()[0] > picture[0, 0].tolist()[2] and picture[-1, -1, 2] > picture[-1, -1, 0]
     dark = np.load(folders[1] / f"{NAMES[2]}.npy", allow_pickle=True).item()
     found = np.load(folders[1] / f"{NAMES[3]}.npy", allow_pickle=True).item()
@@ -392,6 +395,8 @@ def test_threshold_of_the_training_unless_the_flag_says_another(tmp_path, use):
     use(bright_model(threshold={"seg": 0.01}))
     assert run_predict(tmp_path / "a.npy", tmp_path / "low") == 0
     assert run_predict(tmp_path / "a.npy", tmp_path / "high", "--threshold", "0.5") == 0
+    assert run_predict(tmp_path / "a.npy", tmp_path / "gated", "--gate", "0.99999") == 0
+    assert not np.asarray(Image.open(tmp_path / "gated" / "a_mask.png")).any(), "its score is 0.99995"
     areas = [np.asarray(Image.open(tmp_path / f / "a_mask.png")) for f in ("low", "high")]
     assert [int((a == 255).sum()) for a in areas] == [16 * 16 + 16 * 32, 16 * 16]
     assert all(set(np.unique(a)) == {0, 255} for a in areas)
@@ -521,6 +526,7 @@ def test_gates_by_prediction_and_by_truth(folder):
     dark = blob(value=140)  # margin 1: score 0.71
     np.save(folder / "imageSlice" / f"{NAMES[3]}.npy", dark)
     strict = evaluate_split(bright_model(), folder, NAMES, cams=False, gate=0.9)
+    assert strict.scores["recall"] == 0.5
     rows = {r["group"]: r for r in strict.overlap({})}
     assert rows[BY_SCORE]["dice_slices"] == pytest.approx(1 / 3), "a missed slice counts 0"
     assert rows[BY_TRUTH]["dice_slices"] == pytest.approx(2 / 3)

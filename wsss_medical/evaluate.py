@@ -170,7 +170,8 @@ def write_evaluation(out: Path, title: str, evaluation: Evaluation, thresholds: 
                 row |= {f"{output} {k}": v for k, v in of_output.items() if k != "threshold"}
         write_table(out / "sweep.csv", table)
         panels = {f"Dice, {c}": [f"{k} dice_{c}" for k in sweeps] for c in ("slices", "volumes")}
-        save_curves(out / "sweep.png", table, panels, x="threshold")
+        names = {column: column.split()[0] for columns in panels.values() for column in columns}
+        save_curves(out / "sweep.png", table, panels, names, x="threshold")
         volumes: dict[str, dict] = {}
         for output, sweep in sweeps.items():
             i = index_of(sweep, thresholds.get(output, THRESHOLD))

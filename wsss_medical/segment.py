@@ -104,7 +104,9 @@ def _segment(
         maps["cam_raw"][shown], maps["cam"][shown] = cam_raw, cam
         maps["affinity"][shown] = propagated_cam(cam, affinity, model.config.get("radius", RADIUS))
     if par is not None:
-        maps |= {name: par(image01(image), maps[name]) for name in OUTPUTS if name in maps}
+        names = [name for name in OUTPUTS if name in maps]
+        refined = par(image01(image), torch.cat([maps[name] for name in names], dim=1))
+        maps |= dict(zip(names, refined.split(1, dim=1), strict=True))
     arrays = {name: values[:, 0].cpu().numpy() for name, values in maps.items()}
     layers = {"attn_pred": output.attn_pred} if attention else {}
     layers |= {f"attn_layer_{k}": layer for k, layer in enumerate(output.attentions) if attention}
