@@ -3,13 +3,17 @@
 import numpy as np
 
 
-def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """uint8 (h, w, 3) turned about its middle, of the same size; 0 moves in."""
+def rotate(image: np.ndarray, degrees: float, *, fill: int = 0, is_mask: bool = False) -> np.ndarray:
+    """uint8 (h, w) or (h, w, 3) turned about its middle, of the same size; `fill` moves in. Masks take the
+    nearest value."""
     import cv2
 
     height, width = image.shape[:2]
     turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0)
-    return cv2.warpAffine(np.ascontiguousarray(image), turn, (width, height))
+    flags = cv2.INTER_NEAREST if is_mask else cv2.INTER_LINEAR
+    return cv2.warpAffine(
+        np.ascontiguousarray(image), turn, (width, height), flags=flags, borderValue=(fill,) * 3
+    )
 
 
 def vary_grey(image: np.ndarray, contrast: float, gamma: float) -> np.ndarray:
@@ -21,18 +25,27 @@ def vary_grey(image: np.ndarray, contrast: float, gamma: float) -> np.ndarray:
     return cv2.LUT(np.ascontiguousarray(image), levels)
 
 
-def random_crop(
-    image: np.ndarray, size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """A square of (h, w, 3); where a side is shorter than `size` the image lies at a random place in 0.
+def random_square(
+    shape: tuple[int, ...], size: int, rng: np.random.Generator
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where a picture of `shape` (h, w, ...) is cut so that it fills a square of side `size`; where it is
+    smaller, a random place in the square.
 
     Returns:
-        (size, size, 3); y0 y1 x0 x1 of the image in it.
+        (rows, columns) of the picture, and those of the square that they fill; for `cut_square`.
     """
-    square, source, target = np.zeros((size, size, image.shape[2]), image.dtype), [], []
-    for side in image.shape[:2]:
+    source, target = [], []
+    for side in shape[:2]:
         length, start = min(side, size), int(rng.integers(abs(side - size) + 1))
         source.append(slice(start, start + length) if side > size else slice(0, length))
         target.append(slice(start, start + length) if side < size else slice(0, length))
-    square[tuple(target)] = image[tuple(source)]
-    return square, tuple(end for place in target for end in (place.start, place.stop))
+    return tuple(source), tuple(target)
+
+
+def cut_square(
+    image: np.ndarray, size: int, source: tuple[slice, slice], target: tuple[slice, slice], fill: int = 0
+) -> np.ndarray:
+    """(size, size, ...) with `image[source]` at `target` and `fill` around it."""
+    square = np.full((size, size, *image.shape[2:]), fill, image.dtype)
+    square[target] = image[source]
+    return square

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from common.augment2d import random_crop, rotate, vary_grey
+from common.augment2d import cut_square, random_square, rotate, vary_grey
 
 
 def test_a_quarter_turn_is_exact():
@@ -31,13 +31,21 @@ def test_a_crop_shows_what_its_box_says():
     """5 rows are cut to 4, at each of 2 places; 2 columns lie at each of 3 places, with 0 beside them."""
     picture = np.arange(1, 31, dtype=np.uint8).reshape(5, 2, 3)
     seen = set()
+
+    def cut(picture: np.ndarray, seed: int, fill: int = 0) -> tuple[np.ndarray, list[int]]:
+        source, target = random_square(picture.shape, 4, np.random.default_rng(seed))
+        box = [end for place in target for end in (place.start, place.stop)]
+        return cut_square(picture, 4, source, target, fill), box
+
     for seed in range(50):
-        square, box = random_crop(picture, 4, np.random.default_rng(seed))
-        assert square.shape == (4, 4, 3) and box[:2] == (0, 4) and box[3] - box[2] == 2
+        square, box = cut(picture, seed)
+        assert square.shape == (4, 4, 3) and box[:2] == [0, 4] and box[3] - box[2] == 2
         first_row = (int(square[0, box[2], 0]) - 1) // 6
         np.testing.assert_array_equal(square[:, box[2] : box[3]], picture[first_row : first_row + 4])
         assert np.count_nonzero(square) == 24
         seen.add((first_row, box[2]))
     assert seen == {(row, column) for row in range(2) for column in range(3)}
-    square, box = random_crop(picture[:4], 4, np.random.default_rng(0))
-    assert box[:2] == (0, 4) and np.count_nonzero(square) == 24
+    square, box = cut(picture[:4], 0)
+    assert box[:2] == [0, 4] and np.count_nonzero(square) == 24
+    labels, box = cut(picture[..., 0], 0, fill=255)  # the same place, and what is unknown around it
+    assert labels.shape == (4, 4) and (labels == 255).sum() == 8 and box == cut(picture, 0)[1]

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.augment2d import random_crop, rotate, vary_grey
+from common.augment2d import cut_square, random_square, rotate, vary_grey
 from common.slices import resize, robust_read_npy
 from common.splits import PARTS, cut_in_order, natural_key
+from wsss_medical.pixel_labels import IGNORE
 
 IMAGES, MASKS = "imageSlice", "maskSlice"
 PUBLISHED = " (LASC as published has 6776 slices, BraTS 75020)"
@@ -166,7 +167,7 @@ class MedicalClsValDataset(MedicalSliceDataset):
 
 class MedicalClsDataset(MedicalSliceDataset):
     """Training slices scaled, flipped and cut to squares: `item`, with box int64 (4,), y0 y1 x0 x1 of the
-    slice in its square. Outside of it is 0.
+    slice in its square. Outside of it is 0. With `targets` also target uint8 (crop_size, crop_size).
 
     Items are asked for by pairs (index, seed), as `common.distributed.EpochSampler` draws them; all that is
     random comes from the seed.
@@ -178,6 +179,7 @@ class MedicalClsDataset(MedicalSliceDataset):
         flip: probability of a mirror image.
         rotate_deg: largest rotation to either side.
         grey_values: whether contrast and gamma vary by up to a quarter.
+        targets: folder of labels of pixels, <name>.npy with 0, 1 and 255 = unknown, as outside of the slice.
     """
 
     def __init__(
@@ -191,11 +193,12 @@ class MedicalClsDataset(MedicalSliceDataset):
         flip: float = 0.5,
         rotate_deg: float = 0.0,
         grey_values: bool = False,
+        targets: Path | None = None,
     ) -> None:
         super().__init__(root_dir, names)
         self.crop_size, self.scale_range, self.flip = crop_size, scale_range, flip
         self.rotate_deg, self.grey_values = rotate_deg, grey_values
-        self.length = length or len(self.names)
+        self.length, self.targets = length or len(self.names), targets
 
     def __len__(self) -> int:
         return self.length
@@ -204,12 +207,25 @@ class MedicalClsDataset(MedicalSliceDataset):
         index, rng = key[0] % len(self.names), np.random.default_rng(key[1])
         image = self.read(index)
         scale = rng.uniform(*self.scale_range)
-        image = resize(image, tuple(max(1, int(scale * side)) for side in image.shape[:2]))
-        if rng.random() < self.flip:
-            image = image[:, ::-1]
-        if self.rotate_deg:
-            image = rotate(image, rng.uniform(-self.rotate_deg, self.rotate_deg))
+        shape = tuple(max(1, int(scale * side)) for side in image.shape[:2])
+        is_flipped = rng.random() < self.flip
+        degrees = rng.uniform(-self.rotate_deg, self.rotate_deg)
+        source, target = random_square(shape, self.crop_size, rng)
+
+        def moved(picture: np.ndarray, fill: int, *, is_mask: bool) -> np.ndarray:
+            picture = resize(picture, shape, is_mask=is_mask)
+            if is_flipped:
+                picture = picture[:, ::-1]
+            if self.rotate_deg:
+                picture = rotate(picture, degrees, fill=fill, is_mask=is_mask)
+            return cut_square(picture, self.crop_size, source, target, fill)
+
+        square = moved(image, 0, is_mask=False)
         if self.grey_values:
-            image = vary_grey(image, *rng.uniform(0.8, 1.25, 2))
-        square, box = random_crop(image, self.crop_size, rng)
-        return self.item(index, square) | {"box": torch.tensor(box)}
+            square = vary_grey(square, *rng.uniform(0.8, 1.25, 2))
+        box = torch.tensor([end for place in target for end in (place.start, place.stop)])
+        item = self.item(index, square) | {"box": box}
+        if self.targets is None:
+            return item
+        labels = np.load(self.targets / f"{self.names[index]}.npy", allow_pickle=False)
+        return item | {"target": torch.from_numpy(moved(labels, IGNORE, is_mask=True))}

@@ -30,7 +30,7 @@ from common.plots import save_curves
 from common.schedules import learning_rate
 from common.training import Run, optimizer_step
 from wsss_medical import training
-from wsss_medical.dataset import MedicalClsDataset, MedicalSliceDataset
+from wsss_medical.dataset import MedicalSliceDataset
 from wsss_medical.evaluate import BY_SCORE, evaluate_split, write_evaluation
 from wsss_medical.flags import add_training_flags, resolve_flags
 from wsss_medical.maps import generate_maps
@@ -85,19 +85,13 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
     par = PAR().to(device)
     trained = TrainedModel(teacher, config, device, precision, notes, split)
     per_update = plan.batch_size * distributed.world_size() * plan.accumulate
-    slices = MedicalClsDataset(
-        root,
-        split["train"],
-        args.crop_size,
-        length=per_update * args.eval_iters,
-        **training.augmentation(args),
-    )
+    folder = folder or distributed.on_main(lambda: runs.new_run_dir(*training.work_dir(args)))
+    slices = training.training_slices(args, root, split["train"], folder, per_update * args.eval_iters)
     loader = distributed.make_loader(
         slices, plan.batch_size, seed=args.seed, workers=args.workers, device=device
     )
 
     # ---- run: its "epochs" are what lies between two validations ----
-    folder = folder or distributed.on_main(lambda: runs.new_run_dir(*training.work_dir(args)))
     run = Run(
         folder,
         config,
@@ -132,7 +126,10 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
                         batch[key].to(device, non_blocking=True) for key in ("image", "label", "box")
                     )
                     labels = None
-                    if iteration >= args.cam_iters and (args.seg_weight or args.affinity_weight):
+                    if "target" in batch:
+                        target = batch["target"].to(device, non_blocking=True)
+                        labels = training.known_labels(target, args.radius)
+                    elif iteration >= args.cam_iters and (args.seg_weight or args.affinity_weight):
                         labels = training.make_labels(
                             teacher, par, pixels, classes, boxes, args, precision, iteration
                         )

@@ -12,6 +12,8 @@ from wsss_medical.model import POOLINGS
 # there is, "afa" is Affinity from Attention (Ru et al., CVPR 2022), "ours" adds what helped.
 RECIPES = {
     "cam": {
+        "pixel_labels": "cam",
+        "slice_peaks": False,
         "seg_weight": 0.0,
         "affinity_weight": 0.0,
         "negative_weight": 0.0,
@@ -22,6 +24,8 @@ RECIPES = {
         "cam_stages": [4],
     },
     "afa": {
+        "pixel_labels": "cam",
+        "slice_peaks": False,
         "seg_weight": 0.1,
         "affinity_weight": 0.1,
         "negative_weight": 0.0,
@@ -32,6 +36,8 @@ RECIPES = {
         "cam_stages": [4],
     },
     "ours": {
+        "pixel_labels": "escape",
+        "slice_peaks": True,
         "seg_weight": 1.0,
         "affinity_weight": 0.1,
         "negative_weight": 0.1,
@@ -42,6 +48,9 @@ RECIPES = {
         "cam_stages": [4, 3],
     },
 }
+
+
+PIXEL_LABELS = ("cam", "escape", "masks")
 
 
 def add_training_flags(parser: ArgumentParser) -> None:
@@ -69,6 +78,26 @@ def add_training_flags(parser: ArgumentParser) -> None:
         default=320,
         help="side in pixels of the squares that the network is trained on, a multiple of 32; memory grows "
         "with its square",
+    )
+    data.add_argument(
+        "--scale_range",
+        type=positive_float,
+        nargs=2,
+        default=[0.5, 2.0],
+        metavar=("LEAST", "MOST"),
+        help="factors between which the size of a training slice is drawn",
+    )
+    data.add_argument(
+        "--rotate",
+        type=float,
+        default=0.0,
+        help="largest angle in degrees by which a training slice is turned to either side",
+    )
+    data.add_argument(
+        "--grey_values",
+        action=Switch,
+        default=False,
+        help="change contrast and gamma of training slices by up to a quarter",
     )
     add_network_flags(parser)
     add_label_flags(parser)
@@ -179,6 +208,19 @@ def add_label_flags(parser: ArgumentParser) -> None:
         help="what is learned besides the labels of slices: cam = nothing, afa = segmentation and affinity "
         "as published in 2022, ours = that and what helped in our measurements; sets the flags below "
         "that are not given",
+    )
+    labels.add_argument(
+        "--pixel_labels",
+        choices=PIXEL_LABELS,
+        help="where labels of pixels come from: cam = class activation maps of the network itself, escape = "
+        "what is cut off, within the volume, from the slices without the structure, masks = the true masks, "
+        "to see how far slice labels are from them",
+    )
+    labels.add_argument(
+        "--slice_peaks",
+        action=Switch,
+        help="bring the highest probabilities of each slice to 1 before the threshold: brightness, and with "
+        "it certainty, differs from scan to scan",
     )
     labels.add_argument(
         "--scales",

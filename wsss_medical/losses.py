@@ -31,6 +31,25 @@ def get_seg_loss(pred: Tensor, label: Tensor, ignore_index: int = IGNORE) -> Ten
     return means / sum(kind.any().float() for kind in kinds).clamp(min=1)
 
 
+def seg_loss_by_slices(pred: Tensor, label: Tensor, cls_label: Tensor, ignore_index: int = IGNORE) -> Tensor:
+    """Mean cross-entropy of the labelled pixels of slices with a class, plus that of slices without any.
+
+    A label that is the same all over negative slices must not drown the few pixels of the others, and inside
+    of a slice foreground and background count as they are: balanced, the foreground would grow too large.
+
+    Args:
+        pred: (N, K, h, w) logits; label: (N, H, W), see `get_seg_loss`; cls_label: (N, C).
+    """
+    label = label.long()
+    per_pixel = F.cross_entropy(
+        resize(pred, label.shape[1:]), label, ignore_index=ignore_index, reduction="none"
+    )
+    is_positive = cls_label.any(dim=1)[:, None, None]
+    is_known = label != ignore_index
+    kinds = [is_known & is_positive, is_known & ~is_positive]
+    return sum((per_pixel * kind).sum() / kind.sum().clamp(min=1) for kind in kinds)
+
+
 def affinity_loss(attn_pred: Tensor, target: Tensor) -> Tensor:
     """Mean error of the pairs of cells that belong together and of those that do not, both counting half.
 

@@ -2,6 +2,7 @@
 
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,16 @@ from common.files import link_file, make_folder, read_json
 from common.phantoms import prepare_demo
 from common.training import Run
 from wsss_medical import affinity, cam, losses, phantoms, preprocess
-from wsss_medical.dataset import MedicalSliceDataset, find_root, list_names, split_lines, split_slices
+from wsss_medical.dataset import (
+    MASKS,
+    MedicalClsDataset,
+    MedicalSliceDataset,
+    find_root,
+    list_names,
+    split_lines,
+    split_slices,
+)
+from wsss_medical.escape import write_escape_labels
 from wsss_medical.model import Output
 from wsss_medical.par import PAR
 from wsss_medical.pixel_labels import zero_pixels_background
@@ -123,6 +133,13 @@ class PixelLabels(NamedTuple):
     affinity: Tensor
 
 
+def known_labels(target: Tensor, radius: int) -> PixelLabels:
+    """Labels of pixels (N, H, W) uint8 that were there before the training, 255 = unknown."""
+    cells = affinity.get_down_size(target.shape[1:])
+    near = affinity.get_mask_by_radius(*cells, radius)
+    return PixelLabels(target.long(), affinity.affinity_target(target.long(), near, cells))
+
+
 @torch.no_grad()
 def make_labels(
     teacher: nn.Module,
@@ -179,7 +196,11 @@ def all_losses(
     if labels is None:
         found["seg"] = 0 * output.seg.float().sum() + 0 * output.attn_pred.sum()
     else:
-        found["seg"] = args.seg_weight * losses.get_seg_loss(output.seg, labels.seg)
+        if args.pixel_labels == "cam":
+            seg = losses.get_seg_loss(output.seg, labels.seg)
+        else:
+            seg = losses.seg_loss_by_slices(output.seg, labels.seg, classes)
+        found["seg"] = args.seg_weight * seg
         found["affinity"] = args.affinity_weight * losses.affinity_loss(output.attn_pred, labels.affinity)
     if args.negative_weight:
         found["negative"] = args.negative_weight * losses.negative_cam_loss(output.cam, classes)
@@ -200,9 +221,29 @@ def work_dir(args: Namespace) -> tuple[Path, str]:
     return path.parent, path.name
 
 
-def augmentation(args: Namespace) -> dict:
-    """How MedicalClsDataset changes slices, as the flags ask for it."""
-    return {}
+def training_slices(
+    args: Namespace, root: Path, names: Sequence[str], folder: Path, length: int
+) -> MedicalClsDataset:
+    """The training slices, `length` of them between two validations, with labels of pixels where there are
+    any before the training; those of --pixel_labels escape lie in volume_labels/ of the run's folder."""
+    targets = None
+    if args.pixel_labels == "masks":
+        targets = root / MASKS
+        if not MedicalSliceDataset(root, names).has_masks:
+            raise ValueError(f"--pixel_labels masks: {targets} does not hold a mask for every training slice")
+    if args.pixel_labels == "escape":
+        targets = folder / "volume_labels"
+        write_escape_labels(root, names, targets)
+    return MedicalClsDataset(
+        root,
+        names,
+        args.crop_size,
+        length=length,
+        scale_range=args.scale_range,
+        rotate_deg=args.rotate,
+        grey_values=args.grey_values,
+        targets=targets,
+    )
 
 
 def keep_weights(run: Run, weights: dict, iteration: int) -> None:
