@@ -251,8 +251,22 @@ def test_a_time_budget_keeps_the_shares_of_the_phases(slices, tmp_path, monkeypa
 
     monkeypatch.setattr(dist_train, "optimizer_step", ten_seconds)
     monkeypatch.setattr(training, "make_labels", counted)
-    start(slices, tmp_path / "run", "--time_budget", "60s", "--max_iters", "300", "--cam_iters", "100",
-          "--aff_iters", "200", "--eval_iters", "3")  # fmt: skip
+    start(
+        slices,
+        tmp_path / "run",
+        "--recipe",
+        "afa",
+        "--time_budget",
+        "60s",
+        "--max_iters",
+        "300",
+        "--cam_iters",
+        "100",
+        "--aff_iters",
+        "200",
+        "--eval_iters",
+        "3",
+    )
     assert made == [100, 150, 200, 250]
 
 
