@@ -10,6 +10,7 @@ import numpy as np
 
 from common.files import replacing
 from common.intensity import to_grey
+from common.nifti import NiftiFile, load_nifti
 
 
 def to_display(volume: np.ndarray) -> np.ndarray:
@@ -59,6 +60,45 @@ def resize(image: np.ndarray, shape: tuple[int, int], *, is_mask: bool = False) 
     smaller = min(shape[0], image.shape[0]), min(shape[1], image.shape[1])
     image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA)
     return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def volume_to_slices(volume: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """A volume (z, y, x) RAS+, or a list of three as channels -> uint8 (z, row, column[, 3]) by `to_grey`.
+
+    Percentiles of the volume, not of each slice, keep the slices of a patient comparable. `to_display` turns
+    slices back.
+    """
+    channels = [volume] if isinstance(volume, np.ndarray) else list(volume)
+    grey = [to_display(to_grey(channel)) for channel in channels]
+    return np.ascontiguousarray(grey[0] if len(grey) == 1 else np.stack(grey, axis=-1))
+
+
+def read_scan(
+    images: Sequence[tuple[Path, int | None]], pixel_mm: float | None = None
+) -> tuple[np.ndarray, NiftiFile]:
+    """A scan as slices for a 2-D network: one way for preprocessing and prediction.
+
+    Args:
+        images: (file, channel of a 4-D file or None), one or three.
+        pixel_mm: side of the square pixels that the slices are resampled to; None keeps their own.
+
+    Returns:
+        uint8 (z, row, column[, 3]); the scan, for `to_scan_grid`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file cannot be read, or the channels differ in shape.
+    """
+    scans = [load_nifti(path, channel) for path, channel in images]
+    for scan in scans[1:]:
+        if scan.shape != scans[0].shape:
+            raise ValueError(f"{scan.path}: shape {scan.shape}, but {scans[0].path} has {scans[0].shape}")
+    slices = volume_to_slices([scan.array for scan in scans])
+    return to_pixel_mm(slices, scans[0].spacing_mm, pixel_mm), scans[0]
+
+
+def to_scan_grid(maps: np.ndarray, scan: NiftiFile) -> np.ndarray:
+    """Undo the turning and resampling of `read_scan`: float (z, row, column) -> (z, y, x) of the scan."""
+    return to_display(np.stack([resize(plane, scan.shape[1:]) for plane in maps]))
 
 
 def robust_read_npy(file_path: str | Path) -> np.ndarray:

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.mit import to_network_input
 from common.nifti import load_label, load_nifti, write_nifti
+from common.par import image01
+from common.raw_layouts import find_layout, list_records
+from common.slices import read_scan, to_scan_grid, volume_to_slices
 from wsss_medical.dataset import (
     MedicalClsDataset,
     MedicalClsValDataset,
@@ -25,10 +29,8 @@ from wsss_medical.dataset import (
     split_slices,
     suggested_split,
 )
-from wsss_medical.layouts import find_layout, list_records
 from wsss_medical.phantoms import write_wsss_phantoms
 from wsss_medical.preprocess import main
-from wsss_medical.slices import image01, read_scan, to_network_input, to_scan_grid, volume_to_slices
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not (DATA / "left_atrium_lge").is_dir(), reason="no ../shared/data")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from common.par import PAR
+from common.pixel_labels import class_shares, in_boxes, zero_pixels_background
+from common.sweep import Sweep
 from wsss_medical import affinity, cam, losses
-from wsss_medical.par import PAR
-from wsss_medical.pixel_labels import class_shares, in_boxes, zero_pixels_background
-from wsss_medical.scores import Sweep
 
 POSITIVE = torch.tensor([[1.0]])
 
@@ -302,7 +302,7 @@ def test_par_is_finite_on_flat_images_and_in_half_precision():
 def test_par_does_not_depend_on_how_the_batch_is_cut(monkeypatch):
     image, mask, par = random(3, 3, 12, 16), random(3, 2, 6, 8, seed=1), PAR()
     together = par(image, mask)
-    monkeypatch.setattr("wsss_medical.par.MOST_WEIGHTS", {"cpu": 2 * 48 * 12 * 16, "cuda": 1})
+    monkeypatch.setattr("common.par.MOST_WEIGHTS", {"cpu": 2 * 48 * 12 * 16, "cuda": 1})
     assert torch.equal(par(image, mask), together) and together.shape == (3, 2, 12, 16)
     assert par(image[:0], mask[:0]).shape == (0, 2, 12, 16)
 

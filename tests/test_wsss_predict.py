@@ -13,15 +13,16 @@ from PIL import Image
 
 from common.checkpoints import TrainedModel, save_checkpoint
 from common.hardware import Precision
+from common.mit import MEAN, SD
 from common.nifti import load_label, load_nifti, save_label, write_nifti
+from common.par import PAR
+from common.slices import volume_to_slices
 from wsss_medical import evaluate, gen_attn, predict
 from wsss_medical.dataset import MedicalSliceDataset
 from wsss_medical.evaluate import BY_SCORE, BY_TRUTH, evaluate_split
 from wsss_medical.maps import generate_maps, heat_picture
 from wsss_medical.model import Output, get_model
-from wsss_medical.par import PAR
 from wsss_medical.segment import part_of, propagated_cam, segment_slices, threshold_of
-from wsss_medical.slices import MEAN, SD, volume_to_slices
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", None, False, "test")

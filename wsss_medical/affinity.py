@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from common.losses import coarser_target
-from wsss_medical.par import PAR
-from wsss_medical.pixel_labels import IGNORE, class_shares, label_from_shares, resize
+from common.par import PAR
+from common.pixel_labels import IGNORE, class_shares, label_from_shares, resize
 
 
 def get_down_size(ori_shape: Sequence[int] = (512, 512), stride: int = 16) -> tuple[int, int]:

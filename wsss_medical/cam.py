@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from common.par import PAR
+from common.pixel_labels import IGNORE, class_shares, in_boxes, label_from_shares, resize
 from wsss_medical.affinity import get_down_size
-from wsss_medical.par import PAR
-from wsss_medical.pixel_labels import IGNORE, class_shares, in_boxes, label_from_shares, resize
 
 
 @torch.no_grad()

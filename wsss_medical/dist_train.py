@@ -26,6 +26,9 @@ from common.checkpoints import TrainedModel
 from common.config import make_parser, parse_args, resolved_config, run_script
 from common.ema import WeightAverage
 from common.memory import Plan, set_up_step
+from common.mit import to_network_input
+from common.mit_weights import load_encoder
+from common.par import PAR
 from common.plots import save_curves
 from common.schedules import learning_rate
 from common.training import Run, optimizer_step
@@ -36,9 +39,6 @@ from wsss_medical.flags import add_training_flags, resolve_flags
 from wsss_medical.maps import generate_maps
 from wsss_medical.medical_utils import cal_eta
 from wsss_medical.model import ARCHITECTURE, get_model, load_trained
-from wsss_medical.par import PAR
-from wsss_medical.pretrained import load_encoder
-from wsss_medical.slices import to_network_input
 
 UNCHANGEABLE = [*ARCHITECTURE, "crop_size", "recipe"]  # flags that a resumed run keeps
 

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import make_parser, parse_args, run_script
 from common.files import make_folder, replacing
-from wsss_medical.mit import BACKBONES
+from common.mit import BACKBONES
+from common.mit_weights import load_encoder
 from wsss_medical.model import WeTr
-from wsss_medical.pretrained import load_encoder
 
 STEPS = """By hand, in a browser:
   1. Open https://huggingface.co/nvidia/mit-{backbone}/tree/main and download pytorch_model.bin.

@@ -32,9 +32,9 @@ from common.plots import save_curves
 from common.report import clear_report
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
+from common.sweep import Sweep
 from wsss_medical.dataset import PARTS, MedicalSliceDataset, patient_of
 from wsss_medical.model import load_trained
-from wsss_medical.scores import Sweep
 from wsss_medical.segment import (
     GATE,
     OUTPUTS,

@@ -4,8 +4,8 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 
 from common import flags
 from common.config import Switch, fraction, non_negative_int, positive_float, positive_int
+from common.mit import BACKBONES
 from common.run_flags import add_resume_flags, add_time_budget_flag, add_training_machine_flags
-from wsss_medical.mit import BACKBONES
 from wsss_medical.model import POOLINGS
 
 # What --recipe sets unless a flag says otherwise: "cam" is a classifier whose class activation maps are all

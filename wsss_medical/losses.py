@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.pixel_labels import IGNORE, resize
 from common.schedules import learning_rate
 from wsss_medical.cam import cam_to_label, normalise_cam
-from wsss_medical.pixel_labels import IGNORE, resize
 
 
 def classification_loss(logits: Tensor, cls_label: Tensor) -> Tensor:

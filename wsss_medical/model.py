@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoints
 from common.checkpoints import TrainedModel
 from common.hardware import Precision
 from common.layers import resize_linear
+from common.mit import STRIDES, MixTransformer, SegFormerDecoder
+from common.mit_weights import backbone_of, encoder_weights
 from common.pretrained import load_exactly, read_weights
 from common.recomputation import stage_runner
-from wsss_medical.mit import STRIDES, MixTransformer
-from wsss_medical.pretrained import backbone_of, encoder_weights
 
 POOLINGS = ("gmp", "gap")
 CAM_STAGES = (4, 3, 2)  # of the encoder, that can give class activation maps
@@ -45,36 +44,6 @@ class Output(NamedTuple):
     aux_cls: Tensor | None
     aux_cam: Tensor | None
     cam: Tensor
-
-
-class Decoder(nn.Module):
-    """SegFormer's decoder: all stages on the grid of the first, concatenated, and turned into classes.
-
-    Between a stage and the norm all steps are linear, so they are taken in another order: each stage is
-    multiplied on its own coarse grid by the product of its two matrices, and the results are enlarged and
-    added. The concatenated features at stride 4, the largest tensor of the network, never exist.
-    """
-
-    def __init__(self, widths: Sequence[int], channels: int, num_classes: int) -> None:
-        super().__init__()
-        for i, width in enumerate(widths):  # dictionaries for AFA's names of weights
-            self.add_module(f"linear_c{i + 1}", nn.ModuleDict({"proj": nn.Linear(width, channels)}))
-        fuse = nn.Conv2d(len(widths) * channels, channels, 1, bias=False)
-        self.linear_fuse = nn.ModuleDict({"conv": fuse, "bn": nn.BatchNorm2d(channels)})
-        self.dropout = nn.Dropout2d(0.1)
-        self.linear_pred = nn.Conv2d(channels, num_classes, 1)
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        """Features of the stages, finest first -> logits (N, K, h, w) on the grid of the first."""
-        fuses = self.linear_fuse["conv"].weight.flatten(1).chunk(len(features), dim=1)  # coarsest stage first
-        fused = 0
-        for i, (x, fuse) in enumerate(zip(features, reversed(fuses), strict=True)):
-            linear = getattr(self, f"linear_c{i + 1}")["proj"]
-            with torch.autocast(x.device.type, enabled=False):
-                weight, bias = fuse @ linear.weight, fuse @ linear.bias
-            x = F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
-            fused = fused + resize_linear(x, features[0].shape[2:])
-        return self.linear_pred(self.dropout(F.relu(self.linear_fuse["bn"](fused))))
 
 
 class WeTr(nn.Module):
@@ -124,7 +93,7 @@ class WeTr(nn.Module):
         self.cam_stages = [stage for stage in CAM_STAGES if stage in cam_stages]
         self.encoder = MixTransformer(backbone, stride, drop_path)
         widths = self.encoder.widths
-        self.decoder = Decoder(widths, embedding_dim, num_classes)
+        self.decoder = SegFormerDecoder(widths, embedding_dim, num_classes)
         self.attn_proj = nn.Conv2d(self.encoder.attention_maps, 1, 1)
         nn.init.kaiming_normal_(self.attn_proj.weight, a=5**0.5, mode="fan_out")
         self.classifier = nn.Conv2d(widths[3], num_classes - 1, 1, bias=False)

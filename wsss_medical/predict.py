@@ -29,17 +29,16 @@ from common.hardware import choose_precision, describe_device, start_device
 from common.intensity import shown_range
 from common.metrics import largest_component
 from common.nifti import NIFTI_SUFFIXES, case_name, is_nifti, save_label
+from common.par import PAR
 from common.planes import save_planes
 from common.plots import PRED_COLOR
+from common.raw_layouts import BRATS_FILE, SEQUENCES, sequence_name
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
-from common.slices import robust_read_npy, write_png
-from wsss_medical.layouts import BRATS_FILE, SEQUENCES, sequence_name
+from common.slices import read_scan, robust_read_npy, to_scan_grid, write_png
 from wsss_medical.maps import write_picture
 from wsss_medical.model import load_trained
-from wsss_medical.par import PAR
 from wsss_medical.segment import GATE, OUTPUTS, add_slice_flags, scales_of, segment_slices, threshold_of
-from wsss_medical.slices import read_scan, to_scan_grid
 
 
 def build_parser() -> ArgumentParser:

@@ -33,10 +33,9 @@ from common.flags import add_workers_flag
 from common.metrics import write_table
 from common.nifti import load_label
 from common.pairs import why_not_a_pair
-from common.slices import to_display, to_pixel_mm
+from common.raw_layouts import READERS, Record, find_layout, list_records
+from common.slices import read_scan, to_display, to_pixel_mm
 from wsss_medical.dataset import IMAGES, MASKS, split_lines, split_slices, suggested_split
-from wsss_medical.layouts import READERS, Record, find_layout, list_records
-from wsss_medical.slices import read_scan
 
 SCAN_STEP = 1000  # the slices of a patient's second scan are numbered from here on
 COLUMNS = ("stem", "patient", "z", "label", "area", "height", "width")  # of manifest.csv

@@ -13,12 +13,12 @@ from torch import Tensor
 from common.checkpoints import TrainedModel
 from common.config import positive_float, positive_int
 from common.hardware import autocast
+from common.mit import to_network_input
+from common.par import PAR, image01
+from common.pixel_labels import resize
 from wsss_medical.affinity import get_down_size, get_mask_by_radius, propagate
 from wsss_medical.cam import multi_scale_cam, normalise_cam
 from wsss_medical.dataset import list_names
-from wsss_medical.par import PAR
-from wsss_medical.pixel_labels import resize
-from wsss_medical.slices import image01, to_network_input
 
 SCALES = (1.0, 0.5, 1.5)  # of the class activation map
 OUTPUTS = ("seg", "cam", "affinity")  # maps of a SliceResult that a mask can be made of

@@ -13,7 +13,10 @@ from common import hardware
 from common.checkpoints import save_checkpoint
 from common.config import parse_args
 from common.files import link_file, make_folder, read_json
+from common.mit import to_network_input
+from common.par import PAR, image01
 from common.phantoms import prepare_demo
+from common.pixel_labels import zero_pixels_background
 from common.training import Run
 from wsss_medical import affinity, cam, losses, phantoms, preprocess
 from wsss_medical.dataset import (
@@ -24,12 +27,9 @@ from wsss_medical.dataset import (
     list_names,
     split_lines,
     split_slices,
+    write_escape_labels,
 )
-from wsss_medical.escape import write_escape_labels
 from wsss_medical.model import Output
-from wsss_medical.par import PAR
-from wsss_medical.pixel_labels import zero_pixels_background
-from wsss_medical.slices import image01, to_network_input
 
 CURVES = {
     "loss": ["train_loss", "loss_class", "loss_seg", "loss_affinity", "loss_negative", "loss_contrast"],

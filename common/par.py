@@ -97,3 +97,8 @@ class PAR(nn.Module):
             out.zero_()
             for weight, neighbour in zip(weights, self._neighbours(padded), strict=True):
                 out.addcmul_(weight, neighbour)
+
+
+def image01(image: Tensor) -> Tensor:
+    """uint8 (n, 3, h, w) -> float32 in [0, 1], as PAR takes it."""
+    return image.float() / 255

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss_medical.par import PAR
+from common.par import PAR
 
 IGNORE = 255
 

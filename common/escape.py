@@ -8,19 +8,13 @@ this takes longest.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from common import distributed
-from common.files import make_folder, replacing
-from wsss_medical.dataset import MedicalSliceDataset, patient_of
-from wsss_medical.pixel_labels import IGNORE
+from common.pixel_labels import IGNORE
 
 GREY_SD = 0.06  # difference of grey values, of 0 to 1, at which a step becomes e times less likely
 LEAST = 1e-3  # likelihood of a step between voxels of any difference
@@ -129,22 +123,3 @@ def escape_labels(slices: np.ndarray, is_positive: np.ndarray) -> np.ndarray:
     """uint8 of the shape of `slices`: 1 structure, 0 background, 255 unknown; arguments of `escape_map`."""
     found = escape_map(slices, is_positive)
     return np.select([found > HIGH, found < LOW], [np.uint8(1), np.uint8(0)], np.uint8(IGNORE))
-
-
-def write_escape_labels(root: Path, names: Sequence[str], out: Path) -> None:
-    """`escape_labels` of the patients of the slices `names`, as <name>.npy in `out`; what is there stays.
-
-    Processes share the patients.
-    """
-    make_folder(out)
-    patients = [list(group) for _, group in groupby(names, key=patient_of)]
-    for own in tqdm(distributed.my_share(patients), "labels from the volumes", unit="patient", disable=None):
-        todo = [out / f"{name}.npy" for name in own]
-        if all(path.is_file() for path in todo):
-            continue
-        data = MedicalSliceDataset(root, own)
-        slices = np.stack([data.read(i).mean(axis=-1).astype(np.uint8) for i in range(len(data))])
-        for path, label in zip(todo, escape_labels(slices, data.labels > 0), strict=True):
-            with replacing(path) as partial:
-                np.save(partial, label)
-    distributed.barrier()

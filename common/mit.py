@@ -1,4 +1,4 @@
-"""Mix Transformer (MiT), the encoder of SegFormer, for 2-D images; it also hands out its last attention."""
+"""SegFormer for pictures: Mix Transformer (MiT), which hands out its last attention, and the decoder."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import check_image
+from common.layers import check_image, resize_linear
 from common.segformer3d import init_weights, to_tokens
 
 
@@ -30,6 +30,7 @@ BACKBONES = {
     "b5": Size((64, 128, 320, 512), (3, 6, 40, 3)),
 }
 STRIDES = (4, 2, 2, 1)  # SegFormer has (4, 2, 2, 2); with 1 the stages 3 and 4 lie on the same grid
+MEAN, SD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of the pixels of ImageNet
 SMALLEST = 32  # side of an image in pixels, of which the first stage's keys are the mean
 HANDED_OUT = 2  # blocks at the end of stage 4 whose attention is part of the result
 
@@ -131,7 +132,7 @@ class Block(nn.Module):
 class MixTransformer(nn.Module):
     """Encoder of four stages for RGB images of any size from 32 x 32 pixels.
 
-    Weights have the names of the original (NVlabs); wsss_medical/pretrained.py knows others.
+    Weights have the names of the original (NVlabs); common/mit_weights.py knows others.
 
     Args:
         backbone: size, one of BACKBONES.
@@ -191,6 +192,47 @@ class MixTransformer(nn.Module):
             x = _image(getattr(self, f"norm{stage}")(x), grid)
             features.append(x)
         return features, products
+
+
+class SegFormerDecoder(nn.Module):
+    """SegFormer's decoder: all stages on the grid of the first, concatenated, and turned into classes.
+
+    Between a stage and the norm all steps are linear, so they are taken in another order: each stage is
+    multiplied on its own coarse grid by the product of its two matrices, and the results are enlarged and
+    added. The concatenated features at stride 4, the largest tensor of the network, never exist.
+
+    Args:
+        widths: channels of the stages.
+        channels: of the concatenated features.
+        num_classes: with the background.
+    """
+
+    def __init__(self, widths: Sequence[int], channels: int, num_classes: int) -> None:
+        super().__init__()
+        for i, width in enumerate(widths):  # dictionaries for the original's names of weights
+            self.add_module(f"linear_c{i + 1}", nn.ModuleDict({"proj": nn.Linear(width, channels)}))
+        fuse = nn.Conv2d(len(widths) * channels, channels, 1, bias=False)
+        self.linear_fuse = nn.ModuleDict({"conv": fuse, "bn": nn.BatchNorm2d(channels)})
+        self.dropout = nn.Dropout2d(0.1)
+        self.linear_pred = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Features of the stages, finest first -> logits (N, K, h, w) on the grid of the first."""
+        fuses = self.linear_fuse["conv"].weight.flatten(1).chunk(len(features), dim=1)  # coarsest stage first
+        fused = 0
+        for i, (x, fuse) in enumerate(zip(features, reversed(fuses), strict=True)):
+            linear = getattr(self, f"linear_c{i + 1}")["proj"]
+            with torch.autocast(x.device.type, enabled=False):
+                weight, bias = fuse @ linear.weight, fuse @ linear.bias
+            x = F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+            fused = fused + resize_linear(x, features[0].shape[2:])
+        return self.linear_pred(self.dropout(F.relu(self.linear_fuse["bn"](fused))))
+
+
+def to_network_input(image: Tensor) -> Tensor:
+    """uint8 (n, 3, h, w) -> float32 with mean and deviation of ImageNet, which encoders are trained on."""
+    mean, sd = (torch.tensor(v, device=image.device).reshape(1, 3, 1, 1) for v in (MEAN, SD))
+    return (image.float() - mean) / sd
 
 
 def _image(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.mit import BACKBONES
 from common.pretrained import first_names, load_exactly, read_weights
-from wsss_medical.mit import BACKBONES
 
 PREFIXES = ("backbone.", "segformer.", "encoder.")  # that stand before the names of an encoder's weights
 HEADS = ("head.", "classifier.", "decode_head.", "decoder.", "attn_proj.", "aux_classifiers.")  # not its own
@@ -29,7 +29,7 @@ KEY, VALUE = "attention.self.key", "attention.self.value"  # one matrix in the o
 
 
 def load_encoder(network: nn.Module, path: str | Path) -> list[str]:
-    """Load every weight of the encoder of `network` (a WeTr) from a file; heads in it are left out.
+    """Load every weight of `network.encoder`, a MixTransformer, from a file; heads in it are left out.
 
     Args:
         path: see `read_weights`.
