@@ -1,4 +1,4 @@
-"""Labels of pixels from labels of slices and the volume alone: what is cut off from the slices without it.
+"""Where a structure lies, from a volume and labels of its slices: what is cut off from those without it.
 
 Many things are seen in just the slices that show the structure, so a classifier of slices cannot tell it from
 them. But vessels and chambers that run through go on in slices where the structure is not, and the structure
@@ -14,14 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.pixel_labels import IGNORE
-
 GREY_SD = 0.06  # difference of grey values, of 0 to 1, at which a step becomes e times less likely
 LEAST = 1e-3  # likelihood of a step between voxels of any difference
 ALONG_Z = 3.0  # likelihood of a step to the next slice, against one within the slice
 DARK = 0.8  # of Otsu's threshold
 SLICE_POWER = 0.75  # how far the slices of a volume are brought to the same largest time: 0 not, 1 fully
-LOW, HIGH = 0.60, 0.72  # share of the largest time up to which, from which on a pixel is labelled
 STEPS = ((0, 0, 1, 1.0), (0, 1, 0, 1.0), (0, 1, 1, 0.7), (0, 1, -1, 0.7), (1, 0, 0, ALONG_Z))  # z y x, weight
 
 
@@ -89,7 +86,7 @@ def otsu_threshold(values: Tensor) -> float:
     return float(levels[spread.argmax()])
 
 
-def escape_map(slices: np.ndarray, is_positive: np.ndarray) -> np.ndarray:
+def escape_map(slices: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How closed in each pixel is: about 1 in the middle of what is seen in positive slices only.
 
     Computed at half the resolution, where noise is lower.
@@ -99,27 +96,28 @@ def escape_map(slices: np.ndarray, is_positive: np.ndarray) -> np.ndarray:
         is_positive: (z,) bool, whether the structure is seen in the slice.
 
     Returns:
-        float32 of the shape of `slices`; 0 in negative slices, and everywhere if there is no exit.
+        Float32 of the shape of `slices`, 0 to 1, 0 in negative slices; and (z,) the longest time of each
+        slice as a share of that of the volume. All is 0 where nothing is closed in.
     """
-    grey = torch.from_numpy(slices).float()[None, None] / 255
-    positive = torch.from_numpy(np.asarray(is_positive, bool))
-    grey = F.avg_pool3d(grey, (1, 2, 2), ceil_mode=True)
-    grey = F.avg_pool2d(grey[0], 3, 1, 1, count_include_pad=False)[0]
-    padded = torch.cat([grey[:1], grey, grey[-1:]])  # beyond the ends of the volume all is exit
-    is_exit = padded < DARK * otsu_threshold(grey)
+    is_positive = np.asarray(is_positive, bool)
+    found, shares = np.zeros(slices.shape, np.float32), np.zeros(len(slices), np.float32)
+    if not is_positive.any():
+        return found, shares
+    grey = F.avg_pool2d(torch.from_numpy(slices).float()[:, None] / 255, 2, ceil_mode=True)
+    grey = F.avg_pool2d(grey, 3, 1, 1, count_include_pad=False)[:, 0]
+    dark = DARK * otsu_threshold(grey)
+    first, last = np.flatnonzero(is_positive)[[0, -1]]
+    inside = slice(first, last + 1)
+    # What lies beyond the positive slices, or beyond the volume, is exit; one slice of it is enough.
+    grey = torch.cat([grey[[max(first - 1, 0)]], grey[inside], grey[[min(last + 1, len(grey) - 1)]]])
+    is_exit = (grey < dark) | ~torch.from_numpy(np.pad(is_positive[inside], 1))[:, None, None]
     is_exit[:, [0, -1]] = is_exit[:, :, [0, -1]] = True
-    is_exit |= ~F.pad(positive, (1, 1))[:, None, None]
-    times = escape_times(padded, is_exit)[1:-1]
+    times = escape_times(grey, is_exit)[1:-1]
     peaks = torch.stack([t[t > 0].quantile(0.98) if (t > 0).any() else t.new_zeros(()) for t in times])
     if not peaks.any():
-        return np.zeros(slices.shape, np.float32)
-    share = (peaks / peaks.max()).clamp(min=0.02)
-    times = times / (peaks.max() * share**SLICE_POWER)[:, None, None]
+        return found, shares
+    share = peaks / peaks.max()
+    times = times / (peaks.max() * share.clamp(min=0.02) ** SLICE_POWER)[:, None, None]
     full = F.interpolate(times[:, None], slices.shape[1:], mode="bilinear", align_corners=False)
-    return full[:, 0].numpy()
-
-
-def escape_labels(slices: np.ndarray, is_positive: np.ndarray) -> np.ndarray:
-    """uint8 of the shape of `slices`: 1 structure, 0 background, 255 unknown; arguments of `escape_map`."""
-    found = escape_map(slices, is_positive)
-    return np.select([found > HIGH, found < LOW], [np.uint8(1), np.uint8(0)], np.uint8(IGNORE))
+    found[inside], shares[inside] = full[:, 0].clamp(max=1).numpy(), share.numpy()
+    return found, shares

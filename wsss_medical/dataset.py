@@ -6,18 +6,13 @@
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from common import distributed
 from common.augment2d import cut_square, random_square, rotate, vary_grey
-from common.escape import escape_labels
-from common.files import make_folder, replacing
 from common.pixel_labels import IGNORE
 from common.slices import resize, robust_read_npy
 from common.splits import PARTS, cut_in_order, natural_key
@@ -234,22 +229,3 @@ class MedicalClsDataset(MedicalSliceDataset):
             return item
         labels = np.load(self.targets / f"{self.names[index]}.npy", allow_pickle=False)
         return item | {"target": torch.from_numpy(moved(labels, IGNORE, is_mask=True))}
-
-
-def write_escape_labels(root: Path, names: Sequence[str], out: Path) -> None:
-    """`escape_labels` of the patients of the slices `names`, as <name>.npy in `out`; what is there stays.
-
-    Processes share the patients.
-    """
-    make_folder(out)
-    patients = [list(group) for _, group in groupby(names, key=patient_of)]
-    for own in tqdm(distributed.my_share(patients), "labels from the volumes", unit="patient", disable=None):
-        todo = [out / f"{name}.npy" for name in own]
-        if all(path.is_file() for path in todo):
-            continue
-        data = MedicalSliceDataset(root, own)
-        slices = np.stack([data.read(i).mean(axis=-1).astype(np.uint8) for i in range(len(data))])
-        for path, label in zip(todo, escape_labels(slices, data.labels > 0), strict=True):
-            with replacing(path) as partial:
-                np.save(partial, label)
-    distributed.barrier()

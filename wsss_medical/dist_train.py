@@ -115,6 +115,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
     # ---- train ----
     with run:  # Ctrl-C and SIGTERM: the update is finished, last.pt saved
         while run.next_epoch():
+            training.renew_labels(run, trained, root, args)
             batches = run.batches(loader)
             model.train()
             while size := run.next_update():  # of the weights, from the gradients of `size` batches

@@ -12,7 +12,7 @@ slice the structure lies. With --pred: masks on the scans' own grids, of which a
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,8 +43,8 @@ from wsss_medical.segment import (
     add_slice_flags,
     part_of,
     scales_of,
-    segment_slices,
 )
+from wsss_medical.volume import segment_patient
 
 STRUCTURES = Structures({1: "structure"}, np.array([[0, 0, 0], [230, 30, 30]], np.uint8))
 # Groups of slices: all, with empty maps where the class score or the true label says so; with the maps gated
@@ -121,8 +121,14 @@ def evaluate_split(
     """
     data, was_training = MedicalSliceDataset(root, names), model.network.training
     model.network.eval()
-    mine = distributed.my_share(list(range(len(data))))
-    found = segment_slices(model, map(data.read, mine), scales=scales, batch_size=batch_size, cams=cams)
+    patients = [
+        list(of_patient) for _, of_patient in groupby(range(len(data)), lambda i: patient_of(names[i]))
+    ]
+    mine, found = [], []
+    for own in distributed.my_share(patients):
+        mine += own
+        slices = [data.read(i) for i in own]
+        found += segment_patient(model, slices, scales=scales, batch_size=batch_size, cams=cams)
     scores: dict[int, float] = {}
     sweeps: dict[tuple[str, str], Sweep] = {}
     for i, result in zip(mine, found, strict=True):

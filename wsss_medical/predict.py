@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,7 +37,8 @@ from common.runs import run_dir_of
 from common.slices import read_scan, robust_read_npy, to_scan_grid, write_png
 from wsss_medical.maps import write_picture
 from wsss_medical.model import load_trained
-from wsss_medical.segment import GATE, OUTPUTS, add_slice_flags, scales_of, segment_slices, threshold_of
+from wsss_medical.segment import GATE, OUTPUTS, add_slice_flags, scales_of, threshold_of
+from wsss_medical.volume import segment_patient
 
 
 def build_parser() -> ArgumentParser:
@@ -114,7 +114,7 @@ def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Nam
         slices, scan = read_scan(images, model.preprocessing["pixel_mm"])
     else:
         slices = robust_read_npy(path)[None]
-    found = segment_slices(
+    results = segment_patient(
         model,
         slices,
         scales=scales_of(model, args.scales),
@@ -123,7 +123,6 @@ def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Nam
         gate=args.gate,
         cams=args.output != "seg",
     )
-    results = list(tqdm(found, name, len(slices), unit="slice", disable=None, leave=False))
     probs = np.stack([getattr(result, args.output) for result in results])
     scores = [result.score for result in results]
     if is_nifti(path):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common import hardware
-from common.checkpoints import save_checkpoint
+from common import distributed, hardware
+from common.checkpoints import TrainedModel, save_checkpoint
 from common.config import parse_args
 from common.files import link_file, make_folder, read_json
 from common.mit import to_network_input
@@ -27,9 +27,9 @@ from wsss_medical.dataset import (
     list_names,
     split_lines,
     split_slices,
-    write_escape_labels,
 )
 from wsss_medical.model import Output
+from wsss_medical.volume import label_pixels
 
 CURVES = {
     "loss": ["train_loss", "loss_class", "loss_seg", "loss_affinity", "loss_negative", "loss_contrast"],
@@ -39,6 +39,8 @@ CURVES = {
 }
 LOSSES = ("class", "seg", "affinity", "negative", "contrast")  # in the order of the table
 HEADS_LEARN_FASTER = 10
+LABELS = "volume_labels"  # folder of a run
+REFRESH = (0.35, 0.85)  # shares of the run between which labels of pixels are made anew
 NOTES = ("dataset", "channels", "channel_numbers", "pixel_mm", "step")  # of slices.json that predict.py needs
 
 
@@ -227,13 +229,12 @@ def training_slices(
     """The training slices, `length` of them between two validations, with labels of pixels where there are
     any before the training; those of --pixel_labels escape lie in volume_labels/ of the run's folder."""
     targets = None
+    if args.pixel_labels == "escape":
+        targets = folder / LABELS
     if args.pixel_labels == "masks":
         targets = root / MASKS
         if not MedicalSliceDataset(root, names).has_masks:
             raise ValueError(f"--pixel_labels masks: {targets} does not hold a mask for every training slice")
-    if args.pixel_labels == "escape":
-        targets = folder / "volume_labels"
-        write_escape_labels(root, names, targets)
     return MedicalClsDataset(
         root,
         names,
@@ -244,6 +245,24 @@ def training_slices(
         grey_values=args.grey_values,
         targets=targets,
     )
+
+
+def renew_labels(run: Run, trained: TrainedModel, root: Path, args: Namespace) -> None:
+    """Before a round of --pixel_labels escape: write its labels, unless it is a round that was broken off.
+
+    Those of the first round come from the volumes alone; later ones, in the middle of the run, also from what
+    the network has learned.
+    """
+    done = run.folder / LABELS / "round.txt"
+    if args.pixel_labels != "escape" or (done.is_file() and done.read_text() == f"{run.epoch}"):
+        return
+    in_the_middle = REFRESH[0] <= run.progress <= REFRESH[1]
+    if run.epoch == 0 or in_the_middle:
+        names = trained.split["train"]
+        trained.network.eval()
+        label_pixels(root, names, run.folder / LABELS, trained if in_the_middle else None)
+    if distributed.is_main():
+        done.write_text(f"{run.epoch}")
 
 
 def keep_weights(run: Run, weights: dict, iteration: int) -> None:

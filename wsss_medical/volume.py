@@ -1,0 +1,93 @@
+"""What a whole volume says beyond its slices: labels of pixels to learn from, and better maps to predict by.
+
+See common/escape.py for the idea. Of a training volume the labels of slices are known, of another one they
+are predicted.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common import distributed
+from common.checkpoints import TrainedModel
+from common.escape import escape_map
+from common.files import make_folder, replacing
+from common.pixel_labels import IGNORE
+from wsss_medical.dataset import MedicalSliceDataset, patient_of
+from wsss_medical.segment import GATE, SliceResult, segment_slices
+
+FIRST = (0.60, 0.72)  # values of the escape map up to which and above which a pixel is labelled
+LATER = (0.44, 0.56)  # the same of its geometric mean with the network's map
+LEAST_SHARE = (
+    0.5  # of the volume's longest time: slices below it, often at its ends, are not labelled at first
+)
+
+
+def by_patient(names: Sequence[str]) -> list[list[str]]:
+    """Names of slices in lists, one for each patient."""
+    return [list(group) for _, group in groupby(names, key=patient_of)]
+
+
+def label_pixels(
+    root: Path, names: Sequence[str], folder: Path, model: TrainedModel | None = None, batch_size: int = 8
+) -> None:
+    """Write labels of pixels of training slices, uint8 with 0, 1 and 255 = unknown, to <name>.npy.
+
+    Without a model by the escape map alone; with one by its geometric mean with what the model has learned,
+    which is right where single volumes are not. Processes share the patients.
+    """
+    make_folder(folder)
+    for own in tqdm(
+        distributed.my_share(by_patient(names)), "labels of pixels", unit="patient", disable=None, leave=False
+    ):
+        data = MedicalSliceDataset(root, own)
+        slices, is_positive = [data.read(i) for i in range(len(data))], data.labels > 0
+        if not are_alike(slices):
+            raise ValueError(
+                f"--pixel_labels escape: {own[0]} and other slices of its patient differ in size, so they "
+                "are no volume; use --pixel_labels cam"
+            )
+        found, shares = escape_map(grey_volume(slices), is_positive)
+        (low, high), is_unsure = FIRST, is_positive & (shares < LEAST_SHARE)
+        if model:
+            results = segment_slices(model, slices, batch_size=batch_size, cams=False)
+            found = np.sqrt(found * np.stack([result.seg for result in results]))
+            (low, high), is_unsure = LATER, np.zeros_like(is_positive)
+        label = np.select([found > high, found < low], [np.uint8(1), np.uint8(0)], np.uint8(IGNORE))
+        label[is_unsure] = IGNORE
+        for name, of_slice in zip(own, label, strict=True):
+            with replacing(folder / f"{name}.npy") as partial:
+                np.save(partial, of_slice)
+    distributed.barrier()
+
+
+def are_alike(slices: Sequence[np.ndarray]) -> bool:
+    """Whether all slices have one shape, as those of a volume have."""
+    return len({image.shape for image in slices}) == 1
+
+
+def grey_volume(slices: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 (z, row, column): the mean of the channels."""
+    volume = np.stack(slices)
+    return volume if volume.ndim == 3 else volume.mean(axis=-1).astype(np.uint8)
+
+
+def segment_patient(model: TrainedModel, slices: Sequence[np.ndarray], **options) -> list[SliceResult]:
+    """`segment_slices` of all slices of a patient, in their order.
+
+    If the model was trained so (--pixel_labels escape), `seg` is the geometric mean of what the network says
+    and the escape map by the labels that it predicts for the slices.
+
+    Args:
+        slices: uint8 (row, column) or (row, column, 3) each.
+        options: of `segment_slices`.
+    """
+    results = list(segment_slices(model, slices, **options))
+    if model.config.get("pixel_labels") != "escape" or len(results) == 1 or not are_alike(slices):
+        return results
+    found, _ = escape_map(grey_volume(slices), np.array([result.score >= GATE for result in results]))
+    pairs = zip(results, found, strict=True)
+    return [result._replace(seg=np.sqrt(result.seg * escape)) for result, escape in pairs]
