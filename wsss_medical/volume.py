@@ -20,7 +20,7 @@ from wsss_medical.dataset import MedicalSliceDataset, patient_of
 from wsss_medical.segment import GATE, SliceResult, segment_slices
 
 FIRST = (0.60, 0.72)  # values of the escape map up to which and above which a pixel is labelled
-LATER = (0.44, 0.56)  # the same of its geometric mean with the network's map
+LATER = (0.60, 0.70)  # the same of its geometric mean with the network's map
 LEAST_SHARE = (
     0.5  # of the volume's longest time: slices below it, often at its ends, are not labelled at first
 )
