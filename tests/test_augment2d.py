@@ -18,12 +18,12 @@ def test_background_moves_in():
 
 
 def test_grey_values_by_hand():
-    """Gamma 2 of 128 is 128^2 / 255 = 64.25; contrast 0.5 halves; 0 alone stays 0."""
+    """Gamma 2 of 128 is 128^2 / 255 = 64.25; contrast 0.5 halves the distance from 76.5; 0 alone stays 0."""
     levels = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
     assert vary_grey(levels, 1.0, 2.0)[0, [0, 128, 255], 0].tolist() == [0, 64, 255]
-    assert vary_grey(levels, 0.5, 1.0)[0, [0, 1, 100, 255], 0].tolist() == [0, 1, 50, 128]
-    assert vary_grey(levels, 1.25, 1.0)[0, [0, 200, 204, 255], 0].tolist() == [0, 250, 255, 255]
-    assert (vary_grey(levels, 0.1, 3.0)[0, 1:, 0] >= 1).all()
+    assert vary_grey(levels, 0.5, 1.0)[0, [0, 1, 100, 255], 0].tolist() == [0, 39, 88, 166]
+    assert vary_grey(levels, 2.0, 1.0)[0, [0, 20, 100, 255], 0].tolist() == [0, 1, 124, 255]
+    assert vary_grey(levels, 1.0, 1.0, 0.1)[0, [0, 1, 100, 250], 0].tolist() == [0, 26, 126, 255]
     np.testing.assert_array_equal(vary_grey(levels, 1.0, 1.0), levels)
 
 

@@ -139,11 +139,12 @@ def test_without_flags_it_says_what_is_missing():
 
 def test_heads_that_learn_faster_and_norms_that_do_not_learn():
     network = get_model({"backbone": "tiny", "num_classes": 2, "pooling": "gmp"})
-    groups = training.parameter_groups(network, 0.01, freeze_norms=False)
-    assert [group.get("lr_scale", 1) for group in groups] == [1, 1, 10]
+    groups = training.parameter_groups(network, 0.01, pretrained=False)
+    assert [group.get("lr_scale", 1) for group in groups] == [1, 1, 1]
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01]
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
-    encoder, heads = training.parameter_groups(network, 0.01, freeze_norms=True)
+    encoder, heads = training.parameter_groups(network, 0.01, pretrained=True)
+    assert heads["lr_scale"] == 10 and "lr_scale" not in encoder
     frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
     assert frozen and all("norm" in name and name.startswith("encoder.") for name in frozen)
     assert any(p is network.classifier.weight for p in heads["params"])

@@ -178,7 +178,7 @@ class MedicalClsDataset(MedicalSliceDataset):
         scale_range: factors on the size of a slice, drawn evenly.
         flip: probability of a mirror image.
         rotate_deg: largest rotation to either side.
-        grey_values: whether contrast and gamma vary by up to a quarter.
+        grey_values: whether contrast, brightness and gamma vary, as they do between patients.
         targets: folder of labels of pixels, <name>.npy with 0, 1 and 255 = unknown, as outside of the slice.
     """
 
@@ -222,7 +222,8 @@ class MedicalClsDataset(MedicalSliceDataset):
 
         square = moved(image, 0, is_mask=False)
         if self.grey_values:
-            square = vary_grey(square, *rng.uniform(0.8, 1.25, 2))
+            contrast, gamma = rng.uniform(0.7, 1.4), np.exp(rng.uniform(-0.7, 0.7))
+            square = vary_grey(square, contrast, gamma, rng.uniform(-0.15, 0.15))
         box = torch.tensor([end for place in target for end in (place.start, place.stop)])
         item = self.item(index, square) | {"box": box}
         if self.targets is None:

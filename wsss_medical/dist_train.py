@@ -75,7 +75,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
     )
     config |= setup.config
     precision, plan = setup.precision, setup.plan
-    groups = training.parameter_groups(network, args.weight_decay, freeze_norms=bool(args.pretrained))
+    groups = training.parameter_groups(network, args.weight_decay, pretrained=bool(args.pretrained))
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     teacher, average = network, None  # what makes the labels, and what best.pth keeps

@@ -40,12 +40,12 @@ RECIPES = {
         "slice_peaks": True,
         "seg_weight": 1.0,
         "affinity_weight": 0.1,
-        "negative_weight": 0.1,
+        "negative_weight": 0.0,
         "contrast_weight": 0.0,
         "zero_is_background": True,
         "ema": True,
         "dynamic_threshold": False,
-        "cam_stages": [4, 3],
+        "cam_stages": [4],
     },
 }
 
@@ -97,7 +97,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
         "--grey_values",
         action=Switch,
         default=False,
-        help="change contrast and gamma of training slices by up to a quarter",
+        help="change contrast, brightness and gamma of training slices",
     )
     add_network_flags(parser)
     add_label_flags(parser)
@@ -107,8 +107,8 @@ def add_training_flags(parser: ArgumentParser) -> None:
         "--lr",
         type=positive_float,
         default=6e-5,
-        help="highest learning rate of the encoder; the heads learn ten times as fast. 6e-5 suits a "
-        "pretrained encoder, a random one needs about 5e-4",
+        help="highest learning rate of the encoder. 6e-5 suits a pretrained one, beside which the heads "
+        "learn ten times as fast; a random one needs about 6e-4",
     )
     optim.add_argument(
         "--warmup",

@@ -32,7 +32,7 @@ def get_seg_loss(pred: Tensor, label: Tensor, ignore_index: int = IGNORE) -> Ten
 
 
 def seg_loss_by_slices(pred: Tensor, label: Tensor, cls_label: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """Mean cross-entropy of the labelled pixels of slices with a class, plus that of slices without any.
+    """Mean cross-entropy of labelled pixels: of slices with a class, plus half that of slices without any.
 
     A label that is the same all over negative slices must not drown the few pixels of the others, and inside
     of a slice foreground and background count as they are: balanced, the foreground would grow too large.
@@ -47,7 +47,8 @@ def seg_loss_by_slices(pred: Tensor, label: Tensor, cls_label: Tensor, ignore_in
     is_positive = cls_label.any(dim=1)[:, None, None]
     is_known = label != ignore_index
     kinds = [is_known & is_positive, is_known & ~is_positive]
-    return sum((per_pixel * kind).sum() / kind.sum().clamp(min=1) for kind in kinds)
+    with_class, without = ((per_pixel * kind).sum() / kind.sum().clamp(min=1) for kind in kinds)
+    return with_class + without / 2
 
 
 def affinity_loss(attn_pred: Tensor, target: Tensor) -> Tensor:

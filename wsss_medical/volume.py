@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import uniform_filter1d
 from tqdm import tqdm
 
 from common import distributed
@@ -19,11 +20,10 @@ from common.pixel_labels import IGNORE
 from wsss_medical.dataset import MedicalSliceDataset, patient_of
 from wsss_medical.segment import GATE, SliceResult, segment_slices
 
-FIRST = (0.60, 0.72)  # values of the escape map up to which and above which a pixel is labelled
+FIRST = (0.60, 0.73)  # values of the escape map up to which and above which a pixel is labelled
 LATER = (0.60, 0.70)  # the same of its geometric mean with the network's map
-LEAST_SHARE = (
-    0.5  # of the volume's longest time: slices below it, often at its ends, are not labelled at first
-)
+LEAST_SHARE = 0.35  # of the longest time: slices below it, often the outer ones, have no labels at first
+NEIGHBOURS = 5  # slices whose scores are averaged
 
 
 def by_patient(names: Sequence[str]) -> list[list[str]]:
@@ -75,19 +75,28 @@ def grey_volume(slices: Sequence[np.ndarray]) -> np.ndarray:
     return volume if volume.ndim == 3 else volume.mean(axis=-1).astype(np.uint8)
 
 
-def segment_patient(model: TrainedModel, slices: Sequence[np.ndarray], **options) -> list[SliceResult]:
+def segment_patient(
+    model: TrainedModel, slices: Sequence[np.ndarray], *, gate: float = 0.0, **options
+) -> list[SliceResult]:
     """`segment_slices` of all slices of a patient, in their order.
 
-    If the model was trained so (--pixel_labels escape), `seg` is the geometric mean of what the network says
-    and the escape map by the labels that it predicts for the slices.
+    If the model was trained so (--pixel_labels escape), the score of a slice is the mean over its neighbours
+    too, and `seg` the geometric mean of what the network says and the escape map by these scores.
 
     Args:
         slices: uint8 (row, column) or (row, column, 3) each.
-        options: of `segment_slices`.
+        gate, options: of `segment_slices`.
     """
+    if model.config.get("pixel_labels") != "escape" or len(slices) == 1 or not are_alike(slices):
+        return list(segment_slices(model, slices, gate=gate, **options))
     results = list(segment_slices(model, slices, **options))
-    if model.config.get("pixel_labels") != "escape" or len(results) == 1 or not are_alike(slices):
-        return results
-    found, _ = escape_map(grey_volume(slices), np.array([result.score >= GATE for result in results]))
-    pairs = zip(results, found, strict=True)
-    return [result._replace(seg=np.sqrt(result.seg * escape)) for result, escape in pairs]
+    scores = uniform_filter1d([result.score for result in results], NEIGHBOURS, mode="nearest")
+    found, _ = escape_map(grey_volume(slices), scores >= GATE)
+    better = []
+    for result, score, escape in zip(results, scores.tolist(), found, strict=True):
+        maps = {name: getattr(result, name) for name in ("cam", "affinity", "cam_raw")}
+        maps = {name: found for name, found in maps.items() if found is not None}
+        maps["seg"] = np.sqrt(result.seg * escape)
+        shown = {name: values * (score >= gate) for name, values in maps.items()}
+        better.append(result._replace(score=score, **shown))
+    return better
