@@ -17,7 +17,6 @@ from torch import Tensor
 GREY_SD = 0.06  # difference of grey values, of 0 to 1, at which a step becomes e times less likely
 LEAST = 1e-3  # likelihood of a step between voxels of any difference
 ALONG_Z = 3.0  # likelihood of a step to the next slice, against one within the slice
-DARK = 0.8  # of Otsu's threshold
 SLICE_POWER = 0.75  # how far the slices of a volume are brought to the same largest time: 0 not, 1 fully
 STEPS = ((0, 0, 1, 1.0), (0, 1, 0, 1.0), (0, 1, 1, 0.7), (0, 1, -1, 0.7), (1, 0, 0, ALONG_Z))  # z y x, weight
 
@@ -86,7 +85,9 @@ def otsu_threshold(values: Tensor) -> float:
     return float(levels[spread.argmax()])
 
 
-def escape_map(slices: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def escape_map(
+    slices: np.ndarray, is_positive: np.ndarray, dark: float = 0.8
+) -> tuple[np.ndarray, np.ndarray]:
     """How closed in each pixel is: about 1 in the middle of what is seen in positive slices only.
 
     Computed at half the resolution, where noise is lower.
@@ -94,6 +95,8 @@ def escape_map(slices: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray,
     Args:
         slices: uint8 (z, row, column), neighbours of a patient.
         is_positive: (z,) bool, whether the structure is seen in the slice.
+        dark: surroundings are what is darker than this times Otsu's threshold; above 1 for structures that
+            are brighter than most of the tissue.
 
     Returns:
         Float32 of the shape of `slices`, 0 to 1, 0 in negative slices; and (z,) the longest time of each
@@ -105,12 +108,12 @@ def escape_map(slices: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray,
         return found, shares
     grey = F.avg_pool2d(torch.from_numpy(slices).float()[:, None] / 255, 2, ceil_mode=True)
     grey = F.avg_pool2d(grey, 3, 1, 1, count_include_pad=False)[:, 0]
-    dark = DARK * otsu_threshold(grey)
+    least = dark * otsu_threshold(grey)
     first, last = np.flatnonzero(is_positive)[[0, -1]]
     inside = slice(first, last + 1)
     # What lies beyond the positive slices, or beyond the volume, is exit; one slice of it is enough.
     grey = torch.cat([grey[[max(first - 1, 0)]], grey[inside], grey[[min(last + 1, len(grey) - 1)]]])
-    is_exit = (grey < dark) | ~torch.from_numpy(np.pad(is_positive[inside], 1))[:, None, None]
+    is_exit = (grey < least) | ~torch.from_numpy(np.pad(is_positive[inside], 1))[:, None, None]
     is_exit[:, [0, -1]] = is_exit[:, :, [0, -1]] = True
     times = escape_times(grey, is_exit)[1:-1]
     peaks = torch.stack([t[t > 0].quantile(0.98) if (t > 0).any() else t.new_zeros(()) for t in times])

@@ -217,6 +217,13 @@ def add_label_flags(parser: ArgumentParser) -> None:
         "to see how far slice labels are from them",
     )
     labels.add_argument(
+        "--dark",
+        type=positive_float,
+        default=0.8,
+        help="for --pixel_labels escape: what is darker than this times Otsu's threshold cannot be the "
+        "structure; about 1.3 for lesions that are brighter than most of the tissue",
+    )
+    labels.add_argument(
         "--slice_peaks",
         action=Switch,
         help="bring the highest probabilities of each slice to 1 before the threshold: brightness, and with "

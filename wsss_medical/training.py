@@ -259,7 +259,7 @@ def renew_labels(run: Run, trained: TrainedModel, root: Path, args: Namespace) -
     if run.epoch == 0 or in_the_middle:
         names = trained.split["train"]
         trained.network.eval()
-        label_pixels(root, names, run.folder / LABELS, trained if in_the_middle else None)
+        label_pixels(trained, root, names, run.folder / LABELS, by_model=in_the_middle)
     if distributed.is_main():
         done.write_text(f"{run.epoch}")
 

@@ -20,8 +20,8 @@ from common.pixel_labels import IGNORE
 from wsss_medical.dataset import MedicalSliceDataset, patient_of
 from wsss_medical.segment import GATE, SliceResult, segment_slices
 
-FIRST = (0.60, 0.73)  # values of the escape map up to which and above which a pixel is labelled
-LATER = (0.60, 0.70)  # the same of its geometric mean with the network's map
+FIRST = (0.57, 0.69)  # values of the escape map up to which and above which a pixel is labelled
+LATER = (0.53, 0.65)  # the same of its geometric mean with the network's map
 LEAST_SHARE = 0.35  # of the longest time: slices below it, often the outer ones, have no labels at first
 NEIGHBOURS = 5  # slices whose scores are averaged
 
@@ -32,12 +32,18 @@ def by_patient(names: Sequence[str]) -> list[list[str]]:
 
 
 def label_pixels(
-    root: Path, names: Sequence[str], folder: Path, model: TrainedModel | None = None, batch_size: int = 8
+    model: TrainedModel,
+    root: Path,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    by_model: bool,
+    batch_size: int = 8,
 ) -> None:
     """Write labels of pixels of training slices, uint8 with 0, 1 and 255 = unknown, to <name>.npy.
 
-    Without a model by the escape map alone; with one by its geometric mean with what the model has learned,
-    which is right where single volumes are not. Processes share the patients.
+    By the escape map alone or, `by_model`, by its geometric mean with what the model has learned, which is
+    right where single volumes are not. Processes share the patients.
     """
     make_folder(folder)
     for own in tqdm(
@@ -50,9 +56,9 @@ def label_pixels(
                 f"--pixel_labels escape: {own[0]} and other slices of its patient differ in size, so they "
                 "are no volume; use --pixel_labels cam"
             )
-        found, shares = escape_map(grey_volume(slices), is_positive)
+        found, shares = escape_map(grey_volume(slices), is_positive, model.config["dark"])
         (low, high), is_unsure = FIRST, is_positive & (shares < LEAST_SHARE)
-        if model:
+        if by_model:
             results = segment_slices(model, slices, batch_size=batch_size, cams=False)
             found = np.sqrt(found * np.stack([result.seg for result in results]))
             (low, high), is_unsure = LATER, np.zeros_like(is_positive)
@@ -91,7 +97,7 @@ def segment_patient(
         return list(segment_slices(model, slices, gate=gate, **options))
     results = list(segment_slices(model, slices, **options))
     scores = uniform_filter1d([result.score for result in results], NEIGHBOURS, mode="nearest")
-    found, _ = escape_map(grey_volume(slices), scores >= GATE)
+    found, _ = escape_map(grey_volume(slices), scores >= GATE, model.config["dark"])
     better = []
     for result, score, escape in zip(results, scores.tolist(), found, strict=True):
         maps = {name: getattr(result, name) for name in ("cam", "affinity", "cam_raw")}
