@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from common import nifti_checks as checks
 from common.files import replacing
-from common.nifti_checks import as_labels, check_file, check_forms, check_header, off_mm, rounded_labels
+from common.nifti_checks import as_labels, rounded_labels
+from common.nifti_forms import GRID_TOLERANCE_MM, choose_affine, grid_difference, unit_mm
 from common.nrrd import is_nrrd, read_nrrd_header
 from common.scan_files import UNREADABLE, NiftiFile, Scan, first_line
 from common.stored_values import Stored, choose_channel, lowest_finite, scaled, without_nan
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".nrrd")  # of what `open_nifti` reads
-MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}  # any other unit is taken as mm
 
 
 def is_nifti(path: str | Path) -> bool:
@@ -58,11 +59,10 @@ def open_nifti(path: str | Path, channel: int | None = None) -> NiftiFile:
     while len(shape) > 3 and shape[-1] == 1:  # a trailing singleton is how some tools write 3-D
         shape = shape[:-1]
     shape = (*shape, 1) if len(shape) == 2 else shape
-    file_affine = np.asarray(image.affine, dtype=np.float64)
-    check_header(path, shape, image.get_data_dtype(), file_affine)
-    mm = MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
+    checks.check_header(path, shape, image.get_data_dtype())
+    mm = unit_mm(path, image.header)
+    file_affine = choose_affine(path, image, shape, mm)
     affine = np.diag([mm, mm, mm, 1.0]) @ file_affine
-    check_forms(path, image, shape, mm)
     to_ras = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(to_ras, shape)
     shape_zyx = tuple(np.array(shape)[np.argsort(to_ras[:, 0])][::-1].tolist())
@@ -113,9 +113,9 @@ def load_label(path: str | Path) -> Scan:
     return replace(scan, array=rounded_labels(scan.array, path))
 
 
-def same_grid(a: NiftiFile, b: NiftiFile, tolerance_mm: float = 1e-2) -> bool:
+def same_grid(a: NiftiFile, b: NiftiFile, tolerance_mm: float = GRID_TOLERANCE_MM) -> bool:
     """Whether two scans have one shape, and every corner of their grids is at one place to `tolerance_mm`."""
-    return a.shape == b.shape and off_mm(a.affine, b.affine, a.shape[::-1]) <= tolerance_mm
+    return not grid_difference(a, b, tolerance_mm)
 
 
 def save_label(path: str | Path, labels: np.ndarray, like: NiftiFile) -> None:
@@ -144,6 +144,7 @@ def _save_like(path: str | Path, array: np.ndarray, like: NiftiFile, slope: floa
         raise ValueError(f"{path}: an array {array.shape} does not fit the scan's grid {like.shape}")
     array = nib.orientations.apply_orientation(array.transpose(2, 1, 0), _from_ras(like.orientation))
     header = like.header.copy()
+    array = array[:, :, 0] if len(header.get_data_shape()) == 2 else array
     header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)
     header["cal_min"] = header["cal_max"] = 0
@@ -190,12 +191,13 @@ def _open(path: Path) -> tuple[Any, Stored]:
     """nibabel's NIfTI image, and how its voxels are stored; raises what `open_nifti` does."""
     import nibabel as nib
 
-    check_file(path)
+    checks.check_file(path)
     if is_nrrd(path):
         shape, affine, stored = read_nrrd_header(path)
         image = nib.Nifti1Image(np.broadcast_to(np.uint8(0), shape), affine)
         image.header.set_xyzt_units("mm")
         return image, stored
+    checks.check_stored(path)
     damaged = (*UNREADABLE, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
     damaged += (nib.freesurfer.mghformat.MGHError, KeyError, TypeError)  # of .mgz files
     try:

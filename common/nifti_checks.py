@@ -1,15 +1,24 @@
 """Why a file cannot be used as a scan or a label map, found out before it does harm."""
 
-import itertools
+import math
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.nifti_forms import by
+
 HEADER_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}  # NIfTI-1 and 2
-FORM_TOLERANCE_MM = 1.0  # sform and qform may differ by this much at a corner without a warning
+HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
+# How many bytes a byte of a file can hold: deflate packs no more than 1032 into one.
+MOST_OF_A_BYTE = {".nii": 1, ".mgh": 1, ".gz": 1032, ".mgz": 1032}
+FORM_CODES = range(1, 6)  # of an sform or qform that is set
+MOST_BYTES = 2**50  # of a file
+MOST_BEHIND = 2**26  # bytes behind the last voxel that are read
+ALWAYS_FREE = 2**27  # bytes: less is not worth asking the system
 LABEL_TOLERANCE = 1e-3  # a label stored as float may be off by this much, as in 2.9999999993 for 3
 
 
@@ -39,15 +48,14 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path}: compressed but named .mgh; rename it to .mgz")
 
 
-def check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype, affine: np.ndarray) -> None:
-    """Refuse what is not a 3-D scan of real numbers with a place in space.
+def check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Refuse what is not a 3-D scan of real numbers.
 
     Args:
         shape: of the stored array.
-        affine: (4, 4), in whatever unit.
 
     Raises:
-        ValueError: not 3-D, without a voxel, RGB, complex, or with an unusable affine.
+        ValueError: not 3-D, without a voxel, RGB or complex.
     """
     if len(shape) != 3:
         raise ValueError(
@@ -60,29 +68,143 @@ def check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype, affine: np
         raise ValueError(f"{path}: an RGB picture stored as NIfTI, not a scan; export grey values instead")
     if dtype.kind == "c":
         raise ValueError(f"{path}: complex values ({dtype}); export the magnitude image instead")
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    usable = np.isfinite(affine).all() and lengths.all()
-    if not usable or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
+
+
+# ---- the header as it is stored ----
+
+
+def check_stored(path: Path) -> None:
+    """Refuse a NIfTI header with numbers that nibabel takes for others, or stumbles over.
+
+    Raises:
+        ValueError: impossible dimensions, voxels inside the header or nowhere, or a voxel size of zero where
+            nothing else tells it. What cannot be read at all is left to nibabel.
+    """
+    import nibabel as nib
+
+    try:
+        with nib.openers.ImageOpener(path) as file:
+            start = file.read(HEADER_BYTES)
+    except (OSError, EOFError, zlib.error):
+        return
+    found = [kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.may_contain_header(start)]
+    if not found or not path.name.lower().endswith((".nii", ".nii.gz")):
+        return
+    header = found[0](start[: found[0].sizeof_hdr], check=False)  # without nibabel's repairs
+    num_axes, *sizes = header["dim"].tolist()
+    if not 0 <= num_axes <= 7:
+        raise ValueError(f"{path}: its header is damaged (not 1 to 7 dimensions); fetch it again")
+    sizes = sizes[:num_axes]
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{path}: its header gives {sizes} voxels (x y z); fetch it again or correct it")
+    first, offset = header.single_vox_offset, float(header["vox_offset"])
+    if not first <= offset < MOST_BYTES:  # NaN too
         raise ValueError(
-            f"{path}: its affine is not usable (not finite, flat, or an axis of length zero): {affine}"
+            f"{path}: its header says that the voxels begin at byte {offset:g}, but they cannot begin before "
+            f"byte {first}; export it again, or set vox_offset to {first} if no extension is in it"
+        )
+    if int(header["sform_code"]) not in FORM_CODES:
+        sides = header["pixdim"][1:4].tolist()
+        if any(n > 1 and not (mm and np.isfinite(mm)) for n, mm in zip(sizes, sides, strict=False)):
+            raise ValueError(
+                f"{path}: voxels of {by(sides)} mm (x y z) in its header, and no sform that tells "
+                "their size; enter it, or export the scan again"
+            )
+
+
+# ---- the voxels ----
+
+
+def check_length(file: Any) -> None:
+    """Refuse a header that promises more than its file can hold.
+
+    Args:
+        file: a NiftiFile.
+
+    Raises:
+        ValueError: the file is too short.
+    """
+    path, num_bytes = file.path, file.path.stat().st_size
+    end = file.stored.offset + math.prod(file.shape) * file.stored.dtype.itemsize
+    if end > num_bytes * MOST_OF_A_BYTE.get(path.suffix.lower(), np.inf):
+        raise ValueError(
+            f"{path}: truncated or damaged ({num_bytes:,} bytes cannot hold the {by(file.shape)} voxels of "
+            "its header); fetch it again"
         )
 
 
-def check_forms(path: Path, image: Any, shape: tuple[int, ...], mm: float) -> None:
-    """Warn if the two affines of a NIfTI file, sform and qform, disagree by over FORM_TOLERANCE_MM.
+def check_room(file: Any, start: Sequence[int], stop: Sequence[int]) -> None:
+    """Refuse a box that the file cannot hold, or the memory, before it is tried.
 
     Args:
-        image: nibabel's.
-        shape: x y z.
-        mm: length of the file's unit.
+        file: a NiftiFile.
+        start, stop: of the box, z y x.
+
+    Raises:
+        ValueError: as `check_length`, for the whole scan; or the box is larger than the free memory.
     """
-    if image.header["sform_code"] > 0 and image.header["qform_code"] > 0:
-        try:
-            apart_mm = mm * off_mm(image.get_sform(), image.get_qform(), shape)
-        except ValueError:  # the qform is not a rotation
-            apart_mm = np.inf
-        if apart_mm > FORM_TOLERANCE_MM:
-            warnings.warn(f"{path}: sform and qform {apart_mm:.3g} mm apart; the sform is used", stacklevel=3)
+    size = [int(b) - int(a) for a, b in zip(start, stop, strict=True)]
+    if size == list(file.shape):
+        check_length(file)
+    check_memory(
+        f"{file.path}: reading {by(size)} voxels",
+        math.prod(size) * file.stored.dtype.itemsize,
+        "cut the scan to the part that matters, or use a machine with more memory",
+    )
+
+
+def check_end(file: Any, stream: Any, plane_bytes: int) -> None:
+    """Read on behind the last voxel, as gzip compares its checksum only at the end; warn of voxels there.
+
+    Args:
+        file: a NiftiFile.
+        stream: the open file, read up to the last voxel.
+        plane_bytes: of a plane of voxels.
+
+    Raises:
+        EOFError, OSError, zlib.error: the file is damaged.
+    """
+    path, more = file.path, 0
+    name = path.name.lower()
+    # Behind a volume of a 4-D file others may follow, and FreeSurfer puts notes there.
+    is_all = math.prod(file.header.get_data_shape()) == math.prod(file.shape)
+    if MOST_OF_A_BYTE.get(path.suffix.lower()) != 1:
+        while num := len(stream.read(2**20)):
+            more += num
+            if is_all and more > MOST_BEHIND:
+                break
+    else:
+        more = path.stat().st_size - stream.tell()
+    if is_all and more >= plane_bytes and not name.endswith((".mgz", ".mgh")):
+        warnings.warn(
+            f"{path}: {more:,} bytes follow behind the last voxel; are the dimensions in its header too "
+            "small?",
+            stacklevel=4,
+        )
+
+
+def check_memory(what: str, need_bytes: float, advice: str) -> None:
+    """Refuse what needs more memory than is free, before it is tried.
+
+    Args:
+        what: names the file and what is done to it, as the beginning of the message.
+        advice: what the user of this script can do about it.
+
+    Raises:
+        ValueError: not enough.
+    """
+    if need_bytes < ALWAYS_FREE:
+        return
+    from common.hardware import cores_and_ram_gib  # needs torch, which this module does not
+
+    free_gib = cores_and_ram_gib()[2]
+    if need_bytes / 2**30 > free_gib:
+        raise ValueError(
+            f"{what} takes {need_bytes / 2**30:.1f} GiB of memory, but {free_gib:.1f} GiB are free; {advice}"
+        )
+
+
+# ---- labels ----
 
 
 def as_labels(array: np.ndarray, path: str | Path) -> np.ndarray:
@@ -113,9 +235,3 @@ def rounded_labels(array: np.ndarray, path: str | Path) -> np.ndarray:
             )
         array = rounded
     return as_labels(array, path)
-
-
-def off_mm(a: np.ndarray, b: np.ndarray, shape_xyz: Sequence[int]) -> float:
-    """Largest difference in a coordinate, mm, of two (4, 4) affines at the corners of a grid."""
-    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape_xyz))])
-    return float(np.abs(corners @ (a - b).T).max())

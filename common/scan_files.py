@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from common import nifti_checks as checks
 from common.nrrd import is_nrrd, open_nrrd_voxels
 from common.stored_values import Stored, clip_values, lowest_finite, scaled, without_nan
 
-UNREADABLE = (EOFError, zlib.error, OSError, ValueError)  # of damaged files
+UNREADABLE = (EOFError, zlib.error, OSError, ValueError, OverflowError)  # what damaged files raise
 CHUNK_BYTES = 2**22  # that are read at once: several planes, as turning the axes of each plane is slow
 
 
@@ -103,6 +104,7 @@ class NiftiFile:
         """
         if len(factors) != 3 or any(f != int(f) or f < 1 for f in factors):
             raise ValueError(f"{self.path}: factors {factors}, expected three whole numbers above 0 (z y x)")
+        checks.check_length(self)
         sums = np.zeros([-(-n // f) for n, f in zip(self.shape, factors, strict=True)])
         for place, part in self._parts((0, 0, 0), self.shape):
             part = clip_values(without_nan(self._scaled(part), lambda: self.lowest), value_range)
@@ -122,6 +124,7 @@ class NiftiFile:
 
     def _read(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
         """A box as it is stored, without slope and intercept, in native byte order."""
+        checks.check_room(self, start, stop)
         box = np.empty(np.subtract(stop, start), self.stored.dtype.newbyteorder("="))
         for place, part in self._parts(start, stop):
             box[place] = part
@@ -153,6 +156,8 @@ class NiftiFile:
                     begin = last[0] - k - num if flips[0] else k - first[0]
                     place[axes[0]] = slice(begin, begin + num)
                     yield tuple(place), part
+                if last[0] == shape[0]:
+                    checks.check_end(self, file, plane_bytes)
         except UNREADABLE as error:
             message = f"{self.path}: truncated or damaged ({first_line(error)}); fetch it again"
             raise ValueError(message) from error
