@@ -31,6 +31,7 @@ from common.hardware import choose_precision, describe_device, start_device
 from common.label_measures import label_volumes_ml
 from common.nifti import case_name, open_nifti, save_label
 from common.planes import legend_of, save_planes
+from common.plots import costs_the_picture
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.views import save_views
@@ -119,18 +120,20 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args: Namespace) ->
     if not labels.any():
         tqdm.write(f"warning: {path.name}: no organ found, its mask is empty")
     if args.save_preview:
-        save_planes(
-            out / f"{name}_preview.png",
-            reading.image,
-            file.spacing_mm,
-            labels,
-            palette=COLORS[1:],
-            value_range=WINDOW_HU if modality == "ct" else (scaling.low, scaling.high),
-            title=name,
-            legend=legend_of(labels, ORGANS, COLORS),
-        )
+        with costs_the_picture(f"{name}_preview.png"):
+            save_planes(
+                out / f"{name}_preview.png",
+                reading.image,
+                file.spacing_mm,
+                labels,
+                palette=COLORS[1:],
+                value_range=WINDOW_HU if modality == "ct" else (scaling.low, scaling.high),
+                title=name,
+                legend=legend_of(labels, ORGANS, COLORS),
+            )
     if args.save_3d:
-        save_views(out / name, labels, file.spacing_mm, colors=COLORS, frames=FRAMES, size=TURNTABLE_SIZE)
+        with costs_the_picture(f"{name}_3d.png"):
+            save_views(out / name, labels, file.spacing_mm, colors=COLORS, frames=FRAMES, size=TURNTABLE_SIZE)
     notes = prediction.prediction_notes(path, model, reading.need, started)
     notes |= {
         "modality": modality,

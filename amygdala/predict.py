@@ -34,6 +34,7 @@ from common.intensity import shown_range
 from common.label_measures import asymmetry_index, label_counts
 from common.nifti import case_name, save_label
 from common.planes import legend_of, middle, save_planes
+from common.plots import costs_the_picture
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.volumes import Box
@@ -164,18 +165,19 @@ def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Na
     for problem in problems:
         tqdm.write(f"warning: {path.name}: {problem}")
     if args.overlay:
-        save_planes(
-            out / f"{name}_overlay.png",
-            reading.image,
-            scan.spacing_mm,
-            labels,
-            palette=COLORS[1:],
-            value_range=shown_range(reading.image),
-            voxel_mm=PIXEL_MM,
-            title=name,
-            legend=legend_of(labels, dataset.structures.names, COLORS),
-            margin_mm=MARGIN_MM,
-        )
+        with costs_the_picture(f"{name}_overlay.png"):
+            save_planes(
+                out / f"{name}_overlay.png",
+                reading.image,
+                scan.spacing_mm,
+                labels,
+                palette=COLORS[1:],
+                value_range=shown_range(reading.image),
+                voxel_mm=PIXEL_MM,
+                title=name,
+                legend=legend_of(labels, dataset.structures.names, COLORS),
+                margin_mm=MARGIN_MM,
+            )
     columns = side_columns(dataset)
     volumes = {columns[label]: volume for label, volume in volumes_mm3.items()}
     if dataset.sides:

@@ -17,6 +17,7 @@ from common.flags import add_patient_pattern_flag
 from common.mask_files import label_files, load_masks, matching_files
 from common.metrics import write_table
 from common.montage import save_worst_and_median
+from common.plots import costs_the_picture
 from common.sites import site_lines, site_table
 from common.splits import natural_key, patients_of
 
@@ -228,16 +229,17 @@ def evaluate_folder(
                 print(f"\nA: {pred}\nB: {other}")
                 print_comparison(table)
     if rows and num_pictures and distributed.is_main():
-        save_worst_and_median(
-            out / PICTURE,
-            rows,
-            preds,
-            targets,
-            scans,
-            structures,
-            labelled=labelled,
-            number=num_pictures,
-            window_hu=window_hu,
-            merged=merged,
-        )
+        with costs_the_picture(PICTURE):
+            save_worst_and_median(
+                out / PICTURE,
+                rows,
+                preds,
+                targets,
+                scans,
+                structures,
+                labelled=labelled,
+                number=num_pictures,
+                window_hu=window_hu,
+                merged=merged,
+            )
     return failed

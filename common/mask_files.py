@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.nifti import Scan, case_name, is_nifti, load_label, same_grid
+from common.nifti import Scan, case_name, is_nifti, load_label
+from common.nifti_forms import grid_difference
 from common.splits import natural_key
 
 ENDINGS = ("_pred", "_prediction", "_seg", "_segmentation", "_mask", "_label", "_labels", "_gt")
@@ -62,10 +63,10 @@ def load_masks(target: Path, *preds: Path, merged: bool = False) -> list[Scan]:
     """
     truth, *found = (load_label(path) for path in (target, *preds))
     for pred in found:
-        if not same_grid(pred, truth):
+        if difference := grid_difference(pred, truth):
             raise ValueError(
-                f"{pred.path}: lies on another grid than {truth.path} (shapes {pred.shape} and "
-                f"{truth.shape}); score masks that were predicted for this very scan"
+                f"{pred.path}: lies on another grid than {truth.path} ({difference}); score masks that were "
+                "predicted for this very scan"
             )
     scans = [truth, *found]
     return [replace(scan, array=(scan.array > 0).astype(np.uint8)) for scan in scans] if merged else scans

@@ -115,9 +115,12 @@ def _label_mesh(
     shape = resampled_shape(mask.shape, spacing_mm, (step_mm,) * 3)
     share = resample(mask, shape)
     cubes_per_voxel = np.divide(shape, mask.shape)
-    # A binary mask has steps; blurring by half a voxel of the mask makes slopes of them.
-    share = ndimage.gaussian_filter(np.pad(share, 3), np.maximum(0.5 * cubes_per_voxel, 0.6))
-    points, faces = surface_nets(share - 0.5)
+    # A binary mask has steps; blurring by half a voxel of the mask makes slopes of them. With zeros all
+    # around, less than half of any blur beyond the mask is inside it: the surface closes in the padding.
+    sigma = np.maximum(0.5 * cubes_per_voxel, 0.6)
+    share = ndimage.gaussian_filter(np.pad(share, 3), sigma, mode="constant")
+    # What is thinner than the blur is nowhere half full: the level then lies at half of its fullest place.
+    points, faces = surface_nets(share - min(0.5, 0.5 * share.max()))
     voxels = (points - 3 + 0.5) / cubes_per_voxel - 0.5 + start
     return (voxels * spacing_mm)[:, ::-1], faces
 

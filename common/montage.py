@@ -9,7 +9,8 @@ from common.class_metrics import Structures, case_means, only_labelled
 from common.hu import why_not_hu
 from common.intensity import mr_scaling
 from common.mask_files import load_masks
-from common.nifti import load_nifti, same_grid
+from common.nifti import load_nifti
+from common.nifti_forms import grid_difference
 from common.planes import ERROR_TITLE, PLANES, contour_pictures
 from common.plots import save_panels
 
@@ -63,10 +64,10 @@ def save_worst_and_median(
         image = np.full(target.shape, value_range[0])
         if case in images:
             scan = load_nifti(images[case])
-            if not same_grid(scan, target):
+            if difference := grid_difference(scan, target):
                 raise ValueError(
-                    f"{scan.path} {scan.shape} lies on another grid than {target.path} {target.shape}; "
-                    "--images needs the scans themselves"
+                    f"{scan.path} lies on another grid than {target.path} ({difference}); --images needs the "
+                    "scans themselves"
                 )
             image = scan.array
             if window_hu is None or why_not_hu(image):

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from common.label_measures import why_not_labels
-from common.nifti import NiftiFile, Scan, load_label, load_nifti, open_nifti, same_grid
+from common.nifti import NiftiFile, Scan, load_label, load_nifti, open_nifti
+from common.nifti_forms import grid_difference
 
 MIN_SIDE_MM = 10.0  # a thinner scan is a single slice or a localiser: nothing to train on
 
@@ -57,12 +58,12 @@ def load_labelled(
 
 def why_not_a_pair(scan: NiftiFile, label: NiftiFile) -> str:
     """A sentence that names both grids if they differ, else ""."""
-    if same_grid(scan, label):
+    difference = grid_difference(label, scan)
+    if not difference:
         return ""
     return (
-        f"{label.path}: lies on another grid than {scan.path.name} (label {label.shape} {label.orientation}, "
-        f"scan {scan.shape} {scan.orientation}, z y x in RAS); take the file that was drawn on this scan, or "
-        "resample it to it"
+        f"{label.path}: lies on another grid than {scan.path.name} ({difference}; label {label.orientation}, "
+        f"scan {scan.orientation}); take the file that was drawn on this scan, or resample it to it"
     )
 
 

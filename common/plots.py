@@ -1,14 +1,26 @@
 """Pictures: training curves, overlays, panels. matplotlib and OpenCV are imported on use."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+from common.conversion import failure_reason
 from common.files import replacing
 
 TRUTH_COLOR, PRED_COLOR = (0, 200, 80), (230, 30, 30)  # RGB
 NUM_COLORS, MOST_INSIDE = 10, 6  # lines with colours of their own; those whose legend covers no line
+
+
+@contextlib.contextmanager
+def costs_the_picture(name: str) -> Iterator[None]:
+    """Whatever goes wrong while a picture is drawn costs only the picture; a line names it and says why."""
+    try:
+        yield
+    except Exception as error:
+        tqdm.write(f"warning: {name} is left out: {failure_reason(error)}")
 
 
 def save_curves(

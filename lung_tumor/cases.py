@@ -9,7 +9,8 @@ import numpy as np
 
 from common.conversion import file_stamp
 from common.decathlon import Case, find_decathlon, list_cases
-from common.nifti import Scan, load_label, load_nifti, open_nifti, same_grid, to_ras
+from common.nifti import Scan, load_label, load_nifti, open_nifti, to_ras
+from common.pairs import why_not_a_pair
 from lung_tumor.kaggle import (
     KaggleCase,
     extract_image,
@@ -52,11 +53,8 @@ def load_case(case: Case | KaggleCase) -> tuple[Scan, np.ndarray]:
     """
     if isinstance(case, Case):
         scan, label = load_nifti(case.image), load_label(case.label)
-        if scan.array.shape != label.array.shape or not same_grid(scan, label, 0.1 * min(scan.spacing_mm)):
-            raise ValueError(
-                f"scan {scan.array.shape} and label {label.array.shape} (z y x) lie on different grids; "
-                f"{case.label} does not belong to {case.image}"
-            )
+        if reason := why_not_a_pair(scan, label):
+            raise ValueError(reason)
         return scan, (label.array > 0).astype(np.uint8)
     with tempfile.TemporaryDirectory(prefix="lung_tumor_") as temporary:
         scan = load_nifti(extract_image(case.label_path.parents[1], case, temporary))

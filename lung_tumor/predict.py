@@ -27,7 +27,7 @@ from common.hardware import choose_precision, describe_device, start_device
 from common.hu import why_not_hu
 from common.metrics import largest_component
 from common.nifti import NIFTI_SUFFIXES, case_name, is_nifti, load_nifti, save_label
-from common.plots import PRED_COLOR, overlay, save_panels
+from common.plots import PRED_COLOR, costs_the_picture, overlay, save_panels
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.slices import to_display, to_pixel_size, write_png
@@ -104,8 +104,9 @@ def predict_image(model: TrainedModel, path: Path, out: Path, args) -> dict:
     if args.save_mask:
         write_png(out / f"{path.stem}_mask.png", mask * np.uint8(255))
     if args.save_overlay:
-        (out / "overlays").mkdir(exist_ok=True)
-        write_png(out / "overlays" / f"{path.stem}_overlay.png", overlay(image, mask, PRED_COLOR))
+        with costs_the_picture(f"{path.stem}_overlay.png"):
+            (out / "overlays").mkdir(exist_ok=True)
+            write_png(out / "overlays" / f"{path.stem}_overlay.png", overlay(image, mask, PRED_COLOR))
     return result_row(path, mask, float(prob.max()), float("nan"))
 
 
@@ -132,8 +133,11 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args) -> dict:
     if args.save_mask:
         save_label(out / f"{case_name(path)}_mask.nii.gz", to_display(mask), scan)
     if args.save_overlay:
-        (out / "overlays").mkdir(exist_ok=True)
-        save_montage(out / "overlays" / f"{case_name(path)}_overlay.png", slices, mask, scan.spacing_mm[1:])
+        with costs_the_picture(f"{case_name(path)}_overlay.png"):
+            (out / "overlays").mkdir(exist_ok=True)
+            save_montage(
+                out / "overlays" / f"{case_name(path)}_overlay.png", slices, mask, scan.spacing_mm[1:]
+            )
     return result_row(path, mask, highest, float(mask.sum()) * scan.voxel_mm3)
 
 

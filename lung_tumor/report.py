@@ -15,7 +15,16 @@ from common.metrics import (
     summary,
     write_table,
 )
-from common.plots import PRED_COLOR, TRUTH_COLOR, new_figure, outline, overlay, save_figure, save_panels
+from common.plots import (
+    PRED_COLOR,
+    TRUTH_COLOR,
+    costs_the_picture,
+    new_figure,
+    outline,
+    overlay,
+    save_figure,
+    save_panels,
+)
 from lung_tumor.dataset import SliceDataset
 from lung_tumor.model import TrainedModel, predict_squares
 
@@ -142,21 +151,8 @@ def clear_report(out: Path) -> None:
             (out / name).unlink(missing_ok=True)
 
 
-def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str] | None = None) -> None:
-    """Print the summary and what failed; write FILES.
-
-    Raises:
-        ValueError: all volumes failed; with the reasons.
-    """
-    if not rows:
-        raise ValueError("; ".join((failed or {}).values()) or "no volume to score")
-    make_folder(out)
-    table, sweep = summarise(rows), sweep_table(rows)
-    write_table(out / "per_volume.csv", [{k: v for k, v in r.items() if k != "sweep"} for r in rows])
-    write_table(out / "results.csv", [comparable(row) for row in rows])
-    write_table(out / "summary.csv", table)
-    write_table(out / "sweep.csv", sweep)
-
+def _save_picture(path: Path, rows: list[dict], sweep: list[dict]) -> None:
+    """Dice of each volume, Dice by threshold, and true against predicted volumes."""
     figure, axes = new_figure(1, 3, (13, max(3.8, 0.16 * len(rows))))
     order = sorted(rows, key=lambda r: np.nan_to_num(r["dice"]))
     bars = axes[0, 0].barh([r["volume"] for r in order], [r["dice"] for r in order])
@@ -175,8 +171,26 @@ def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str]
     )
     axes[0, 2].locator_params(axis="x", nbins=5)  # else the numbers run into each other
     axes[0, 2].set(title="tumour volume, mL", xlabel="truth", ylabel="prediction")
-    save_figure(figure, out / "evaluation.png")
+    save_figure(figure, path)
 
+
+def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str] | None = None) -> None:
+    """Print the summary and what failed; write FILES.
+
+    Raises:
+        ValueError: all volumes failed; with the reasons.
+    """
+    if not rows:
+        raise ValueError("; ".join((failed or {}).values()) or "no volume to score")
+    make_folder(out)
+    table, sweep = summarise(rows), sweep_table(rows)
+    write_table(out / "per_volume.csv", [{k: v for k, v in r.items() if k != "sweep"} for r in rows])
+    write_table(out / "results.csv", [comparable(row) for row in rows])
+    write_table(out / "summary.csv", table)
+    write_table(out / "sweep.csv", sweep)
+
+    with costs_the_picture("evaluation.png"):
+        _save_picture(out / "evaluation.png", rows, sweep)
     print_summary(table, title)
     for r in rows:
         if not r["all_slices"]:

@@ -216,7 +216,7 @@ def test_a_wrong_grid_is_named_and_the_others_are_compared(folders, capsys):
     assert {r["n"] for r in table_of(path / "out/comparison.csv").values()} == {"2"}
     for i in (0, 2):
         write_nifti(path / "a" / f"case_{i}_pred.nii.gz", maps["a", i][1:], SPACING)
-    with pytest.raises(SystemExit, match=r"error: nothing to compare: .*\(7, 16, 20\) and \(8, 16, 20\)"):
+    with pytest.raises(SystemExit, match=r"error: nothing to compare: .*7 x 16 x 20 and 8 x 16 x 20"):
         main(flags)
 
 

@@ -208,6 +208,16 @@ def test_processes_give_the_same_as_one(three_cases, tmp_path):
     assert read_notes(tmp_path / "one", "volumes.json") == read_notes(tmp_path / "two", "volumes.json")
 
 
+def test_a_mask_lies_on_the_scan_to_a_hundredth_of_a_mm_as_in_every_task(three_cases, tmp_path, capsys):
+    label = three_cases / "labelsTr" / "lung_001.nii.gz"
+    mask = load_label(label)
+    where = {"origin_mm": np.add((10, -20, 30), (0, 0, 0.05))}
+    write_nifti(label, mask.array, (3, 0.8, 0.8), **where)
+    assert convert(three_cases, tmp_path / "out") == 1
+    printed = capsys.readouterr().out
+    assert "corners up to 0.05 mm apart, spacing 3 x 0.8 x 0.8 and 3 x 0.8 x 0.8 mm" in printed
+
+
 def test_bad_cases_are_listed_and_the_others_converted(three_cases, tmp_path, capsys):
     noise = np.random.default_rng(0).integers(-1000, 1000, (10, 12, 14)).astype(np.int16)
     make_case(three_cases, "lung_002", np.ones((10, 12, 14), np.uint8), image=noise)
@@ -219,7 +229,7 @@ def test_bad_cases_are_listed_and_the_others_converted(three_cases, tmp_path, ca
     printed = capsys.readouterr().out
     assert "2 volume(s) could not be converted" in printed
     assert "lung_002" in printed and "truncated or damaged" in printed
-    assert "lung_003" in printed and "(10, 12, 14)" in printed and "(10, 12, 13)" in printed
+    assert "lung_003" in printed and "10 x 12 x 13 and 10 x 12 x 14 voxels" in printed
     assert sorted(read_notes(tmp_path / "out", "volumes.json")) == ["lung_001", "lung_004"]
 
 

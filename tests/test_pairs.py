@@ -39,11 +39,14 @@ def test_another_grid_is_named_with_both_files(other, tmp_path):
     label = write(tmp_path / "label.nii.gz", dtype=np.uint8, orientation="LPS", **other)
     with pytest.raises(ValueError) as info:
         load_pair(image, label)
-    shape = other.get("shape", (10, 12, 14))
+    difference = {
+        "shape": "9 x 12 x 14 and 10 x 12 x 14 voxels (z y x)",
+        "spacing_mm": "corners up to 1.3 mm apart, spacing 2 x 1 x 1.1 and 2 x 1 x 1 mm (z y x)",
+        "origin_mm": "corners up to 1 mm apart, spacing 2 x 1 x 1 and 2 x 1 x 1 mm (z y x)",
+    }[next(iter(other))]
     for words in (
-        f"{label}: lies on another grid than image.nii.gz",
-        f"label {shape} LPS",
-        "(10, 12, 14) RAS",
+        f"{label}: lies on another grid than image.nii.gz ({difference}; ",
+        "label LPS, scan RAS",
     ):
         assert words in str(info.value)
     assert "take the file that was drawn on this scan" in str(info.value)

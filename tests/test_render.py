@@ -98,6 +98,24 @@ def test_a_mask_at_the_border_is_closed_there():
     assert volume_and_area(vertices, faces)[0] == pytest.approx(10 * 12 * 14, rel=0.1)
 
 
+@pytest.mark.parametrize("spacing_mm", [(10, 1, 1), (1, 12, 1), (1, 1, 30), (8, 8, 1)])
+def test_thick_slices_are_closed_at_the_border(spacing_mm):
+    """The blur of a thick slice, 5 mm here, reaches beyond the rim of 3 cubes around the array."""
+    vertices, faces, _ = surface_mesh(np.ones((6, 40, 40), np.uint8), spacing_mm)
+    assert set(faces_of_edges(faces)) == {2}
+    assert volume_and_area(vertices, faces)[0] == pytest.approx(6 * 40 * 40 * np.prod(spacing_mm), rel=0.1)
+
+
+@pytest.mark.parametrize("spacing_mm", [(1, 1, 1), (10, 1, 1), (0.2, 0.2, 0.2), (5, 0.3, 0.3)])
+def test_a_single_voxel_has_a_small_closed_surface(spacing_mm):
+    labels = np.zeros((7, 9, 11), np.uint8)
+    labels[3, 4, 5] = 2
+    vertices, faces, names = surface_mesh(labels, spacing_mm)
+    assert set(names) == {2} and set(faces_of_edges(faces)) == {2}
+    np.testing.assert_allclose(vertices.mean(axis=0), np.multiply((5, 4, 3), spacing_mm[::-1]), atol=0.5)
+    assert 0 < volume_and_area(vertices, faces)[0] < 8 * np.prod(np.maximum(spacing_mm, 1))
+
+
 def test_fine_voxels_are_meshed_in_cubes_of_1_mm():
     fine, plain = (surface_mesh(ball(9, (mm,) * 3), (mm,) * 3)[1] for mm in (0.5, 1.0))
     assert len(fine) == pytest.approx(len(plain), rel=0.1)  # at 0.5 mm there would be four times as many

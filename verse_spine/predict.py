@@ -27,6 +27,7 @@ from common.files import write_json
 from common.hardware import choose_precision, describe_device, start_device
 from common.nifti import case_name, open_nifti, save_label
 from common.planes import save_planes
+from common.plots import costs_the_picture
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.volumes import crop
@@ -126,19 +127,21 @@ def predict_scan(
     write_centroids(out / f"{name}_{ending}.json", mask_centroids(mask, file, labels))
     inside = crop(mask, reading.start, reading.stop)
     if args.save_preview:
-        save_planes(
-            out / f"{name}_preview.png",
-            image,
-            file.spacing_mm,
-            inside,
-            palette=LABEL_COLORS,
-            value_range=WINDOW_HU,
-            title=name,
-        )
+        with costs_the_picture(f"{name}_preview.png"):
+            save_planes(
+                out / f"{name}_preview.png",
+                image,
+                file.spacing_mm,
+                inside,
+                palette=LABEL_COLORS,
+                value_range=WINDOW_HU,
+                title=name,
+            )
     if args.save_3d:
         from verse_spine.views import save_views
 
-        save_views(out / name, inside, file.spacing_mm, image=image)
+        with costs_the_picture(f"what is missing of the 3-D pictures of {name}"):
+            save_views(out / name, inside, file.spacing_mm, image=image)
     notes = prediction.prediction_notes(path, model, reading.need, started)
     notes |= {
         "labels": labels,

@@ -22,7 +22,8 @@ from common import views
 from common.config import make_parser, parse_args, run_script
 from common.files import make_folder
 from common.mesh import save_html, split_mesh, surface_mesh
-from common.nifti import case_name, load_label, load_nifti, same_grid
+from common.nifti import case_name, load_label, load_nifti
+from common.nifti_forms import grid_difference
 from common.planes import color_overlay, grey_picture
 from common.render import label_colors
 from verse_spine.curved import curved_planar
@@ -150,9 +151,9 @@ def main(argv: list[str] | None = None) -> int:
         target = load_label(args.target) if args.target else None
         image = load_nifti(args.image) if args.image else None
         for other in (target, image):
-            if other is not None and not same_grid(mask, other):
+            if other is not None and (difference := grid_difference(other, mask)):
                 raise ValueError(
-                    f"{other.path} {other.shape} is not on the grid of {mask.path} {mask.shape}; resample one"
+                    f"{other.path} is not on the grid of {mask.path} ({difference}); resample one"
                 )
         out = Path(args.out) if args.out else mask.path.parent
         make_folder(out)
