@@ -12,6 +12,7 @@ were stands beside it.
 import csv
 import sys
 from argparse import ArgumentParser
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -103,20 +104,22 @@ def score_folders(
     """(rows of both runs, {failed case: reason}); a case that fails in one run is left out of both."""
     files, targets = [label_files(folder) for folder in folders], label_files(target)
     cases = sorted(set(targets).intersection(*files), key=natural_key)
-    for folder, of_folder in zip([*folders, target], [*files, targets], strict=True):
-        if other := sorted(set(of_folder) - set(cases), key=natural_key):
-            print(f"not in all three folders, left out: {', '.join(other)} of {folder}")
+    by_folder = dict(zip(map(str, [*folders, target]), [*files, targets], strict=True))
+    for case in sorted(set().union(*by_folder.values()) - set(cases), key=natural_key):
+        has = [folder for folder, of_folder in by_folder.items() if case in of_folder]
+        lacks = ", ".join(folder for folder in by_folder if folder not in has)
+        print(f"left out: {case} of {', '.join(has)}: no such mask in {lacks}")
     patients, results, failed = patients_of(cases, pattern), [[], []], {}
     for case in tqdm(cases, "scoring", unit="case", disable=None, leave=False):
         try:
             truth, *preds = load_masks(targets[case], *(of_run[case] for of_run in files))
             labels = sorted(set().union(*(np.unique(s.array).tolist() for s in (truth, *preds))) - {0})
+            if not labels:
+                print(f"left out: {case}: nothing is in the true mask, nor in the predictions")
+                continue
             for rows, pred in zip(results, preds, strict=True):
-                if labels:
-                    scores = case_metrics(
-                        pred.array, truth.array, truth.spacing_mm, {c: str(c) for c in labels}
-                    )
-                    rows += [{"case": case, "patient": patients[case], **row} for row in scores]
+                scores = case_metrics(pred.array, truth.array, truth.spacing_mm, {c: str(c) for c in labels})
+                rows += [{"case": case, "patient": patients[case], **row} for row in scores]
         except (ValueError, OSError) as error:  # one damaged file must not cost the others
             failed[case] = str(error)
     if not results[0]:
@@ -177,6 +180,38 @@ def compare(a: list[dict], b: list[dict], metrics: list[str] | None = None) -> l
     return table
 
 
+def dropped_lines(a: list[dict], b: list[dict]) -> list[str]:
+    """What `compare` leaves out of two runs, and why, a line for each case, column or structure."""
+    lines = []
+    cases = [{row["case"] for row in rows} for rows in (a, b)]
+    for run, other, only in (("A", "B", cases[0] - cases[1]), ("B", "A", cases[1] - cases[0])):
+        if only:
+            lines += [
+                f"only in {run}, left out: {_names(only)}",
+                f"  {other} has no row of them: not predicted, or failed",
+            ]
+    columns = [set(metric_columns(rows)) if rows else set() for rows in (a, b)]
+    if only := columns[0] ^ columns[1]:
+        lines.append(f"columns of one run only, left out: {', '.join(sorted(only))}")
+    statuses = [{(str(row["class"]), row["case"]): row["status"] for row in rows} for rows in (a, b)]
+    names = {str(row["class"]): row.get("name") or row["class"] for row in a}
+    for label, name in names.items():
+        both = [key for key in statuses[0] if key[0] == label and key in statuses[1]]
+        pairs = {case: (statuses[0][label, case], statuses[1][label, case]) for _, case in both}
+        if absent := [case for case, pair in pairs.items() if set(pair) == {"absent"}]:
+            lines.append(f"{name}: absent in truth and predictions, left out: {_names(absent)}")
+        for case, pair in pairs.items():
+            if "absent" in pair and set(pair) != {"absent"}:
+                lines.append(
+                    f"{name}: left out: {case}: {pair[0]} in A, {pair[1]} in B, so that only one has a score"
+                )
+    return lines
+
+
+def _names(cases: Iterable[str]) -> str:
+    return ", ".join(sorted(cases, key=natural_key))
+
+
 def print_comparison(table: list[dict]) -> None:
     """Print the table of `compare`; missed and invented structures are given as A/B."""
     widths = (-22, 9, 9, 9, 20, 7, 8, 5, 9, 10)
@@ -215,9 +250,8 @@ def main(argv: list[str] | None = None) -> int:
                 patients = patients_of(list({r["case"] for r in a + b}), args.patient_pattern)
                 a, b = ([{**r, "patient": patients[r["case"]]} for r in rows] for rows in (a, b))
         cases_a, cases_b = ({r["case"] for r in rows} for rows in (a, b))
-        for run, only in (("A", cases_a - cases_b), ("B", cases_b - cases_a)):
-            if only:
-                print(f"only in {run}, left out: {', '.join(sorted(only, key=natural_key))}")
+        for line in dropped_lines(a, b):
+            print(line)
         table = compare(a, b, args.metric)
         make_folder(out)
         for name, rows in (("a", a), ("b", b)) if args.target else ():

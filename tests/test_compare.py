@@ -9,7 +9,7 @@ from conftest import run_script
 from scipy import stats
 
 from common.class_metrics import case_metrics
-from common.compare import compare, main, read_results, score_folders
+from common.compare import compare, dropped_lines, main, read_results, score_folders
 from common.metrics import write_table
 from common.nifti import write_nifti
 
@@ -146,9 +146,26 @@ def test_cases_of_one_run_only_are_listed_and_left_out(tmp_path, capsys):
     write_table(tmp_path / "a.csv", random_results(0, cases=5))
     write_table(tmp_path / "b.csv", random_results(1, cases=3))
     main([tmp_path / "a.csv", tmp_path / "b.csv", "--metric", "dice", "--out", tmp_path])
-    assert "only in A, left out: case3, case4\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "only in A, left out: case3, case4\n  B has no row of them: not predicted, or failed\n" in out
     table = table_of(tmp_path / "comparison.csv")
     assert {r["n"] for r in table.values()} == {"3"} and {m for m, _ in table} == {"dice"}
+
+
+def test_what_is_left_out_of_a_mean_is_named_with_the_reason(tmp_path, capsys):
+    """Structure 2: absent in both, and absent in A but invented in B, which then has a score and A none."""
+    a, b = results([(0.5, NAN), (0.6, NAN), (0.7, 0.8)]), results([(0.5, NAN), (0.6, 0.3), (0.7, 0.9)])
+    for row in b:
+        row |= {"iou": 0.5}
+        if (row["case"], row["class"]) == ("case1", 2):
+            row["status"] = "hallucinated"
+    assert dropped_lines(a, b) == [
+        "columns of one run only, left out: iou",
+        "organ 2: absent in truth and predictions, left out: case0",
+        "organ 2: left out: case1: absent in A, hallucinated in B, so that only one has a score",
+    ]
+    table = {(row["metric"], row["class"]): row for row in compare(a, b)}
+    assert (table["dice", "1"]["n"], table["dice", "2"]["n"]) == (3, 1)
 
 
 # ---- label maps ----
@@ -179,7 +196,8 @@ def test_folders_of_label_maps(folders, capsys):
     flags = [path / "a", path / "b", "--target", path / "labels", "--out", path / "out"]
     assert main([*flags, "--patient_pattern", "(case)_"]) == 0
     out = capsys.readouterr().out
-    assert f"left out: more of {path / 'a'}" in out and "3 cases" in out
+    lacks = f"no such mask in {path / 'b'}, {path / 'labels'}"
+    assert f"left out: more of {path / 'a'}: {lacks}\n" in out and "3 cases" in out
     table = table_of(path / "out/comparison.csv")
     dices = [
         case_metrics(maps["b", i], maps["labels", i], SPACING, {1: "1", 2: "2"})[1]["dice"] for i in range(3)
@@ -192,6 +210,17 @@ def test_folders_of_label_maps(folders, capsys):
     assert float(table["hd95_mm", "2"]["mean_b"]) > float(table["hd95_mm", "2"]["mean_a"])
     assert [r["case"] for r in read_results(path / "out/results_b.csv")] == sorted(
         f"case_{i}" for i in [0, 1, 2] * 2
+    )
+
+
+def test_a_case_without_any_structure_is_named(folders, capsys):
+    path, maps = folders
+    for folder in ("a", "b", "labels"):
+        write_nifti(path / folder / "case_9.nii.gz", np.zeros_like(maps["a", 0]), SPACING)
+    assert main([path / "a", path / "b", "--target", path / "labels", "--out", path / "out"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "left out: case_9: nothing is in the true mask, nor in the predictions\n" in out and "3 cases" in out
     )
 
 
