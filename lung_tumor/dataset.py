@@ -114,10 +114,13 @@ def load_splits(
     """
     path = Path(data_path) / "splits.json"
     volumes = {s.volume for s in slices}
-    if not path.is_file():
+    if path.is_file():
+        split, patients = read_splits(path)
+    else:  # the same in every process, and one of them writes it
         patients = patients_of(sorted(volumes, key=natural_key))
-        save_splits(path, split_by_patient(patients, seed=seed), patients, seed)
-    split, patients = read_splits(path)
+        split = split_by_patient(patients, seed=seed)
+        if distributed.is_main():
+            save_splits(path, split, patients, seed)
     if distributed.is_main():
         if len(volumes) > 3 and len(slices) == len(volumes):
             print(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import REAL_DATA
 
+from common import distributed
 from common.decathlon import Case
 from common.nifti import load_label, load_nifti, save_label, write_nifti
 from common.slices import resize, to_display, write_png
@@ -206,6 +207,19 @@ def test_processes_give_the_same_as_one(three_cases, tmp_path):
     for path in sorted((tmp_path / "one" / "images").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / "images" / path.name).read_bytes()
     assert read_notes(tmp_path / "one", "volumes.json") == read_notes(tmp_path / "two", "volumes.json")
+
+
+def test_of_several_processes_one_writes_the_split_and_all_have_it(three_cases, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    convert(three_cases, out)
+    (out / "splits.json").unlink()
+    slices = list_slices(out)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    drawn = load_splits(out, slices, seed=0)
+    assert not (out / "splits.json").exists()
+    monkeypatch.setattr(distributed, "is_main", lambda: True)
+    assert load_splits(out, slices, seed=0) == drawn
+    assert (out / "splits.json").is_file() and load_splits(out, slices, seed=1) == drawn, "as it was written"
 
 
 def test_a_mask_lies_on_the_scan_to_a_hundredth_of_a_mm_as_in_every_task(three_cases, tmp_path, capsys):
