@@ -12,6 +12,7 @@ from common import plots
 from common.plots import (
     PRED_COLOR,
     TRUTH_COLOR,
+    costs_the_picture,
     new_figure,
     outline,
     overlay,
@@ -246,3 +247,12 @@ def test_pictures_are_png_whatever_their_name(tmp_path):
 
 def test_one_panel_still_gives_a_grid_of_axes():
     assert new_figure(1, 1, (1.0, 1.0))[1].shape == (1, 1)
+
+
+@pytest.mark.parametrize("error", [IndexError("index 65"), ValueError("no mesh to show"), MemoryError()])
+def test_a_picture_that_fails_costs_the_picture(capsys, error):
+    with costs_the_picture("case_3d.png"):
+        raise error
+    assert "warning: case_3d.png is left out: " in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt), costs_the_picture("case_3d.png"):
+        raise KeyboardInterrupt

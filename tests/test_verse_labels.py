@@ -172,6 +172,11 @@ def test_nan_and_foreign_entries_are_left_out(tmp_path):
         ('[{"direction": ["P", "I", "R"]}, {"label": 20, "X": 1, "Y": 1}]', "is not complete"),
         ('[{"direction": ["P", "I", "R"]}, {"label": 20, "X": [], "Y": 1, "Z": 1}]', "is not complete"),
         ('[{"direction": ["P", "I", "R"]}, {"label": 99, "X": 1, "Y": 1, "Z": 1}]', "label 99"),
+        ('[{"direction": ["P", "I", "R"]}, {"label": [20], "X": 1, "Y": 1, "Z": 1}]', r"label \[20\]"),
+        (
+            '[{"direction": ["P", "I", "R"]}, {"label": 20, "X": 1' + 400 * "0" + ', "Y": 1, "Z": 1}]',
+            "complete",
+        ),
         ('[{"direction": ["P", "I", "R"]}, {"label": "L1", "X": 1, "Y": 1, "Z": 1}]', "label 'L1'"),
         ('[{"direction": ["P", "I", "R"]}, {"label": 20, "X": Infinity, "Y": 1, "Z": 1}]', "infinite"),
         (

@@ -321,16 +321,21 @@ def test_bad_cases_are_named_and_cost_the_others_nothing(tmp_path, capsys):
     thin = np.zeros((2, 60, 50), np.int16)
     make_case(source, "sub-verse012", image=thin, mask=(thin + 20).astype(np.uint8))
     assert convert(source, out, "--spacing", 4, 4, 4) == 1
-    assert sorted(entries(out)) == ["sub-verse001", "sub-verse008"]
+    assert sorted(entries(out)) == ["sub-verse001", "sub-verse005", "sub-verse008"]
     printed = {}
     for line in capsys.readouterr().out.splitlines():
         if line.startswith("  sub-verse"):
             printed[line.split(":")[0].strip()] = line
     for number, *words in (
-        (2, "_seg-vert_msk", "another grid", "(29, 60, 50)", "(30, 60, 50)", "take the file that was drawn"),
+        (
+            2,
+            "_seg-vert_msk",
+            "another grid",
+            "29 x 60 x 50 and 30 x 60 x 50 voxels",
+            "take the file that was drawn",
+        ),
         (3, "_seg-vert_msk", "holds no vertebra", "remove"),
         (4, "_seg-vert_msk", "unknown label value(s) 99", "map yours to these"),
-        (5, "_ctd.json", "not valid JSON", "expected a list"),
         (6, "_ct.nii.gz", "truncated or damaged"),
         (7, "_ct.nii.gz", "has no mask", "_seg-vert_msk"),
         (9, "holds no vertebra"),
@@ -340,7 +345,23 @@ def test_bad_cases_are_named_and_cost_the_others_nothing(tmp_path, capsys):
     ):
         for word in words:
             assert word in printed[f"sub-verse{number:03d}"], printed[f"sub-verse{number:03d}"]
-    assert len(printed) == 10
+    assert len(printed) == 9
+
+
+@pytest.mark.parametrize("content", ["[", '[{"label": [20], "X": 1, "Y": 1, "Z": 1}]', '{"20": [1, 2, 3]}'])
+def test_a_centroid_file_in_another_form_costs_its_centroids_and_not_the_case(tmp_path, capsys, content):
+    _, _, centroids = make_case(tmp_path / "source")
+    centroids.write_text(content)
+    assert convert(tmp_path / "source", tmp_path / "out", "--spacing", 4, 4, 4) == 0
+    assert f"warning: sub-verse001: centroid file left out: {centroids}: " in capsys.readouterr().out
+    notes = entries(tmp_path / "out")["sub-verse001"]["notes"]
+    assert notes.startswith("centroid file left out: ") and notes.endswith(": centres from the mask")
+    stored = CaseFile(tmp_path / "out/cases/sub-verse001.h5").attributes["centroids"]
+    centroids.unlink()
+    assert convert(tmp_path / "source", tmp_path / "without", "--spacing", 4, 4, 4) == 0
+    np.testing.assert_array_equal(
+        stored, CaseFile(tmp_path / "without/cases/sub-verse001.h5").attributes["centroids"]
+    )
 
 
 def test_subregion_masks_and_other_files_are_ignored(tmp_path):

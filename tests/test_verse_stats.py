@@ -143,6 +143,16 @@ def test_a_case_by_hand(tmp_path):
     assert not unusual(result)["voxels longer than 3 mm"]
 
 
+def test_a_centroid_file_in_another_form_is_a_note(tmp_path):
+    mask = np.zeros((6, 8, 10), np.uint8)
+    mask[:, :2, :2] = 24
+    centroids = verse_case(tmp_path, np.zeros(mask.shape, np.int16), mask)
+    centroids.write_text('{"L5": [1, 2, 3]}')
+    row = describe(find_scans(tmp_path)[0], tmp_path)["row"]
+    assert row["notes"].startswith(f"centroid file left out: {centroids}: expected a list")
+    assert row["vertebrae"] == 1 and np.isnan(row["centroid_max_mm"])
+
+
 def test_mask_on_another_grid_has_volumes_but_no_densities(tmp_path):
     image, mask = np.zeros((6, 8, 10), np.int16), np.zeros((6, 8, 10), np.uint8)
     mask[:, :2, :2] = 24

@@ -149,9 +149,9 @@ def read_centroids(path: str | Path) -> Centroids:
             continue  # some tools add items of their own, with a comment or a size
         try:
             label, position = item["label"], tuple(float(item[axis]) for axis in "XYZ")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: entry {str(item)[:80]} is not complete; {expected}") from error
-        if isinstance(label, bool) or label not in LABEL_NAMES:
+        if type(label) not in (int, float) or label not in LABEL_NAMES:
             raise ValueError(f"{path}: label {label!r} is not a vertebra number of VerSe (1-28)")
         if any(map(math.isnan, position)):
             continue
@@ -159,6 +159,14 @@ def read_centroids(path: str | Path) -> Centroids:
             raise ValueError(f"{path}: label {label} stands there twice or has an infinite position")
         voxels[int(label)] = position
     return Centroids(tuple(direction), voxels)
+
+
+def optional_centroids(path: Path, scan: NiftiFile) -> tuple[dict[int, tuple] | None, str]:
+    """(`centroids_to_mm` of a file, ""), or (None, why it cannot be read): it is not worth the case."""
+    try:
+        return centroids_to_mm(read_centroids(path), scan), ""
+    except (ValueError, OSError) as error:
+        return None, f"centroid file left out: {error}"
 
 
 def write_centroids(path: str | Path, centroids: Centroids) -> None:

@@ -36,11 +36,10 @@ from verse_spine.heatmap import HU_RANGE
 from verse_spine.labels import (
     LABEL_NAMES,
     body_centres,
-    centroids_to_mm,
     check_centroids,
     class_names,
     map_labels,
-    read_centroids,
+    optional_centroids,
 )
 
 BODY_HU = -500
@@ -128,9 +127,13 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
 
 def _centres(case: Case, scan, mask) -> tuple[dict, list[str]]:
     """Centres of the vertebral bodies in mm: from the centroid file if there is one, else from the mask."""
-    if case.centroids is None:
-        return body_centres(mask.array, mask.affine), ["no centroid file: centres from the mask"]
-    centres_mm = centroids_to_mm(read_centroids(case.centroids), scan)
+    why_not = "no centroid file"
+    if case.centroids is not None:
+        centres_mm, why_not = optional_centroids(case.centroids, scan)
+        if why_not:
+            print(f"warning: {case.name}: {why_not}")
+    if why_not:
+        return body_centres(mask.array, mask.affine), [f"{why_not}: centres from the mask"]
     problems, notes = check_centroids(centres_mm, mask.array, mask.affine)
     if problems:
         raise ValueError(f"{case.centroids}: {MISFIT}: {'; '.join(problems)}")

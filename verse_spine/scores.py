@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
+from tqdm import tqdm
 
 from common.class_metrics import case_metrics
 from common.files import read_json
@@ -16,11 +17,10 @@ from verse_spine.cases import Case
 from verse_spine.labels import (
     VERTEBRAE,
     body_centres,
-    centroids_to_mm,
     class_names,
     identification_rate,
     map_labels,
-    read_centroids,
+    optional_centroids,
     unmap_labels,
 )
 
@@ -116,11 +116,13 @@ def score_files(pred: Path, case: Case, labels: str, grid: str) -> tuple[list[di
     """
     check_labels_flag(pred, labels)
     truth, found = load_masks(case.mask, pred)
-    centres = {}
+    centres = None
     if case.centroids is not None:
-        centres = centroids_to_mm(read_centroids(case.centroids), truth)
-    elif labels == "levels26":
-        centres = body_centres(truth.array, truth.affine)
+        centres, why_not = optional_centroids(case.centroids, truth)
+        if why_not:
+            tqdm.write(f"warning: {case.name}: {why_not}")
+    if centres is None:
+        centres = body_centres(truth.array, truth.affine) if labels == "levels26" else {}
     pred_labels = map_labels(found.array, labels) if labels == "levels26" else found.array
     target, spacing_mm, affine = truth.array, truth.spacing_mm, truth.affine
     if grid == "1mm":

@@ -31,11 +31,10 @@ from verse_spine.cases import Case, find_cases
 from verse_spine.labels import (
     LABEL_NAMES,
     VERTEBRAE,
-    centroids_to_mm,
     check_centroids,
     map_labels,
     mask_centres,
-    read_centroids,
+    optional_centroids,
 )
 from verse_spine.stats_report import HU_EDGES, TOP_TO_BOTTOM, report, save_picture, vertebra_rows
 
@@ -209,11 +208,11 @@ def _describe_mask(case: Case, file: NiftiFile, mask: Scan | None) -> tuple[dict
     volumes_ml = {n: counts[n] * mask.voxel_mm3 / 1000 for n in TOP_TO_BOTTOM if counts[n]}
     levels, notes, farthest_mm = [LABEL_NAMES[n] for n in volumes_ml], [], math.nan
     if case.centroids is not None:
-        centres_mm = centroids_to_mm(read_centroids(case.centroids), file)
+        centres_mm, why_not = optional_centroids(case.centroids, file)
         of_mask = mask_centres(mask.array, mask.affine)
-        both = centres_mm.keys() & of_mask.keys()
+        both = (centres_mm or {}).keys() & of_mask.keys()
         farthest_mm = max((math.dist(centres_mm[n], of_mask[n]) for n in both), default=math.nan)
-        notes = check_centroids(centres_mm, mask.array, mask.affine)[0]
+        notes = [why_not] if why_not else check_centroids(centres_mm, mask.array, mask.affine)[0]
     row = {
         "vertebrae": len(levels),
         "first_level": levels[0] if levels else None,
