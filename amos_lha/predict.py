@@ -90,6 +90,7 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args: Namespace) ->
         NUM_CLASSES,
         batch_size=args.batch_size,
         device=model.device,
+        smaller="a smaller --batch_size, no --no_roi, or a scan cut to the abdomen",
         source=modality.upper(),
     )
     scaling = scaling_of(model, modality, reading.image)

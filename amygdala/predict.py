@@ -134,6 +134,7 @@ def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Na
         batch_size=args.batch_size,
         device=model.device,
         source="region searched",
+        smaller="a smaller --batch_size",
         scan=scan.array,
     )
     maps_of = list(dataset.structures.names) if args.save_prob else []

@@ -21,6 +21,7 @@ from common.hardware import describe_device, peak_memory_mib
 from common.inference import predict_labels, warn_of_memory
 from common.losses import labelled_mask, merge_unlabelled
 from common.nifti import NIFTI_SUFFIXES, NiftiFile, Scan, case_name, load_nifti, save_probability
+from common.nifti_checks import check_memory
 from common.volumes import Box, Triple, crop
 from common.windows import MIB, PredictionPeak, prediction_peak_mib, reading_box
 
@@ -132,15 +133,18 @@ def read_region(
     device: torch.device,
     source: str,
     scan: np.ndarray | None = None,
+    smaller: str = "a smaller --batch_size, or a scan cut to the part that matters",
 ) -> Reading:
     """Read what is needed to predict a box of a scan, and print beforehand how much memory that will take.
 
-    A region smaller than a patch is read with what is around it, see `reading_box`.
+    A region smaller than a patch is read with what is around it, see `reading_box`. ValueError if more
+    memory is needed than is free.
 
     Args:
         working_mm, patch_size: spacing and patch of the network, z y x.
         source: where the region is from, such as "body", for the line that is printed.
         scan: (z, y, x) of the whole file, if it has been read already.
+        smaller: what the script can be told to predict less at a time, for the message of too little memory.
     """
     start, stop = reading_box(region, file.shape, file.spacing_mm, working_mm, patch_size)
     shape = tuple(np.subtract(stop, start).tolist())
@@ -153,6 +157,7 @@ def read_region(
         f"voxels; scores and labels take up to {need.host_mib:,.0f} MiB of RAM, "
         f"{need.device_mib:,.0f} MiB of GPU memory, besides the network"
     )
+    check_memory(f"{file.path}: predicting it", need.host_mib * MIB, f"it needs {smaller}")
     first, last = (tuple(np.subtract(corner, start).tolist()) for corner in region)
     image = file.read_box(start, stop) if scan is None else crop(scan, start, stop)
     return Reading(image, start, stop, (first, last), need)

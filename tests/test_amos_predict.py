@@ -230,6 +230,27 @@ def test_masks_lie_on_the_scans_grid(tmp_path, monkeypatch, orientation):
     assert Image.open(out / "case_preview.png").size[0] > 300
 
 
+def test_pictures_that_fail_cost_the_pictures_alone(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise IndexError("index 65 is out of bounds")
+
+    write_nifti(tmp_path / "case.nii.gz", body()[0], (2, 2, 2))
+    for name in ("save_planes", "save_views"):
+        monkeypatch.setattr(predict, name, fails)
+    assert run(monkeypatch, model(ORGANS_BY_HU), tmp_path / "case.nii.gz", tmp_path / "out", "--save_3d") == 0
+    told = capsys.readouterr().out
+    assert (
+        "warning: case_preview.png is left out: IndexError: index 65" in told
+        and "case_3d.png is left" in told
+    )
+    assert float(table(tmp_path / "out")[0]["liver_ml"]) == pytest.approx(11.52)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "case_mask.nii.gz",
+        "case.json",
+        "volumes.csv",
+    }
+
+
 def test_what_clean_up_removes_is_reported_and_can_be_kept(tmp_path, monkeypatch):
     image, labels = body()
     image[20:22, 20:22, 20:22] = 100

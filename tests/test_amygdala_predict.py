@@ -153,6 +153,17 @@ def table(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def test_a_picture_that_fails_costs_the_picture_alone(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise IndexError("index 65 is out of bounds")
+
+    write_nifti(tmp_path / "T1.nii.gz", head()[0], (1, 1, 1))
+    monkeypatch.setattr(predict, "save_planes", fails)
+    assert run(monkeypatch, tmp_path / "T1.nii.gz", tmp_path / "out", "--overlay") == 0
+    assert "warning: T1_overlay.png is left out: IndexError: index 65" in capsys.readouterr().out
+    assert float(table(tmp_path / "out/volumes.csv")[0]["left_mm3"]) == NUM_VOXELS
+
+
 @pytest.mark.parametrize("orientation", ["RAS", "LAS", "LIA", "PIR"])
 def test_masks_lie_on_the_scans_grid(tmp_path, monkeypatch, orientation):
     image, labels = head()

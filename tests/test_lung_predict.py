@@ -75,6 +75,22 @@ def results(out) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def test_pictures_that_fail_cost_the_pictures_alone(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise IndexError("index 65 is out of bounds")
+
+    (tmp_path / "in").mkdir()
+    write_nifti(tmp_path / "in/scan.nii.gz", np.full((6, 40, 30), -900, np.int16), (5, 1, 2))
+    cv2.imwrite(str(tmp_path / "in/slice.png"), np.zeros((40, 30), np.uint8))
+    monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(40))
+    for name in ("overlay", "save_montage"):
+        monkeypatch.setattr(predict, name, fails)
+    assert run_predict("run/weights/best.pt", tmp_path / "in", tmp_path / "out", "--save_overlay") == 0
+    told = capsys.readouterr().out
+    assert "scan_overlay.png is left out: IndexError" in told and "slice_overlay.png is left out" in told
+    assert len(results(tmp_path / "out")) == 2 and (tmp_path / "out/slice_mask.png").is_file()
+
+
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "SAL"])
 def test_mask_lies_on_the_scans_own_grid(orientation, tmp_path, monkeypatch):
     """A bright box comes back at its place, in the file's own axes, with its affine and volume."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ERRORS, REAL_DATA, ROOT
 
-from common import distributed
+from common import distributed, nifti_checks
 from common.checkpoints import save_checkpoint
 from common.hardware import Precision
 from common.hdf5 import CaseFile, write_case
@@ -636,6 +636,39 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "a_mask.nii.gz").is_file() and not (
         tmp_path / "out" / "b_mask.nii.gz"
     ).exists()
+
+
+def test_pictures_that_fail_cost_the_pictures_alone(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise IndexError("index 65 is out of bounds")
+
+    stub(monkeypatch)
+    monkeypatch.setattr(predict, "save_planes", fails)
+    monkeypatch.setattr("verse_spine.views.surface_mesh", fails)
+    source, out = scans(tmp_path / "in", "a.nii", "b.nii"), tmp_path / "out"
+    assert run(source, out, "--no_roi", "--save_preview", "--save_3d") == 0
+    told = capsys.readouterr().out
+    assert "warning: a_preview.png is left out: IndexError: index 65 is out of bounds (test_verse" in told
+    assert "warning: what is missing of the 3-D pictures of b is left out: IndexError" in told
+    assert [row["scan"][-5:] for row in results(out)] == ["a.nii", "b.nii"]
+    assert (out / "a.json").is_file() and (out / "b_mask.nii.gz").is_file()
+
+
+def test_a_scan_beyond_the_free_memory_is_refused_with_flags_that_this_script_has(
+    tmp_path, monkeypatch, capsys
+):
+    stub(monkeypatch)
+    monkeypatch.setattr(nifti_checks, "ALWAYS_FREE", 0)
+    monkeypatch.setattr("common.hardware.cores_and_ram_gib", lambda: (1, 1.0, 1e-4))
+    source = scans(tmp_path / "in", "a.nii")
+    assert run(source, tmp_path / "out", *QUICK, "--no_roi") == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(
+        f"failed: {source / 'a.nii'}: predicting it takes 0.0 GiB of memory, but 0.0 GiB are"
+    )
+    assert last.endswith(
+        "needs a smaller --batch_size, --heatmap_weights (without --no_roi) or a smaller --roi"
+    )
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

@@ -95,6 +95,7 @@ def predict_scan(
         num_outputs(labels),
         batch_size=args.batch_size,
         device=model.device,
+        smaller="a smaller --batch_size, --heatmap_weights (without --no_roi) or a smaller --roi",
         source=region.source,
     )
     image = reading.image
