@@ -38,8 +38,8 @@ def case_name(path: str | Path) -> str:
 def open_nifti(path: str | Path, channel: int | None = None) -> NiftiFile:
     """Read the header of a scan; its voxels are read by the methods of what is returned.
 
-    An affine in m or um is converted to mm. If the file holds both an sform and a qform the sform counts,
-    with a warning if they differ by more than 1 mm at a corner of the grid.
+    An affine in m or um is converted to mm. Of an sform and a qform the sform counts, unless only the other
+    one is usable; see `choose_affine`, which warns where they differ or where the orientation is a guess.
 
     Args:
         channel: which 3-D volume of a 4-D file, from 0 on; a 3-D file has only the channel 0.
@@ -202,12 +202,12 @@ def _open(path: Path) -> tuple[Any, Stored]:
     damaged += (nib.freesurfer.mghformat.MGHError, KeyError, TypeError)  # of .mgz files
     try:
         image = nib.load(path)
+        data = image.dataobj
+        if isinstance(image, nib.MGHImage):
+            image = nib.Nifti1Image(data, image.affine)
+            image.header.set_xyzt_units("mm")
     except damaged as error:
         raise ValueError(f"{path}: not a readable NIfTI file ({first_line(error)})") from error
-    data = image.dataobj
-    if isinstance(image, nib.MGHImage):
-        image = nib.Nifti1Image(data, image.affine)
-        image.header.set_xyzt_units("mm")
     if not isinstance(image, nib.Nifti1Image):  # NIfTI-2 is a subclass; an .hdr/.img pair is not
         raise ValueError(f"{path}: {type(image).__name__}, not a NIfTI file; convert it to .nii.gz")
     return image, Stored(int(data.offset), data.dtype, float(data.slope), float(data.inter))

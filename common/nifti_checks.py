@@ -1,6 +1,7 @@
 """Why a file cannot be used as a scan or a label map, found out before it does harm."""
 
 import math
+import struct
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from common.nifti_forms import by
 
 HEADER_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}  # NIfTI-1 and 2
+MGH_BYTES = {0: 1, 1: 4, 3: 4, 4: 2}  # of a voxel, by FreeSurfer's code of its type
 HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 # How many bytes a byte of a file can hold: deflate packs no more than 1032 into one.
 MOST_OF_A_BYTE = {".nii": 1, ".mgh": 1, ".gz": 1032, ".mgz": 1032}
@@ -62,7 +64,7 @@ def check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
             f"{path}: {len(shape)}-D with shape {shape}; each file must hold one 3-D scan. Split the time "
             "points or channels into files first"
         )
-    if 0 in shape:
+    if min(shape) < 1:
         raise ValueError(f"{path}: has no voxels (shape {shape})")
     if dtype.fields:
         raise ValueError(f"{path}: an RGB picture stored as NIfTI, not a scan; export grey values instead")
@@ -74,7 +76,7 @@ def check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 def check_stored(path: Path) -> None:
-    """Refuse a NIfTI header with numbers that nibabel takes for others, or stumbles over.
+    """Refuse a header with numbers that nibabel takes for others, or stumbles over.
 
     Raises:
         ValueError: impossible dimensions, voxels inside the header or nowhere, or a voxel size of zero where
@@ -87,6 +89,8 @@ def check_stored(path: Path) -> None:
             start = file.read(HEADER_BYTES)
     except (OSError, EOFError, zlib.error):
         return
+    if path.name.lower().endswith((".mgz", ".mgh")):
+        _check_freesurfer(path, start)
     found = [kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.may_contain_header(start)]
     if not found or not path.name.lower().endswith((".nii", ".nii.gz")):
         return
@@ -112,6 +116,23 @@ def check_stored(path: Path) -> None:
             )
 
 
+def _check_freesurfer(path: Path, start: bytes) -> None:
+    """`check_stored` of an .mgz or .mgh file that begins with `start`."""
+    if len(start) < 30:
+        return
+    _, *sizes, kind = struct.unpack(">6i", start[:24])
+    if min(sizes) < 1:
+        raise ValueError(
+            f"{path}: its header gives {sizes} voxels (x y z frames); fetch it again or correct it"
+        )
+    _check_length(path, math.prod(sizes) * MGH_BYTES.get(kind, 1), sizes[2::-1])
+    if start[28:30] == b"\0\0":  # goodRASFlag
+        warnings.warn(
+            f"{path}: its header tells no place in space, so its orientation and its voxels of 1 mm are a guess",
+            stacklevel=4,
+        )
+
+
 # ---- the voxels ----
 
 
@@ -124,11 +145,15 @@ def check_length(file: Any) -> None:
     Raises:
         ValueError: the file is too short.
     """
-    path, num_bytes = file.path, file.path.stat().st_size
     end = file.stored.offset + math.prod(file.shape) * file.stored.dtype.itemsize
+    _check_length(file.path, end, file.shape)
+
+
+def _check_length(path: Path, end: int, shape: Sequence[int]) -> None:
+    num_bytes = path.stat().st_size
     if end > num_bytes * MOST_OF_A_BYTE.get(path.suffix.lower(), np.inf):
         raise ValueError(
-            f"{path}: truncated or damaged ({num_bytes:,} bytes cannot hold the {by(file.shape)} voxels of "
+            f"{path}: truncated or damaged ({num_bytes:,} bytes cannot hold the {by(shape)} voxels of "
             "its header); fetch it again"
         )
 

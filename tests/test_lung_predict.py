@@ -75,6 +75,17 @@ def results(out) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def test_a_2d_scan_gets_a_2d_mask(tmp_path, monkeypatch):
+    hu = np.full((30, 40), -900, np.int16)  # x y
+    hu[5:9, 10:20] = 100
+    nibabel.save(nibabel.Nifti1Image(hu, np.diag([2, 1, 5, 1])), tmp_path / "scan.nii")
+    monkeypatch.setattr(predict, "load_trained", lambda *_: bright_model(40))
+    flags = (tmp_path / "scan.nii", tmp_path / "out", "--save_overlay")
+    assert run_predict("run/weights/best.pt", *flags) == 0
+    mask = nibabel.load(tmp_path / "out/scan_mask.nii.gz")
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), hu > 0)
+
+
 def test_pictures_that_fail_cost_the_pictures_alone(tmp_path, monkeypatch, capsys):
     def fails(*_, **__):
         raise IndexError("index 65 is out of bounds")

@@ -205,3 +205,45 @@ def test_voxels_behind_the_last_one_are_told(tmp_path, name):
     scan, told = read_with_warnings(write(tmp_path / name, dim=[3, 6, 5, 3]))
     assert scan.shape == (3, 5, 6)
     assert told == ["60 bytes follow behind the last voxel; are the dimensions in its header too small?"]
+
+
+# ---- FreeSurfer's headers ----
+
+MGH_DIMS, MGH_GOOD_RAS, MGH_DELTA = 4, 28, 30  # bytes
+
+
+def write_mgh(path, offset, value):
+    """A file of FreeSurfer of which some bytes of the header are overwritten; it is big-endian."""
+    nib.save(nib.MGHImage(VOLUME, AFFINE.astype(np.float32)), path)
+    content = bytearray(path.read_bytes())
+    data = np.asarray(value).astype(np.asarray(value).dtype.newbyteorder(">")).tobytes()
+    content[offset : offset + len(data)] = data
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (MGH_DIMS, np.int32([6, -5, 4, 1]), r"its header gives \[6, -5, 4, 1\] voxels"),
+        (MGH_DIMS, np.int32([0, 5, 4, 1]), r"its header gives \[0, 5, 4, 1\] voxels"),
+        (MGH_DIMS, np.int32([2**31 - 1, 5, 4, 1]), r"bytes cannot hold the 4 x 5 x 2.147e\+09 voxels"),
+        (MGH_DIMS, np.int32([40000, 5, 4, 1]), "bytes cannot hold the 4 x 5 x 4e.04 voxels"),
+        (MGH_DELTA, np.float32([0, 1, 1]), "not a readable NIfTI file .Could not decompose affine"),
+        (MGH_DELTA, np.float32([np.nan, 1, 1]), "not a readable NIfTI file .Could not decompose affine"),
+        (MGH_DELTA, np.float32([1e6, 1, 1]), r"its affine is not usable \(voxels of 1e\+06 x 1 x 1 mm"),
+    ],
+)
+def test_impossible_headers_of_freesurfer_are_refused_in_a_sentence(tmp_path, offset, value, message):
+    path = write_mgh(tmp_path / "a.mgh", offset, value)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{message}") as error:
+        load_nifti(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_freesurfer_file_without_a_place_in_space_is_a_guess(tmp_path):
+    scan, told = read_with_warnings(write_mgh(tmp_path / "a.mgh", MGH_GOOD_RAS, np.int16(0)))
+    assert sorted(scan.shape) == [4, 5, 6] and scan.spacing_mm == (1, 1, 1)
+    assert [t for t in told if "unclosed" not in t] == [
+        "its header tells no place in space, so its orientation and its voxels of 1 mm are a guess"
+    ]
