@@ -118,17 +118,15 @@ def check_stored(path: Path) -> None:
 
 def _check_freesurfer(path: Path, start: bytes) -> None:
     """`check_stored` of an .mgz or .mgh file that begins with `start`."""
-    if len(start) < 30:
+    if len(start) < 30 or struct.unpack(">i", start[:4])[0] != 1:  # its version
         return
-    _, *sizes, kind = struct.unpack(">6i", start[:24])
+    *sizes, kind = struct.unpack(">5i", start[4:24])
     if min(sizes) < 1:
-        raise ValueError(
-            f"{path}: its header gives {sizes} voxels (x y z frames); fetch it again or correct it"
-        )
+        raise ValueError(f"{path}: its header gives {sizes} voxels (x y z frames); fetch it again")
     _check_length(path, math.prod(sizes) * MGH_BYTES.get(kind, 1), sizes[2::-1])
     if start[28:30] == b"\0\0":  # goodRASFlag
         warnings.warn(
-            f"{path}: its header tells no place in space, so its orientation and its voxels of 1 mm are a guess",
+            f"{path}: its header tells no place in space, so its orientation and voxels of 1 mm are a guess",
             stacklevel=4,
         )
 

@@ -245,5 +245,5 @@ def test_a_freesurfer_file_without_a_place_in_space_is_a_guess(tmp_path):
     scan, told = read_with_warnings(write_mgh(tmp_path / "a.mgh", MGH_GOOD_RAS, np.int16(0)))
     assert sorted(scan.shape) == [4, 5, 6] and scan.spacing_mm == (1, 1, 1)
     assert [t for t in told if "unclosed" not in t] == [
-        "its header tells no place in space, so its orientation and its voxels of 1 mm are a guess"
+        "its header tells no place in space, so its orientation and voxels of 1 mm are a guess"
     ]
