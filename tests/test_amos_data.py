@@ -370,7 +370,7 @@ def test_bad_cases_are_named_and_cost_the_others_nothing(tmp_path, capsys):
     for number, *words in (
         (2, "labelsTr", "label value(s) 16; expected 1 to 15"),
         (3, "labelsTr", "is not a whole number"),
-        (4, "labelsTr", "another grid", "(15, 40, 44)", "(16, 40, 44)"),
+        (4, "labelsTr", "another grid", "15 x 40 x 44 and 16 x 40 x 44"),
         (5, "labelsTr", "another grid"),
         (6, "imagesTr", "has no label of the same name"),
         (7, "labelsTr", "has no scan of the same name"),
