@@ -16,7 +16,7 @@ HEADER_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little"
 MGH_BYTES = {0: 1, 1: 4, 3: 4, 4: 2}  # of a voxel, by FreeSurfer's code of its type
 HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 # How many bytes a byte of a file can hold: deflate packs no more than 1032 into one.
-MOST_OF_A_BYTE = {".nii": 1, ".mgh": 1, ".gz": 1032, ".mgz": 1032}
+MOST_OF_A_BYTE = {".nii": 1, ".mgh": 1, ".gz": 1032, ".mgz": 1032, ".nrrd": 1032}
 FORM_CODES = range(1, 6)  # of an sform or qform that is set
 MOST_BYTES = 2**50  # of a file
 MOST_BEHIND = 2**26  # bytes behind the last voxel that are read

@@ -29,6 +29,8 @@ TYPES = {
 # What turns coordinates of a named space into RAS+: most files are left-posterior-superior.
 TO_RAS = {"left-posterior-superior": (-1, -1, 1), "right-anterior-superior": (1, 1, 1)}
 TO_RAS |= {"left-anterior-superior": (-1, 1, 1)}
+MM = {"mm", "millimeter", "millimeters", "", "???"}  # names of the unit, and of none
+MOST_PLANES = 2**15 - 1  # along an axis: the mask becomes a NIfTI file, which cannot hold more
 TO_RAS |= {"".join(word[0] for word in name.split("-")): signs for name, signs in TO_RAS.items()}
 
 
@@ -43,8 +45,8 @@ def read_nrrd_header(path: Path) -> tuple[tuple[int, ...], np.ndarray, Stored]:
     A file without a named space is taken as left-posterior-superior.
 
     Raises:
-        ValueError: damaged, not 3-D, without a place in space, or voxels in another file, as text or in a
-            compression other than gzip; ImportError: pynrrd is not installed.
+        ValueError: damaged, not 3-D, without a place in space or one in another unit than mm, or voxels in
+            another file, as text or in a compression other than gzip; ImportError: pynrrd is not installed.
     """
     with path.open("rb") as file:
         header, start = _header(path, file), file.tell()
@@ -52,24 +54,31 @@ def read_nrrd_header(path: Path) -> tuple[tuple[int, ...], np.ndarray, Stored]:
     encoding, space = header["encoding"].lower(), str(header.get("space", "left-posterior-superior")).lower()
     dtype = next((name for name, words in TYPES.items() if header["type"].lower() in words), None)
     directions, origin = header.get("space directions"), header.get("space origin", np.zeros(3))
+    has_directions = directions is not None and np.shape(directions) == (3, 3)
+    lengths = np.linalg.norm(directions, axis=1) if has_directions else np.zeros(3)
+    shape, endian = tuple(map(int, header["sizes"])), str(header.get("endian", "little")).lower()
+    units = header.get("space units", ["mm"])
     problems = {
-        f"{header['dimension']}-D": header["dimension"] != 3 or len(header["sizes"]) != 3,
+        f"{header['dimension']}-D": header["dimension"] != 3 or len(shape) != 3,
+        f"sizes {shape}": not all(0 < num <= MOST_PLANES for num in shape),
+        f"byte order {endian}": endian not in ("little", "big"),
         f"voxels of type {header['type']}": dtype is None,
         f"voxels stored as {encoding}": encoding not in ("raw", "gzip", "gz"),
         "its voxels lie in another file": "data file" in header or "datafile" in header,
         "bytes are to be skipped": any(header.get(f"{unit} skip", 0) for unit in ("line", "byte")),
         f"space {space}": space not in TO_RAS,
-        "no space directions": directions is None or np.shape(directions) != (3, 3),
+        f"space units {' '.join(units)}": not set(units) <= MM,
+        "no space directions of all axes": not (np.isfinite(lengths) & (lengths > 0)).all(),
+        f"space origin {origin}": np.shape(origin) != (3,),
     }
     if reasons := [reason for reason, is_so in problems.items() if is_so]:
         raise ValueError(f"{path}: cannot be read ({', '.join(reasons)}); {advice}")
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = np.transpose(directions), origin
     affine = np.diag([*TO_RAS[space], 1.0]) @ affine
-    order = "big" if str(header.get("endian", "little")).lower() == "big" else "little"
     offset = start if encoding == "raw" else 0
-    stored = Stored(offset, np.dtype(dtype).newbyteorder(order), slope=1.0, inter=0.0)
-    return tuple(map(int, header["sizes"])), affine, stored
+    stored = Stored(offset, np.dtype(dtype).newbyteorder(endian), slope=1.0, inter=0.0)
+    return shape, affine, stored
 
 
 @contextmanager

@@ -24,6 +24,15 @@ def write(path, array=STORED, header=LPS, **options):
     return path
 
 
+def write_by_hand(path, **fields):
+    """A file of which some lines of the header are others, whatever pynrrd would say to them."""
+    header = {"type": "short", "dimension": "3", "space": "LPS", "sizes": "4 3 2", "endian": "little"}
+    header |= {"encoding": "raw", "space directions": "(1,0,0) (0,1,0) (0,0,1)", "space origin": "(0,0,0)"}
+    lines = ["NRRD0004", *(f"{key}: {value}" for key, value in (header | fields).items()), "\n"]
+    path.write_bytes("\n".join(lines).encode() + STORED.tobytes("F"))
+    return path
+
+
 @pytest.mark.parametrize("encoding", ["raw", "gzip"])
 def test_axes_and_origin_by_hand(tmp_path, encoding):
     """x grows to the left and y to the back, so both are turned: the last voxel comes first."""
@@ -66,10 +75,8 @@ def test_types_and_byte_orders(tmp_path, kind, order):
 
 def test_several_names_of_a_type(tmp_path):
     for name in ("short", "signed short int", "int16_t"):
-        text = f"NRRD0004\ntype: {name}\ndimension: 3\nspace: LPS\nsizes: 4 3 2\nendian: little\n"
-        text += "encoding: raw\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\n\n"
-        (tmp_path / "a.nrrd").write_bytes(text.encode() + STORED.tobytes("F"))
-        assert load_nifti(tmp_path / "a.nrrd").array[0, 2, 3] == STORED[0, 0, 0]
+        path = write_by_hand(tmp_path / "a.nrrd", type=name)
+        assert load_nifti(path).array[0, 2, 3] == STORED[0, 0, 0]
 
 
 def test_a_mask_is_written_as_nifti_on_the_grid_of_the_scan(tmp_path):
@@ -101,6 +108,24 @@ def test_what_is_refused_says_why(tmp_path):
         open_nifti((tmp_path / "apart.nhdr").rename(tmp_path / "apart.nrrd"))
     with pytest.raises(ValueError, match="no space directions"):
         open_nifti(write(tmp_path / "nowhere.nrrd", header={}))
+    for key, value, words in (
+        ("sizes", "-4 3 2", r"sizes \(-4, 3, 2\)"),
+        ("sizes", "0 3 2", r"sizes \(0, 3, 2\)"),
+        ("sizes", "40000 3 2", r"sizes \(40000, 3, 2\)"),
+        ("sizes", "4 3", "3-D"),
+        ("space directions", "(0,0,0) (0,1,0) (0,0,1)", "no space directions of all axes"),
+        ("space directions", "(nan,0,0) (0,1,0) (0,0,1)", "no space directions of all axes"),
+        ("space directions", "none (0,1,0) (0,0,1)", "no space directions of all axes"),
+        ("space origin", "(0,0)", r"space origin \[0. 0.\]"),
+        ("space units", '"m" "m" "m"', "space units m m m"),
+        ("endian", "middle", "byte order middle"),
+    ):
+        with pytest.raises(ValueError, match=f"^{tmp_path / 'odd.nrrd'}: cannot be read .{words}.; save it"):
+            open_nifti(write_by_hand(tmp_path / "odd.nrrd", **{key: value}))
+    with pytest.raises(ValueError, match="odd.nrrd: its affine is not usable .not finite"):
+        open_nifti(write_by_hand(tmp_path / "odd.nrrd", **{"space origin": "(nan,0,0)"}))
+    with pytest.raises(ValueError, match="bytes cannot hold the 9000 x 9000 x 9000 voxels"):
+        load_nifti(write_by_hand(tmp_path / "odd.nrrd", sizes="9000 9000 9000"))
     with pytest.raises(ValueError, match="space scanner-xyz"):
         open_nifti(write(tmp_path / "space.nrrd", header=LPS | {"space": "scanner-xyz"}))
     (tmp_path / "no.nrrd").write_text("no header at all")
@@ -113,6 +138,29 @@ def test_what_is_refused_says_why(tmp_path):
     (tmp_path / "cut.nrrd").write_bytes(content[:-2])
     with pytest.raises(ValueError, match="cut.nrrd: truncated or damaged"):
         load_nifti(tmp_path / "cut.nrrd")
+
+
+@pytest.mark.parametrize("place", [slice(0, -12), slice(0, -4), slice(-6, -5), slice(-30, -29)])
+def test_a_damaged_gzip_stream_is_refused_in_one_sentence(tmp_path, place):
+    """Cut in the voxels or in the checksum behind them; a byte changed in the checksum or the voxels."""
+    path = write(tmp_path / "a.nrrd", header=LPS | {"encoding": "gzip"})
+    content = bytearray(path.read_bytes())
+    if place.start == 0:
+        content = content[place]
+    else:
+        content[place] = bytes([content[place][0] ^ 1])
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^\S+/a.nrrd: truncated or damaged .*; fetch it again$"):
+        load_nifti(path)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip"])
+def test_voxels_behind_the_last_one_are_told(tmp_path, encoding):
+    """A file of eight slices whose header speaks of two: six slices of 24 bytes are left over."""
+    path = write(tmp_path / "a.nrrd", np.tile(STORED, 4), LPS | {"encoding": encoding})
+    path.write_bytes(path.read_bytes().replace(b"sizes: 4 3 8", b"sizes: 4 3 2"))
+    with pytest.warns(UserWarning, match="144 bytes follow behind the last voxel"):
+        assert load_nifti(path).shape == (2, 3, 4)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data")
