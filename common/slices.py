@@ -11,6 +11,8 @@ import numpy as np
 from common.files import replacing
 from common.intensity import to_grey
 from common.nifti import NiftiFile, load_nifti
+from common.nifti_checks import check_memory
+from common.nifti_forms import grid_difference
 
 
 def to_display(volume: np.ndarray) -> np.ndarray:
@@ -86,12 +88,20 @@ def read_scan(
         uint8 (z, row, column[, 3]); the scan, for `to_scan_grid`.
 
     Raises:
-        FileNotFoundError, ValueError: a file cannot be read, or the channels differ in shape.
+        FileNotFoundError, ValueError: a file cannot be read, the channels lie on different grids, or the
+            slices would not fit into memory.
     """
     scans = [load_nifti(path, channel) for path, channel in images]
     for scan in scans[1:]:
-        if scan.shape != scans[0].shape:
-            raise ValueError(f"{scan.path}: shape {scan.shape}, but {scans[0].path} has {scans[0].shape}")
+        if difference := grid_difference(scan, scans[0]):
+            raise ValueError(f"{scan.path}: lies on another grid than {scans[0].path} ({difference})")
+    if pixel_mm is not None:
+        rows, columns = shape_at(scans[0].shape[1:], scans[0].spacing_mm[1:], pixel_mm)
+        check_memory(
+            f"{scans[0].path}: turning it into slices with pixels of {pixel_mm:g} mm",
+            2 * len(scans) * scans[0].shape[0] * rows * columns,  # once as a list, once as an array
+            "cut the scan to the part that matters, or use larger pixels",
+        )
     slices = volume_to_slices([scan.array for scan in scans])
     return to_pixel_mm(slices, scans[0].spacing_mm, pixel_mm), scans[0]
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from common.slices import robust_read_npy, to_display, to_pixel_mm
+from common import nifti_checks
+from common.nifti import write_nifti
+from common.slices import read_scan, robust_read_npy, to_display, to_pixel_mm
 
 GREY = np.arange(20, dtype=np.uint8).reshape(4, 5)
 
@@ -86,3 +88,26 @@ def test_turning_is_its_own_inverse():
     volume = np.arange(24).reshape(2, 3, 4)
     assert to_display(volume)[0, 0, 0] == volume[0, 2, 3]
     np.testing.assert_array_equal(to_display(to_display(volume)), volume)
+
+
+def test_channels_on_another_grid_are_refused_in_words(tmp_path):
+    for name, y_mm in (("a", 0), ("b", 0.5)):
+        write_nifti(tmp_path / f"{name}.nii", np.zeros((3, 4, 5)), (2, 1, 1), origin_mm=(0, y_mm, 0))
+    words = r"a.nii \(corners up to 0.5 mm apart, spacing 2 x 1 x 1 and 2 x 1 x 1 mm \(z y x\)\)$"
+    with pytest.raises(ValueError, match="b.nii: lies on another grid than .*" + words):
+        read_scan([(tmp_path / "a.nii", None), (tmp_path / "b.nii", None)])
+
+
+def test_more_pixels_than_memory_holds_are_refused(tmp_path, monkeypatch):
+    """4 x 100 x 100 pixels of 1 mm, which are twice in memory for a moment: 80 kB."""
+
+    def read_with(free_bytes):
+        machine = (1, 1.0, free_bytes / 2**30)
+        monkeypatch.setattr("common.hardware.cores_and_ram_gib", lambda: machine)
+        return read_scan([(tmp_path / "a.nii", None)], pixel_mm=1.0)[0]
+
+    write_nifti(tmp_path / "a.nii", np.zeros((4, 2, 2), np.int16), (1, 50, 50))
+    monkeypatch.setattr(nifti_checks, "ALWAYS_FREE", 0)
+    assert read_with(80_000).shape == (4, 100, 100)
+    with pytest.raises(ValueError, match="slices with pixels of 1 mm takes .*; .* or use larger pixels"):
+        read_with(79_999)

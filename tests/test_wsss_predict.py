@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from common import nifti_checks
 from common.checkpoints import TrainedModel, save_checkpoint
 from common.hardware import Precision
 from common.mit import MEAN, SD
 from common.nifti import load_label, load_nifti, save_label, write_nifti
 from common.par import PAR
 from common.slices import volume_to_slices
-from wsss_medical import evaluate, gen_attn, predict
+from wsss_medical import evaluate, gen_attn, maps, predict
 from wsss_medical.dataset import MedicalSliceDataset
 from wsss_medical.evaluate import BY_SCORE, BY_TRUTH, evaluate_split
 from wsss_medical.maps import generate_maps, heat_picture
@@ -451,6 +452,54 @@ def test_sequences_of_a_scan(tmp_path):
     path = tmp_path / "imagesTs" / "BRATS_001.nii.gz"
     assert predict.scan_images(path, ["t1ce"]) == [(path, 1)]
     assert predict.scan_images(tmp_path / "mine.nrrd", ["lge"]) == [(tmp_path / "mine.nrrd", None)]
+
+
+def fails(*_, **__):
+    raise IndexError("index 65 is out of bounds")
+
+
+def test_pictures_that_fail_cost_the_pictures_alone(folder, tmp_path, use, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "save_planes", fails)
+    monkeypatch.setattr(maps, "heat_picture", fails)
+    use(bright_model())
+    box_scan(tmp_path / "scan.nii")
+    assert run_predict(tmp_path / "scan.nii", tmp_path / "scan", "--overlay") == 0
+    assert run_predict(folder / "imageSlice", tmp_path / "slices", "--overlay") == 0
+    told = capsys.readouterr().out
+    assert "warning: scan_overlay.png is left out: IndexError: index 65 is out of bounds" in told
+    assert f"warning: the picture of {NAMES[1]} is left out: IndexError" in told
+    assert (tmp_path / "scan/scan_mask.nii.gz").is_file() and len(results(tmp_path / "slices")) == 4
+    data = MedicalSliceDataset(folder, NAMES)
+    counts, failed = generate_maps(bright_model(), data, tmp_path / "png", tmp_path / "cam")
+    assert counts["slices"] == 4 and not failed
+    assert len(list((tmp_path / "cam").iterdir())) == 8 and not list((tmp_path / "png").iterdir())
+
+
+@pytest.mark.parametrize("output", ["seg", "cam"])
+def test_a_scan_beyond_the_free_memory_is_refused(output, tmp_path, use, monkeypatch, capsys):
+    """6 x 40 x 48 voxels take 11,520 float32 in two maps or in five: 92 or 230 kB."""
+    box_scan(tmp_path / "scan.nii")
+    use(bright_model())
+    monkeypatch.setattr(nifti_checks, "ALWAYS_FREE", 0)
+    free_kb = {"seg": 91, "cam": 229}[output]
+    for kilobytes, code in ((free_kb + 2, 0), (free_kb, 1)):
+        machine = (1, 1.0, 1000 * kilobytes / 2**30)
+        monkeypatch.setattr("common.hardware.cores_and_ram_gib", lambda machine=machine: machine)
+        assert run_predict(tmp_path / "scan.nii", tmp_path / "out", "--output", output) == code
+    advice = "" if output == "seg" else "--output seg, or "
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "scan.nii: predicting it takes 0.0 GiB" in last
+    assert last.endswith(f"are free; it needs {advice}a scan cut to the part that matters")
+
+
+def test_a_2d_scan_gets_a_2d_mask(tmp_path, use):
+    grey = np.full((40, 48), 100, np.int16)
+    grey[8:28, 4:24] = 400
+    nibabel.save(nibabel.Nifti1Image(grey, np.diag([2, 1, 5, 1])), tmp_path / "scan.nii")
+    use(bright_model())
+    assert run_predict(tmp_path / "scan.nii", tmp_path / "out", "--overlay") == 0
+    mask = nibabel.load(tmp_path / "out/scan_mask.nii.gz")
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), grey > 100)
 
 
 def test_cases_of_several_files_are_predicted_once(tmp_path, use):

@@ -28,7 +28,7 @@ from common.evaluation import add_evaluation_flags, evaluate_folder
 from common.hardware import choose_precision, start_device
 from common.mask_files import label_files
 from common.metrics import classification_scores, dice_from_counts, write_table
-from common.plots import save_curves
+from common.plots import costs_the_picture, save_curves
 from common.report import clear_report
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
@@ -177,7 +177,8 @@ def write_evaluation(out: Path, title: str, evaluation: Evaluation, thresholds: 
         write_table(out / "sweep.csv", table)
         panels = {f"Dice, {c}": [f"{k} dice_{c}" for k in sweeps] for c in ("slices", "volumes")}
         names = {column: column.split()[0] for columns in panels.values() for column in columns}
-        save_curves(out / "sweep.png", table, panels, names, x="threshold")
+        with costs_the_picture("sweep.png"):
+            save_curves(out / "sweep.png", table, panels, names, x="threshold")
         volumes: dict[str, dict] = {}
         for output, sweep in sweeps.items():
             i = index_of(sweep, thresholds.get(output, THRESHOLD))

@@ -17,6 +17,7 @@ import numpy as np
 from common import batch, distributed
 from common.checkpoints import TrainedModel
 from common.files import make_folder, replacing
+from common.plots import costs_the_picture
 from common.slices import write_png
 from wsss_medical.dataset import MedicalSliceDataset
 from wsss_medical.segment import SCALES, SliceResult, segment_slices
@@ -88,7 +89,8 @@ def generate_maps(
             stem = dataset.names[i]
             if stem in earlier:
                 earlier[stem].unlink()
-            write_picture(pictures, stem, image, result.score, result.cam)
+            with costs_the_picture(f"the picture of {stem}"):
+                write_picture(pictures, stem, image, result.score, result.cam)
             write_cam(cams, stem, result, int(dataset.labels[i]), scales)
             if attention:
                 write_attention(attention, stem, result, half=half)

@@ -8,6 +8,7 @@ with --overlay also a picture, and results.csv of all. MR sequence and pixel siz
 the right channel of a 4-D file and the right file of a BraTS case are taken. For research only.
 """
 
+import math
 import re
 import sys
 import time
@@ -28,9 +29,10 @@ from common.hardware import choose_precision, describe_device, start_device
 from common.intensity import shown_range
 from common.metrics import largest_component
 from common.nifti import NIFTI_SUFFIXES, case_name, is_nifti, save_label
+from common.nifti_checks import check_memory
 from common.par import PAR
 from common.planes import save_planes
-from common.plots import PRED_COLOR
+from common.plots import PRED_COLOR, costs_the_picture
 from common.raw_layouts import BRATS_FILE, SEQUENCES, sequence_name
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
@@ -114,6 +116,13 @@ def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Nam
         slices, scan = read_scan(images, model.preprocessing["pixel_mm"])
     else:
         slices = robust_read_npy(path)[None]
+    is_seg = args.output == "seg"
+    num_maps = 2 if is_seg else 5  # of SliceResult, and once more those that the mask is made of
+    check_memory(
+        f"{path}: predicting it",
+        4 * num_maps * math.prod(slices.shape[:3]),  # they are float32
+        f"it needs {'' if is_seg else '--output seg, or '}a scan cut to the part that matters",
+    )
     results = segment_patient(
         model,
         slices,
@@ -121,7 +130,7 @@ def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Nam
         batch_size=args.batch_size,
         par=PAR().to(model.device) if args.refine else None,
         gate=args.gate,
-        cams=args.output != "seg",
+        cams=not is_seg,
     )
     probs = np.stack([getattr(result, args.output) for result in results])
     scores = [result.score for result in results]
@@ -132,19 +141,21 @@ def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Nam
         save_label(out / f"{name}_mask.nii.gz", mask, scan)
         volume_ml = float(mask.sum(dtype=int)) * scan.voxel_mm3 / 1000
         if args.overlay:
-            save_planes(
-                out / f"{name}_overlay.png",
-                scan.array,
-                scan.spacing_mm,
-                mask,
-                palette=np.array([PRED_COLOR]),
-                value_range=shown_range(scan.array),
-                title=name,
-            )
+            with costs_the_picture(f"{name}_overlay.png"):
+                save_planes(
+                    out / f"{name}_overlay.png",
+                    scan.array,
+                    scan.spacing_mm,
+                    mask,
+                    palette=np.array([PRED_COLOR]),
+                    value_range=shown_range(scan.array),
+                    title=name,
+                )
     else:
         write_png(out / f"{name}_mask.png", (probs[0] > args.threshold) * np.uint8(255))
         if args.overlay:
-            write_picture(out, name, slices[0], scores[0], probs[0])
+            with costs_the_picture(f"the picture of {name}"):
+                write_picture(out, name, slices[0], scores[0], probs[0])
     return {
         "scan": str(path),
         "slices": len(slices),
