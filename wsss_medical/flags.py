@@ -10,46 +10,24 @@ from wsss_medical.model import POOLINGS
 
 # What --recipe sets unless a flag says otherwise: "cam" is a classifier whose class activation maps are all
 # there is, "afa" is Affinity from Attention (Ru et al., CVPR 2022), "ours" adds what helped.
-RECIPES = {
-    "cam": {
-        "pixel_labels": "cam",
-        "slice_peaks": False,
-        "seg_weight": 0.0,
-        "affinity_weight": 0.0,
-        "negative_weight": 0.0,
-        "contrast_weight": 0.0,
-        "zero_is_background": False,
-        "ema": False,
-        "dynamic_threshold": False,
-        "cam_stages": [4],
-    },
-    "afa": {
-        "pixel_labels": "cam",
-        "slice_peaks": False,
-        "seg_weight": 0.1,
-        "affinity_weight": 0.1,
-        "negative_weight": 0.0,
-        "contrast_weight": 0.0,
-        "zero_is_background": False,
-        "ema": False,
-        "dynamic_threshold": False,
-        "cam_stages": [4],
-    },
-    "ours": {
-        "pixel_labels": "escape",
-        "slice_peaks": True,
-        "seg_weight": 1.0,
-        "affinity_weight": 0.1,
-        "negative_weight": 0.0,
-        "contrast_weight": 0.0,
-        "zero_is_background": True,
-        "ema": True,
-        "dynamic_threshold": False,
-        "cam_stages": [4],
-    },
+PLAIN = {
+    "pixel_labels": "cam",
+    "slice_peaks": False,
+    "seg_weight": 0.0,
+    "affinity_weight": 0.0,
+    "negative_weight": 0.0,
+    "contrast_weight": 0.0,
+    "zero_is_background": False,
+    "ema": False,
+    "dynamic_threshold": False,
+    "cam_stages": [4],
 }
-
-
+RECIPES = {
+    "cam": PLAIN,
+    "afa": PLAIN | {"seg_weight": 0.1, "affinity_weight": 0.1},
+    "ours": PLAIN
+    | {"pixel_labels": "escape", "slice_peaks": True, "seg_weight": 1.0, "affinity_weight": 0.1, "ema": True},
+}
 PIXEL_LABELS = ("cam", "escape", "masks")
 
 
@@ -247,13 +225,7 @@ def add_label_flags(parser: ArgumentParser) -> None:
         type=fraction,
         default=0.55,
         help="value of the map, 0 to 1, above which a pixel is labelled as foreground; between --low and "
-        "--high it is ignored",
-    )
-    labels.add_argument(
-        "--background",
-        type=fraction,
-        default=0.45,
-        help="value of the map, 0 to 1, that separates the two where nothing is ignored",
+        "this it is ignored",
     )
     labels.add_argument(
         "--dynamic_threshold",
