@@ -154,7 +154,10 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
             run.end_epoch(scores, score, teacher.state_dict())
             if distributed.is_main():
                 training.keep_weights(run, teacher.state_dict(), iteration)
-                save_curves(run.folder / "training_curves.png", run.history, training.CURVES)
+                panels = training.curves(run.history)
+                save_curves(
+                    run.folder / "training_curves.png", run.history, panels, only_above_0=True, x="iteration"
+                )
             elapsed, left = cal_eta(began, iteration - first, args.max_iters - first)
             run.log_epoch(f"{training.scores_text(scores)}  {elapsed} done, {left} to go")
     finish(run, trained, root, args)

@@ -51,7 +51,7 @@ def demo_dataset(folder: Path = Path("data/demo/wsss_medical")) -> Path:
 
     def make() -> dict[str, str]:
         phantoms.write_wsss_phantoms(source)
-        return preprocess.convert(parse_args(preprocess.build_parser(), flags), out)
+        return preprocess.convert(parse_args(preprocess.build_parser(), flags))
 
     return prepare_demo(source, out, make, flags, [phantoms, preprocess])
 
@@ -288,6 +288,11 @@ def mean_losses(counts: dict[str, float]) -> dict[str, float]:
         num = counts.get(f"batches_{name}", 0)
         found[f"loss_{name}"] = counts[name] / num if num else math.nan
     return found
+
+
+def curves(history: list[dict]) -> dict[str, list[str]]:
+    """CURVES without the columns of what this run does not have."""
+    return {title: [name for name in names if name in history[0]] for title, names in CURVES.items()}
 
 
 def scores_text(scores: dict[str, float]) -> str:
