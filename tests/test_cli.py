@@ -61,6 +61,10 @@ def test_help(script, tmp_path, monkeypatch, capsys):
         ("amygdala/train.py", [], "dataset/Amygdala: no preprocessed cases here"),
         ("amygdala/train.py", ["--patch_sise", "4"], "did you mean --patch_size?"),
         ("amygdala/predict.py", ["--weights", "a.pt", "--source", "b"], "a.pt: no such checkpoint"),
+        ("wsss_medical/dist_train.py", [], "no data: --data_path takes the folder that"),
+        ("wsss_medical/dist_train.py", ["--data_path", "x"], "x: no folder imageSlice/ in it"),
+        ("wsss_medical/dist_train.py", ["--poling", "gap"], "did you mean --pooling?"),
+        ("wsss_medical/gen_attn.py", [], "name a model: --checkpoint, or --work_dir"),
         ("verse_spine/stats.py", ["--source", "b"], "b: no such"),
         ("verse_spine/views.py", ["--mask", "m.nii.gz"], "m.nii.gz: no such file"),
     ],
@@ -155,6 +159,30 @@ def test_amygdala_demo(tmp_path):
     flags += ["--source", source / "imagesTs", "--out", tmp_path / "masks", "--overlay"]
     done = run_script(command[0], *flags, cwd=tmp_path)
     assert done.returncode == 0 and "2 of 2 scan(s) written" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_slice_label_demo(tmp_path):
+    """The demo as in the task's README, then the next command that its log names, on a volume."""
+    all_cores = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    config = ROOT / "wsss_medical" / "demo.yaml"
+    done = run_script("wsss_medical/dist_train.py", "--config", config, cwd=tmp_path, env=all_cores)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert float(re.search(r"^slices: f1 ([\d.]+)", done.stdout, re.M)[1]) > 0.95
+    dice = {
+        k: float(v) for k, v in re.findall(r"^(seg|cam), gated by score +[\d.]+ +([\d.]+)", done.stdout, re.M)
+    }
+    assert dice["seg"] > 0.8 and dice["cam"] > 0.4, "the mask of all pixels has 0.07"
+    command = re.findall(r"next: python (\S+) (.*)$", done.stdout, re.M)[-1]
+    flags = command[1].split("--source")[0].split()
+    flags += ["--source", tmp_path / "data/demo/wsss_medical/volumes/imagesTr/head_001.nii.gz"]
+    done = run_script(command[0], *flags, "--out", tmp_path / "masks", "--overlay", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "masks" / "head_001_mask.nii.gz").is_file()
+    maps = tmp_path / "work_dir_demo"
+    assert (
+        len(list((maps / "attention_maps").glob("*.png"))) == len(list((maps / "cam_npy").glob("*.npy"))) > 0
+    )
 
 
 def test_git_ignores_what_scripts_write():
