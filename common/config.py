@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,7 +59,11 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parse_args(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, base: dict | None = None
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    *,
+    base: dict | None = None,
+    from_file: Collection[str] | None = None,
 ) -> argparse.Namespace:
     """Parse `argv`; the YAML named by --config supplies the flags that `argv` leaves out.
 
@@ -68,6 +72,7 @@ def parse_args(
 
     Args:
         base: flag values in front of both, e.g. the configuration of a checkpoint that is resumed.
+        from_file: the only flags that count in the file, which is made for another script; None: all.
 
     Raises:
         SystemExit: with one line that names the wrong key or flag and the nearest valid one, or the wrong
@@ -79,7 +84,8 @@ def parse_args(
     flags = mapping_to_flags(parser, base, "checkpoint") if base else []
     for path in finder.parse_known_args(argv)[0].config:
         for file, content in read_yaml_files(parser, path):
-            flags += mapping_to_flags(parser, content, file)
+            chosen = {key: content[key] for key in content if from_file is None or key in from_file}
+            flags += mapping_to_flags(parser, chosen, file)
     valid = [option for action in parser._actions for option in action.option_strings]
     for word in argv:  # before argparse complains of a required flag, which may be the misspelled one
         if word.startswith("--") and (wrong := word.split("=")[0]) not in valid:

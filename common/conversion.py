@@ -127,7 +127,6 @@ def finished_entries(
     out: Path,
     stamps: Mapping[str, list],
     settings: Mapping[str, dict],
-    is_whole: Callable[[Path, dict], bool] | None = None,
 ) -> dict[str, dict]:
     """{name: entry} of an earlier, perhaps interrupted conversion that still hold; tells how many they are.
 
@@ -136,20 +135,15 @@ def finished_entries(
     Args:
         stamps: {name: `file_stamp` of its files} of every case that is to be converted.
         settings: {name: what decides how the case comes out}, plain values.
-        is_whole: whether all files of an entry in `out` are there; None: its <out>/cases/<name>.h5 can be
-            opened.
     """
-    known = {}
-    holds = is_whole or _opens
-    if (out / NOTES).is_file():
-        known = {entry["name"]: entry for entry in read_json(out / NOTES, {"cases": list})["cases"]}
+    known = {entry["name"]: entry for entry in _earlier_notes(out)["cases"]}
     done, num_changed = {}, 0
     for name, stamp in stamps.items():
         entry = known.get(name)
-        if entry and entry["settings"] == settings[name] and entry["stamp"] == stamp and holds(out, entry):
+        if entry and entry["settings"] == settings[name] and entry["stamp"] == stamp and _whole(out, entry):
             done[name] = entry
         else:
-            num_changed += name in known if is_whole else (out / "cases" / f"{name}.h5").is_file()
+            num_changed += "files" in (entry or {}) or (out / "cases" / f"{name}.h5").is_file()
     if done:
         print(f"{len(done)} of {len(stamps)} cases are converted already")
     if num_changed:
@@ -158,7 +152,13 @@ def finished_entries(
     return done
 
 
-def _opens(out: Path, entry: dict) -> bool:
+def _earlier_notes(out: Path) -> dict:
+    return read_json(out / NOTES, {"cases": list}) if (out / NOTES).is_file() else {"cases": []}
+
+
+def _whole(out: Path, entry: dict) -> bool:
+    if "files" in entry:
+        return all((out / name).is_file() for name in entry["files"])
     try:
         CaseFile(out / "cases" / f"{entry['name']}.h5").shape  # noqa: B018  opens it
     except (ValueError, OSError):
@@ -176,7 +176,6 @@ def convert_data_set(
     about_all: dict,
     workers: int,
     folders: Sequence[str] = ("cases",),
-    is_whole: Callable[[Path, dict], bool] | None = None,
 ) -> tuple[list[dict], dict[str, str]]:
     """Convert what is not done yet with these settings from these files, with a progress bar on a terminal.
 
@@ -184,14 +183,15 @@ def convert_data_set(
     `finish_notes` comes last.
 
     Args:
-        convert: a function of a module; convert(case, out, *arguments) writes <out>/cases/<name>.h5, or what
-            `is_whole` looks for, and returns what is to be noted of the case, with its "name".
+        convert: a function of a module; convert(case, out, *arguments) writes <out>/cases/<name>.h5 and
+            returns what is to be noted of the case, with its "name". Where it writes other files it notes
+            them as "files", relative to `out`; those of earlier conversions that no case has any more are
+            removed in the end.
         cases: {name: case} of all that the data set is to hold.
         files: {name: the files that the case is made from}; None for one that it does not have.
         settings: {name: what decides how the case comes out}, plain values.
         about_all: see `write_notes`.
         folders: made in `out` before the first case.
-        is_whole: see `finished_entries`.
 
     Returns:
         entries of all cases that are converted, with "stamp" and "settings", by natural order of their
@@ -200,7 +200,10 @@ def convert_data_set(
     for folder in folders:
         make_folder(out / folder)
     stamps = {name: file_stamp([path for path in paths if path]) for name, paths in files.items()}
-    done = finished_entries(out, stamps, settings, is_whole)
+    done, earlier = finished_entries(out, stamps, settings), _earlier_notes(out)
+    outdated = {name for entry in earlier["cases"] for name in entry.get("files", [])}
+    outdated |= set(earlier.get("outdated", []))  # what an interrupted run had still to remove
+    in_work = about_all | {"outdated": sorted(outdated)} if outdated else about_all
     todo = {case: name for name, case in cases.items() if name not in done}
     failed: dict[str, str] = {}
     results = convert_cases(convert, list(todo), out, *arguments, workers=workers)
@@ -210,7 +213,12 @@ def convert_data_set(
         else:
             name = todo[case]
             done[name] = entry | {"stamp": stamps[name], "settings": settings[name]}
-            write_notes(out, done, about_all)
+            write_notes(out, done, in_work)
+    if outdated:
+        for name in outdated - {name for entry in done.values() for name in entry["files"]}:
+            if (out / name).resolve().is_relative_to(out.resolve()):  # whoever wrote these notes
+                (out / name).unlink(missing_ok=True)
+        write_notes(out, done, about_all)
     return ordered_entries(done), failed
 
 

@@ -1,11 +1,13 @@
 """MiT encoders that others trained on ImageNet, in NVlabs' and in Hugging Face's layout."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from common.files import replacing
 from common.mit import BACKBONES
 from common.pretrained import first_names, load_exactly, read_weights
 
@@ -49,6 +51,23 @@ def load_encoder(network: nn.Module, path: str | Path) -> list[str]:
         raise ValueError(f"{path}: {error}. {advice}") from error
     left_out = f"; not of the encoder and left out: {first_names(heads)}" if heads else ""
     return [f"Encoder from {path}: {len(weights)} tensors, none missing, none unexpected{left_out}"]
+
+
+def download_encoder(backbone: str, target: Path) -> None:
+    """Download nvidia/mit-<backbone> from Hugging Face to the file `target`.
+
+    Raises:
+        RuntimeError: huggingface_hub is missing or gave up.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+
+        found = hf_hub_download(f"nvidia/mit-{backbone}", "pytorch_model.bin")
+        with replacing(target) as partial:
+            shutil.copyfile(found, partial)
+    except Exception as error:  # network, disk, ...: all end in the steps by hand
+        cause = str(error).split("\n")[0]
+        raise RuntimeError(f"huggingface_hub (pip install huggingface_hub) failed: {cause}") from error
 
 
 def encoder_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -31,6 +31,56 @@ def in_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:
     return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
 
 
+def normalise_cam(cam_raw: Tensor) -> Tensor:
+    """Each map (N, C, H, W) from 0 to just below 1; a map of one value becomes 0.
+
+    However weak its evidence, every slice gets a peak near 1: take the class label or the predicted
+    probability into account before the map is believed.
+    """
+    cam = cam_raw - cam_raw.amin((2, 3), keepdim=True)
+    return cam / (cam.amax((2, 3), keepdim=True) + 1e-5)
+
+
+def cam_to_label(
+    cam: Tensor,
+    cls_label: Tensor,
+    boxes: Tensor | None = None,
+    *,
+    background: float | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    ignore: int = IGNORE,
+) -> Tensor:
+    """Pixel label (N, H, W) int64 of a normalised CAM.
+
+    Args:
+        cam: (N, C, H, W), 0 to 1; classes that are not in the slice count as 0.
+        cls_label: (N, C).
+        boxes: (N, 4) pixels that come from the slice, see `in_boxes`; the rest is `ignore`.
+        background: up to this value a pixel is background.
+        low, high: instead of `background`: background up to `low`, `ignore` from there up to `high`.
+    """
+    if (background is None) == (low is None or high is None):
+        raise ValueError("cam_to_label: give either background or both low and high")
+    value, label = (cam * cls_label[:, :, None, None]).max(dim=1)
+    label = label + 1
+    if background is None:
+        label[value <= high] = ignore
+        background = low
+    label[value <= background] = 0
+    return label if boxes is None else label.masked_fill(~in_boxes(boxes, label.shape[1:]), ignore)
+
+
+def slice_peaks_at_1(probs: Tensor) -> Tensor:
+    """Probabilities (N, 1, H, W) divided by the one that 1 % of the pixels of a slice exceed, at most 1.
+
+    How sure a network is differs from scan to scan, with brightness and noise; where in a slice it is surest
+    does not. Slices without the structure are told apart by their score.
+    """
+    peaks = probs.flatten(1).quantile(0.99, dim=1).clamp(min=0.02)
+    return (probs / peaks.view(-1, 1, 1, 1)).clamp(max=1)
+
+
 def class_shares(cam: Tensor, cls_label: Tensor, background: float) -> Tensor:
     """(N, 1 + C, H, W): softmax over `background` and the CAM of the classes that are in the slice."""
     absent = cls_label[:, :, None, None] == 0

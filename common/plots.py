@@ -77,6 +77,15 @@ def overlay(image: np.ndarray, mask: np.ndarray, color: tuple = PRED_COLOR, alph
     return rgb.round().astype(np.uint8)
 
 
+def heat_picture(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
+    """Slice uint8 (H, W) or (H, W, 3) with a map in [0, 1] over it, from blue to red -> RGB uint8."""
+    from matplotlib import colormaps
+
+    grey = image if image.ndim == 3 else image[..., None]
+    picture = grey / 255 + colormaps["jet"](cam)[..., :3]
+    return np.rint(255 * picture / picture.max()).astype(np.uint8)
+
+
 def outline(rgb: np.ndarray, mask: np.ndarray, color: tuple, dashed: bool = False) -> np.ndarray:
     """`rgb` (h, w, 3) with the one-pixel border of `mask` drawn in colour, whole or dashed; a copy."""
     from scipy import ndimage

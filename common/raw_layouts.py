@@ -123,6 +123,45 @@ def list_records(source: Path, layout: str, modality: Sequence[str]) -> list[Rec
     return records
 
 
+def find_sequences(path: Path, wanted: Sequence[str]) -> list[tuple[Path, int | None]]:
+    """(file, channel or None) of each sequence wanted of the scan that `path` belongs to.
+
+    Beside <case>_flair lie the other sequences of BraTS; the channels of a 4-D file in the Decathlon's
+    imagesTr or imagesTs are named by dataset.json. Any other file holds the only sequence.
+
+    Raises:
+        ValueError: a sequence is not there.
+    """
+    notes = read_dataset_json(path.parent.parent) if path.parent.name.startswith("images") else {}
+    channels = notes.get("modality") or notes.get("channel_names") or {}
+    files: dict[str, tuple[Path, int | None]] = {wanted[0]: (path, None)}
+    if case := re.fullmatch(BRATS_FILE, case_name(path), re.IGNORECASE):
+        beside = [p for p in path.parent.iterdir() if is_nifti(p) and p.name.startswith(case[1])]
+        files |= {sequence_name(re.split("[_-]", case_name(p))[-1]): (p, None) for p in beside}
+    elif len(channels) > 1:
+        files = {sequence_name(name): (path, int(number)) for number, name in channels.items()}
+    if missing := [name for name in wanted if name not in files]:
+        raise ValueError(f"{path}: the model needs the sequence {missing[0]}; there is {', '.join(files)}")
+    return [files[name] for name in wanted]
+
+
+def name_of_case(path: Path, sequence: str) -> str:
+    """Name of the case that a scan with the wanted sequence belongs to: of LASC, where every scan is called
+    lgemri, that of its folder; of BraTS without the sequence; otherwise that of the file."""
+    if case_name(path) == "lgemri":
+        return path.parent.name
+    is_brats = sequence in SEQUENCES.values()
+    case = re.fullmatch(BRATS_FILE, case_name(path), re.IGNORECASE) if is_brats else None
+    return case[1] if case else case_name(path)
+
+
+def endings_beside(sequence: str) -> tuple[str, ...]:
+    """How names of files end that lie beside scans with the wanted sequence: label maps, other sequences."""
+    names = {*SEQUENCES, *SEQUENCES.values()} if sequence in SEQUENCES.values() else set()
+    others = sorted(name for name in names if sequence_name(name) != sequence)
+    return ("laendo", *(sign + name for name in ("seg", *others) for sign in "_-"))
+
+
 def sequence_name(name: str) -> str:
     """One spelling for each MR sequence: t1gd of the Decathlon is BraTS' t1ce."""
     return SEQUENCES.get(name.lower(), name.lower())

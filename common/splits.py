@@ -86,7 +86,6 @@ def cut_in_order(
     patients: Sequence[str],
     bounds: Sequence[float],
     *,
-    snap: bool = False,
     flag: str = "split",
     advice: str = "",
 ) -> tuple[int, int]:
@@ -95,8 +94,8 @@ def cut_in_order(
     Args:
         patients: of each item.
         bounds: a and b, 0 <= a < b: numbers of items, or shares of the patients below 1, which are cut so
-            that at least one patient is in each part. With a = 0 the first part is empty.
-        snap: whether a number inside of a patient moves on to the next one; else there is a loud warning.
+            that at least one patient is in each part. With a = 0 the first part is empty. A number inside of
+            a patient is told by a loud warning.
         flag: what the bounds are called; advice: what else a message about them should say.
 
     Raises:
@@ -117,14 +116,12 @@ def cut_in_order(
             f"{asked}: there are N = {num}, and 0 <= a < b < N is needed. Numbers fit one list only{advice}; "
             "give those of this one, or shares of the patients such as 0.2 0.35"
         )
-    for index in sorted({a, b} - set(ends)) if not snap else ():
+    for index in sorted({a, b} - set(ends)):
         warnings.warn(
             f"{asked}: {index:g} cuts patient {patients[int(index)]} in two; scores will be too good. Choose "
             "a number between two patients",
             stacklevel=3,
         )
-    if snap:
-        a, b = (min(end for end in ends if end >= index) for index in (a, b))
     return int(a), int(b)
 
 

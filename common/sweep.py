@@ -1,10 +1,12 @@
 """How well maps of scores overlap with true masks at many thresholds at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from common.metrics import dice_from_counts, iou_from_counts
+from common.metrics import dice_from_counts, iou_from_counts, write_table
+from common.plots import costs_the_picture, save_curves
 
 THRESHOLDS = np.arange(1, 50) / 50
 
@@ -29,9 +31,8 @@ class Sweep:
             raise ValueError(
                 f"patient {patient}: scores {score_map.shape}, mask {mask.shape} differ in shape"
             )
-        tp, fp = self._above(score_map[mask == 1]), self._above(score_map[mask == 0])
-        fn = np.count_nonzero(mask == 1) - tp
-        self.volumes[patient] = self.volumes.get(patient, 0) + np.stack([tp, fp, fn])
+        tp, fp, fn = counts = counts_at(self.thresholds, score_map, mask)
+        self.volumes[patient] = self.volumes.get(patient, 0) + counts
         if tp[0] + fn[0]:
             self.num_positive += 1
             self.slices["dice"] += 2 * tp / (2 * tp + fp + fn)
@@ -39,12 +40,6 @@ class Sweep:
         else:
             self.num_negative += 1
             self.slices["alarms"] += fp > 0
-
-    def _above(self, scores: np.ndarray) -> np.ndarray:
-        """How many scores are above each threshold."""
-        exceeded = np.searchsorted(self.thresholds, scores.astype(np.float32, copy=False))
-        counts = np.bincount(exceeded, minlength=len(self.thresholds) + 1)
-        return counts[::-1].cumsum()[-2::-1]
 
     def merge(self, other: "Sweep") -> None:
         """Take over what another process has counted with the same thresholds."""
@@ -84,6 +79,66 @@ class Sweep:
         if not rows:
             raise ValueError(f"{metric} has no value: none of the slices has tissue in its mask")
         return max(rows, key=lambda row: row[metric])
+
+    def row_at(self, threshold: float) -> dict[str, float]:
+        """The row of the nearest threshold, with the numbers of slices with and without tissue."""
+        counts = {"positive_slices": self.num_positive, "negative_slices": self.num_negative}
+        return self.rows()[self.index_of(threshold)] | counts
+
+    def index_of(self, threshold: float) -> int:
+        """Of the nearest one of the thresholds."""
+        return int(np.abs(self.thresholds - threshold).argmin())
+
+
+def counts_at(thresholds: np.ndarray, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """int64 (3, number of thresholds): true positives, false positives and false negatives at each threshold.
+
+    Args:
+        thresholds: ascending; what is above one counts as predicted. Scores are compared in their precision.
+        scores, mask: of one shape; other values of the mask than 0 and 1 are left out.
+    """
+
+    def above(chosen: np.ndarray) -> np.ndarray:
+        exceeded = np.searchsorted(thresholds, scores[chosen].astype(thresholds.dtype, copy=False))
+        return np.bincount(exceeded, minlength=len(thresholds) + 1)[::-1].cumsum()[-2::-1]
+
+    tp, fp = above(mask == 1), above(mask == 0)
+    return np.stack([tp, fp, np.count_nonzero(mask == 1) - tp])
+
+
+def write_sweeps(out: Path, sweeps: Mapping[str, Sweep], thresholds: Mapping[str, float]) -> None:
+    """sweep.csv and sweep.png: overlap at each threshold; volumes.csv: Dice of each patient at one of them.
+
+    Args:
+        sweeps: {kind of map: overlap}, all with the same thresholds.
+        thresholds: {kind of map: threshold of volumes.csv}.
+    """
+    table: list[dict] = [{"threshold": row["threshold"]} for row in next(iter(sweeps.values())).rows()]
+    volumes: dict[str, dict] = {}
+    for kind, sweep in sweeps.items():
+        for row, of_kind in zip(table, sweep.rows(), strict=True):
+            row |= {f"{kind} {name}": value for name, value in of_kind.items() if name != "threshold"}
+        i = sweep.index_of(thresholds[kind])
+        for patient, counts in sweep.volumes.items():
+            row = volumes.setdefault(patient, {"patient": patient})
+            row[f"{kind} dice"] = dice_from_counts(*counts[:, i].tolist())
+    write_table(out / "sweep.csv", table)
+    write_table(out / "volumes.csv", list(volumes.values()))
+    panels = {f"Dice, {c}": [f"{kind} dice_{c}" for kind in sweeps] for c in ("slices", "volumes")}
+    names = {f"{kind} dice_{c}": kind for kind in sweeps for c in ("slices", "volumes")}
+    with costs_the_picture("sweep.png"):
+        save_curves(out / "sweep.png", table, panels, names, x="threshold")
+
+
+def overlap_lines(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A table to print of {name: row of `Sweep.row_at`}."""
+    lines = [f"{'Dice of':<28}{'threshold':>10}{'slices':>8}{'volumes':>9}{'false alarms':>14}"]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:<28}{row['threshold']:>10.2f}{row['dice_slices']:>8.3f}{row['dice_volumes']:>9.3f}"
+            f"{row['false_alarms']:>14.3f}"
+        )
+    return lines
 
 
 def _mean(total: float, number: int) -> float:

@@ -28,6 +28,7 @@ from common.metrics import binary_counts, dice_from_counts, iou_from_counts, les
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.slices import to_display
+from common.sweep import counts_at
 from lung_tumor.cases import case_from_entry, find_cases, load_case
 from lung_tumor.dataset import SliceDataset, SliceFile, list_slices, load_splits, read_notes
 from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
@@ -180,18 +181,16 @@ def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
     """All counts and scores of one volume; see the README for their definitions."""
     pred = np.zeros((len(volume.slices), *volume.slices[0].shape), bool)
     target = np.stack(volume.masks).astype(bool)
-    bins = np.zeros((len(THRESHOLDS) + 1, 2), np.int64)  # [thresholds below the probability, target]
+    sweep = np.zeros((3, len(THRESHOLDS)), np.int64)  # tp, fp, fn
     probs = predict_slices(model, volume.slices, model.config["batch_size"], volume.pixel_size_mm)
     for z, prob in enumerate(probs):
         pred[z] = prob > threshold
-        index = np.searchsorted(THRESHOLDS, prob.ravel()) * 2 + target[z].ravel()
-        bins += np.bincount(index, minlength=bins.size).reshape(bins.shape)
+        sweep += counts_at(THRESHOLDS, prob, target[z])
     tp, fp, fn, _ = binary_counts(pred, target)
     kept_tp, kept_fp, kept_fn, kept_tn = binary_counts(pred[volume.for_training], target[volume.for_training])
     has_tumour = target.any(axis=(1, 2))
     per_slice = [dice_from_counts(*binary_counts(pred[z], target[z])[:3]) for z in np.flatnonzero(has_tumour)]
     false_alarms = int(pred[~has_tumour].any(axis=(1, 2)).sum())
-    above = bins[::-1].cumsum(axis=0)[::-1][1:]  # (threshold, target): voxels above the threshold
     return {
         "volume": volume.name,
         "slices": len(pred),
@@ -211,7 +210,7 @@ def score_volume(model: TrainedModel, volume: Volume, threshold: float) -> dict:
         "kept_fp": kept_fp,
         "kept_fn": kept_fn,
         "kept_tn": kept_tn,
-        "sweep": [[int(hit), int(false), int(target.sum() - hit)] for false, hit in above],  # tp, fp, fn
+        "sweep": sweep.T.tolist(),
     }
 
 

@@ -71,6 +71,13 @@ def test_base_lies_below_yaml_and_command_line(parser, yaml_file):
     assert parse_args(parser, [], base={}).seed == 42
 
 
+def test_a_file_of_another_script_gives_only_what_is_asked_for(parser, yaml_file, capsys):
+    path = yaml_file("lr: 2\nepochs: 5\nnot_a_flag: 1\n")
+    args = parse_args(parser, ["--config", path], from_file=("epochs", "seed"))
+    assert (args.epochs, args.seed, args.lr) == (5, 42, parse_args(parser, []).lr)
+    assert "unknown key 'not_a_flag'" in refusal(capsys, parser, ["--config", path])
+
+
 def test_error_in_base_names_the_checkpoint(parser, capsys):
     assert "checkpoint: unknown key 'sed'; did you mean seed?" in refusal(capsys, parser, [], base={"sed": 1})
 

@@ -281,17 +281,38 @@ def test_what_is_finished_holds_until_files_or_settings_change(converted, tmp_pa
     assert finished_entries(tmp_path / "none", stamps, settings) == {}
 
 
-def test_what_is_whole_may_be_asked_of_the_task(converted, capsys):
-    out, stamps, settings = converted
-    asked = []
+def write_two(number: int, out, ending: str) -> dict:
+    """A case of two files."""
+    files = [f"parts/n{number}{part}.{ending}" for part in "ab"]
+    for name in files:
+        (out / name).touch()
+    return {"name": f"n{number}", "files": files}
 
-    def is_whole(folder, entry):
-        asked.append((folder, entry["name"]))
-        return entry["name"] == "a2"
 
-    assert list(finished_entries(out, stamps | {"new": []}, settings | {"new": {}}, is_whole)) == ["a2"]
-    assert sorted(asked) == [(out, "a10"), (out, "a2")]
-    assert "1 case(s) were not finished" in capsys.readouterr().out
+def test_cases_of_several_files(tmp_path, capsys):
+    """A case is done while all of its files are there; files that no case has any more are removed."""
+    out, cases = tmp_path / "out", {"n1": 1, "n2": 2}
+
+    def convert_all(ending: str, names=("n1", "n2")) -> list[str]:
+        chosen = {name: cases[name] for name in names}
+        given = {"files": dict.fromkeys(chosen, ()), "settings": dict.fromkeys(chosen, {"ending": ending})}
+        given |= {"about_all": {}, "workers": 0, "folders": ["parts"]}
+        convert_data_set(write_two, chosen, out, ending, **given)
+        return sorted(path.name for path in (out / "parts").iterdir())
+
+    assert convert_all("x") == ["n1a.x", "n1b.x", "n2a.x", "n2b.x"]
+    (out / "parts" / "n2b.x").unlink()
+    capsys.readouterr()
+    assert len(convert_all("x")) == 4
+    text = capsys.readouterr().out
+    assert "1 of 2 cases are converted already" in text and "1 case(s) were not finished" in text
+    assert convert_all("y") == ["n1a.y", "n1b.y", "n2a.y", "n2b.y"]
+    assert convert_all("y", ["n2"]) == ["n2a.y", "n2b.y"]
+    notes = json.loads((out / "preprocessing.json").read_text())
+    assert list(notes) == ["cases"]
+    (tmp_path / "mine").touch()
+    (out / "preprocessing.json").write_text(json.dumps(notes | {"outdated": ["../mine", "parts/n2a.y"]}))
+    assert convert_all("y") == ["n1a.y", "n1b.y", "n2a.y", "n2b.y"] and (tmp_path / "mine").exists()
 
 
 def test_the_last_notes(converted):

@@ -13,6 +13,7 @@ from common.plots import (
     PRED_COLOR,
     TRUTH_COLOR,
     costs_the_picture,
+    heat_picture,
     new_figure,
     outline,
     overlay,
@@ -217,6 +218,14 @@ def test_panels_keep_the_first_row_on_top(tmp_path):
     save_panels(tmp_path / "panels.png", [[image]], [["bright on top"]])
     picture = read_png(tmp_path / "panels.png")
     assert pixels(picture, (200, 200, 200))[:, 0].max() < pixels(picture, (0, 0, 0))[-1, 0]
+
+
+def test_heat_picture_is_rgb():
+    """On black: jet's dark blue (0, 0, .5) and dark red (.5, 0, 0), divided by the highest value."""
+    picture = heat_picture(np.zeros((1, 2), np.uint8), np.array([[0.0, 1.0]]))
+    assert picture.tolist() == [[[0, 0, 255], [255, 0, 0]]]
+    colour = heat_picture(np.full((2, 2, 3), [0, 255, 0], np.uint8), np.zeros((2, 2)))
+    assert colour[0, 0].tolist() == [0, 255, 128]  # (0, 1, .5)
 
 
 # ---- files ----

@@ -16,14 +16,16 @@ from common.checkpoints import TrainedModel, save_checkpoint
 from common.hardware import Precision
 from common.mit import MEAN, SD
 from common.nifti import load_label, load_nifti, save_label, write_nifti
-from common.par import PAR
+from common.raw_layouts import find_sequences
 from common.slices import volume_to_slices
+from common.wetr import Output
 from wsss_medical import evaluate, gen_attn, maps, predict
+from wsss_medical.affinity import propagated_cam
 from wsss_medical.dataset import MedicalSliceDataset
 from wsss_medical.evaluate import BY_SCORE, BY_TRUTH, evaluate_split
-from wsss_medical.maps import generate_maps, heat_picture
-from wsss_medical.model import Output, get_model
-from wsss_medical.segment import part_of, propagated_cam, segment_slices, threshold_of
+from wsss_medical.maps import generate_maps
+from wsss_medical.model import get_model
+from wsss_medical.segment import part_of, segment_slices, threshold_of
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", None, False, "test")
@@ -159,15 +161,6 @@ def test_attention_on_request():
     )
 
 
-def test_par_moves_the_map_to_the_edge():
-    """The CAM is blurred from cells of 16 pixels; with PAR it rises where the image does."""
-    image = blob((48, 48), slice(0, 24), slice(0, 48))
-    (plain,) = segment_slices(bright_model(), [image], scales=(1.0,))
-    (refined,) = segment_slices(bright_model(), [image], scales=(1.0,), par=PAR())
-    step = [r.cam[20, 24] - r.cam[28, 24] for r in (plain, refined)]
-    assert step[1] > 1.2 * step[0]
-
-
 def test_propagation_by_hand():
     """Cells 1 and 0. Alone they keep their values. If all are alike, each has the mean of the shares:
     e / (e + e^.35) = .6570 and 1 / (1 + e^.35) = .4134, so log(.5352 / .4648) + .35 = .4910."""
@@ -183,7 +176,7 @@ def test_propagation_by_hand():
 
 def test_training_can_use_what_validation_cached():
     """Masks that are kept for all later calls must not be tensors that backward refuses."""
-    from wsss_medical.affinity import get_mask_by_radius
+    from common.cells import get_mask_by_radius
 
     get_mask_by_radius.cache_clear()
     list(segment_slices(bright_model(), [blob()]))
@@ -236,20 +229,12 @@ def test_threshold_of_a_model():
 # ---- maps ----
 
 
-def test_heat_picture_is_rgb():
-    """On black: jet's dark blue (0, 0, .5) and dark red (.5, 0, 0), divided by the highest value."""
-    picture = heat_picture(np.zeros((1, 2), np.uint8), np.array([[0.0, 1.0]]))
-    assert picture.tolist() == [[[0, 0, 255], [255, 0, 0]]]
-    colour = heat_picture(np.full((2, 2, 3), [0, 255, 0], np.uint8), np.zeros((2, 2)))
-    assert colour[0, 0].tolist() == [0, 255, 128]  # (0, 1, .5)
-
-
 def test_every_file_of_the_maps(folder, tmp_path):
     data = MedicalSliceDataset(folder, NAMES)
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / f"{NAMES[1]}_0.123.png").touch()  # of an earlier checkpoint
     folders = [tmp_path / "maps", tmp_path / "cams", tmp_path / "attention"]
-    counts, failed = generate_maps(bright_model(), data, *folders, scales=(1.0,), batch_size=3, half=True)
+    counts, failed = generate_maps(bright_model(), data, *folders, scales=(1.0,), batch_size=3)
     assert counts == {"slices": 4, "positives": 2} and not failed
     expected = [f"{n}_{'1.000' if n.endswith('1') else '0.002'}.png" for n in NAMES]
     assert sorted(p.name for p in folders[0].iterdir()) == sorted(expected)
@@ -268,7 +253,7 @@ def test_every_file_of_the_maps(folder, tmp_path):
     twin = np.load(folders[1] / f"{NAMES[3]}.npz", allow_pickle=False)
     assert all(np.array_equal(twin[key], found[key]) for key in found)
     attention = np.load(folders[2] / f"{NAMES[0]}.npy", allow_pickle=True).item()
-    assert attention["num_attn_layers"] == 2 and attention["attn_layer_1"].dtype == np.float16
+    assert attention["num_attn_layers"] == 2 and attention["attn_layer_1"].dtype == np.float32
     assert attention["attn_pred"].shape == (4, 4)
 
 
@@ -441,17 +426,17 @@ def test_sequences_of_a_scan(tmp_path):
     for name in ("flair", "t1ce", "t1", "t2", "seg"):
         box_scan(case / f"BraTS20_Training_001_{name}.nii.gz")
     flair, t1ce = (case / f"BraTS20_Training_001_{name}.nii.gz" for name in ("flair", "t1ce"))
-    assert predict.scan_images(flair, ["flair", "t1ce"]) == [(flair, None), (t1ce, None)]
+    assert find_sequences(flair, ["flair", "t1ce"]) == [(flair, None), (t1ce, None)]
     gli = tmp_path / "BraTS-GLI-00005-000-t2f.nii.gz"
     box_scan(gli)
-    assert predict.scan_images(gli, ["flair"]) == [(gli, None)]
+    assert find_sequences(gli, ["flair"]) == [(gli, None)]
     with pytest.raises(ValueError, match="needs the sequence t1ce; there is flair"):
-        predict.scan_images(gli, ["flair", "t1ce"])
+        find_sequences(gli, ["flair", "t1ce"])
     (tmp_path / "imagesTs").mkdir()
     (tmp_path / "dataset.json").write_text(json.dumps({"modality": {"0": "FLAIR", "1": "t1gd"}}))
     path = tmp_path / "imagesTs" / "BRATS_001.nii.gz"
-    assert predict.scan_images(path, ["t1ce"]) == [(path, 1)]
-    assert predict.scan_images(tmp_path / "mine.nrrd", ["lge"]) == [(tmp_path / "mine.nrrd", None)]
+    assert find_sequences(path, ["t1ce"]) == [(path, 1)]
+    assert find_sequences(tmp_path / "mine.nrrd", ["lge"]) == [(tmp_path / "mine.nrrd", None)]
 
 
 def fails(*_, **__):
@@ -551,7 +536,7 @@ def test_scores_of_a_folder_by_hand(folder):
         evaluation.scores["f1"] == evaluation.scores["auroc"] == 1 and evaluation.scores["prevalence"] == 0.5
     )
     rows = {(r["output"], r["group"]): r for r in evaluation.overlap({})}
-    assert list(rows)[:3] == [("seg", BY_SCORE), ("seg", BY_TRUTH), ("seg", "tissue above 5 %")]
+    assert list(rows)[:2] == [("seg", BY_SCORE), ("seg", BY_TRUTH)]
     row = rows["seg", BY_SCORE]
     assert row["threshold"] == 0.5 and row["false_alarms"] == 0
     assert (row["positive_slices"], row["negative_slices"]) == (2, 2)
@@ -565,19 +550,18 @@ def test_scores_of_a_folder_by_hand(folder):
 def test_gates_by_prediction_and_by_truth(folder):
     """A bright slice without tissue: a false alarm by its score, but none if the label is given away."""
     np.save(folder / "imageSlice" / f"{NAMES[0]}.npy", blob())
-    evaluation = evaluate_split(bright_model(), folder, NAMES, cams=False)
+    evaluation = evaluate_split(bright_model(), folder, NAMES)
     rows = {r["group"]: r for r in evaluation.overlap({}) if r["output"] == "seg"}
     assert rows[BY_SCORE]["false_alarms"] == 0.5 and rows[BY_TRUTH]["false_alarms"] == 0
     # Patient 1: 128 hit, 128 + 256 too many; patient 2: as before.
     assert rows[BY_SCORE]["dice_volumes"] == pytest.approx((256 / 640 + 2 / 3) / 2)
     assert rows[BY_TRUTH]["dice_volumes"] == pytest.approx(2 / 3)
     assert evaluation.scores["precision"] == pytest.approx(2 / 3)
-    assert {output for output, _ in evaluation.sweeps} == {"seg"}
     dark = blob(value=140)  # margin 1: score 0.71
     np.save(folder / "imageSlice" / f"{NAMES[3]}.npy", dark)
-    strict = evaluate_split(bright_model(), folder, NAMES, cams=False, gate=0.9)
+    strict = evaluate_split(bright_model(), folder, NAMES, gate=0.9)
     assert strict.scores["recall"] == 0.5
-    rows = {r["group"]: r for r in strict.overlap({})}
+    rows = {r["group"]: r for r in strict.overlap({}) if r["output"] == "seg"}
     assert rows[BY_SCORE]["dice_slices"] == pytest.approx(1 / 3), "a missed slice counts 0"
     assert rows[BY_TRUTH]["dice_slices"] == pytest.approx(2 / 3)
 
@@ -585,7 +569,7 @@ def test_gates_by_prediction_and_by_truth(folder):
 def test_validation_leaves_the_network_in_training(folder):
     model = bright_model()
     model.network.train()
-    evaluate_split(model, folder, NAMES, cams=False)
+    evaluate_split(model, folder, NAMES)
     assert model.network.training
 
 

@@ -18,9 +18,10 @@ from conftest import ROOT
 
 from common.checkpoints import load_checkpoint
 from common.config import parse_args
+from common.wetr import Output
 from wsss_medical import dist_train, medical_utils, training
 from wsss_medical.flags import RECIPES, resolve_flags
-from wsss_medical.model import Output, get_model
+from wsss_medical.model import get_model
 
 TIMES = ("seconds", "data_wait", "peak_mib")
 # Six updates, two of each phase, validated after three and six.
@@ -64,7 +65,7 @@ def slices(tmp_path_factory) -> Path:
 def no_maps(monkeypatch) -> None:
     """They take most of the time; tests/test_wsss_predict.py has them."""
     monkeypatch.setattr(dist_train, "write_maps", lambda *_: None)
-    monkeypatch.setattr(dist_train, "save_curves", lambda *_, **__: None)
+    monkeypatch.setattr(training, "draw_curves", lambda *_: None)
 
 
 def start(slices: Path, work_dir: Path, *flags: object) -> Path:
@@ -338,7 +339,7 @@ sys.path.insert(0, sys.argv.pop(1))
 from common import distributed
 from wsss_medical import dist_train
 dist_train.write_maps = lambda *_: None
-dist_train.save_curves = lambda *_, **__: None
+dist_train.training.draw_curves = lambda *_: None
 finish = dist_train.finish
 def finished(run, *rest):
     weights = run.parts["model"].state_dict().values()
@@ -388,10 +389,7 @@ def test_a_logger_that_writes_each_line_once(tmp_path):
         medical_utils.setup_logger(str(tmp_path / "train.log"))
     logging.info("a line")
     assert (tmp_path / "train.log").read_text().count("a line") == 1
-    root = logging.getLogger()
-    for handler in [h for h in root.handlers if getattr(h, "of_setup_logger", False)]:
-        root.removeHandler(handler)
-        handler.close()
+    logging.basicConfig(handlers=[logging.NullHandler()], force=True)  # closes the file
 
 
 def test_device_and_seed():

@@ -1,49 +1,19 @@
-"""Which cells of a slice belong together: the target of the affinity head, and what its answer does to a CAM.
+"""What the affinity of cells does to a class activation map (CAM): it spreads to what looks alike.
 
-A cell is 16 x 16 pixels, and the affinity is (N, n, n) for the n = h * w cells of a slice, row by row. Ru et
-al. 2022, Learning affinity from attention, arXiv:2203.02664.
+The affinity is (N, n, n) for the n = h * w cells of a slice, see common/cells.py. Ru et al. 2022, Learning
+affinity from attention, arXiv:2203.02664.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import ceil
 
 import torch
 from torch import Tensor
 
-from common.losses import coarser_target
+from common.cells import get_down_size, get_mask_by_radius
 from common.par import PAR
-from common.pixel_labels import IGNORE, class_shares, label_from_shares, resize
+from common.pixel_labels import class_shares, label_from_shares, resize
 
-
-def get_down_size(ori_shape: Sequence[int] = (512, 512), stride: int = 16) -> tuple[int, int]:
-    """Cells (h, w) of an image of (H, W) pixels; a cell that begins counts."""
-    return ceil(ori_shape[0] / stride), ceil(ori_shape[1] / stride)
-
-
-@lru_cache(maxsize=16)
-def get_mask_by_radius(h: int = 20, w: int = 20, radius: int = 8) -> Tensor:
-    """(n, n) bool: pairs of cells that are at most `radius` rows and at most `radius` columns apart.
-
-    The tensor is kept for later calls and must not be changed.
-    """
-    rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
-    near = [(place[:, None] - place[None, :]).abs() <= radius for place in (rows, columns)]
-    return near[0] & near[1]
-
-
-def affinity_target(label: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
-    """(N, n, n) uint8: 1 where two cells have one label, 0 where they differ, 255 where this is unknown.
-
-    Args:
-        label: (N, H, W) pixel label, 255 = undecided; a cell takes that of the pixel nearest to its middle.
-        mask: (n, n) bool, pairs that are near each other; the others are 255.
-        size: cells (h, w).
-    """
-    cells = coarser_target(label, size).flatten(1)
-    first, second = cells[:, :, None], cells[:, None, :]
-    unknown = (first == IGNORE) | (second == IGNORE) | ~mask.to(label.device)
-    return (first == second).to(torch.uint8).masked_fill_(unknown, IGNORE)
+BACKGROUND = 0.35  # value of the background beside a CAM that is propagated for a prediction
 
 
 @torch.no_grad()
@@ -67,6 +37,17 @@ def propagate(
     weights /= weights.sum(1, keepdim=True) + 0.1
     with torch.autocast(cam.device.type, enabled=False):
         return (shares.flatten(2) @ weights).unflatten(2, tuple(size))
+
+
+def propagated_cam(cam: Tensor, attn_pred: Tensor, radius: int) -> Tensor:
+    """CAM (N, 1, H, W) in [0, 1] after it was propagated along `attn_pred` (N, n, n) of its cells, on the
+    same scale: above BACKGROUND the structure is more likely than the background."""
+    size = get_down_size(cam.shape[2:])
+    mask = get_mask_by_radius(*size, radius).to(cam.device)
+    is_present = cam.new_ones(len(cam), 1)  # slices without the structure are told apart by their score
+    background, structure = propagate(cam, attn_pred, mask, is_present, BACKGROUND, size).split(1, dim=1)
+    # The shares are a softmax over both; back to the CAM, whose range would else be from 0.41 to 0.66.
+    return resize(structure.log() - background.log() + BACKGROUND, cam.shape[2:]).clamp(0, 1)
 
 
 def propagated_label(

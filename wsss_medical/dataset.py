@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.augment2d import cut_square, random_square, rotate, vary_grey
+from common.augment2d import draw_move, vary_grey
 from common.pixel_labels import IGNORE
-from common.slices import resize, robust_read_npy
+from common.slices import robust_read_npy
 from common.splits import PARTS, cut_in_order, natural_key
 
 IMAGES, MASKS = "imageSlice", "maskSlice"
@@ -30,11 +30,7 @@ def patient_of(stem: str) -> str:
 
 
 def load_cls_labels_from_filenames(name_list: Sequence[str]) -> np.ndarray:
-    """The label behind the last _ of each name, with or without .npy: int64 (n,) of 0 and 1.
-
-    Raises:
-        ValueError: a name without such a label.
-    """
+    """The label behind the last _ of each name, with or without .npy: int64 (n,) of 0 and 1."""
     labels = []
     for name in name_list:
         rest, _, label = name.removesuffix(".npy").rpartition("_")
@@ -45,11 +41,7 @@ def load_cls_labels_from_filenames(name_list: Sequence[str]) -> np.ndarray:
 
 
 def find_root(root_dir: str | Path) -> Path:
-    """The folder that holds imageSlice/, BraTS being the same as BRATS.
-
-    Raises:
-        FileNotFoundError: with the command that makes it.
-    """
+    """The folder that holds imageSlice/, BraTS being the same as BRATS."""
     root = Path(root_dir)
     same = [root, *(root.parent.iterdir() if root.parent.is_dir() else ())]
     for folder in same:
@@ -76,20 +68,14 @@ def list_names(root_dir: str | Path) -> list[str]:
     return natural if orders[0] == orders[1] else names
 
 
-def split_slices(
-    names: Sequence[str], slice_split: Sequence[float], *, snap: bool = False
-) -> dict[str, list[str]]:
+def split_slices(names: Sequence[str], slice_split: Sequence[float]) -> dict[str, list[str]]:
     """test = names[:a], val = names[a:b], train = names[b:], as {"train", "val", "test"}.
 
-    Args:
-        names: in the order of `list_names`.
-        slice_split, snap: a and b, as of `cut_in_order`.
-
-    Raises:
-        ValueError: a and b do not fit, or a part has slices of one kind only.
+    Names are in the order of `list_names`, a and b as of `cut_in_order`. A part that has slices of one kind
+    only is refused.
     """
     patients = [patient_of(name) for name in names]
-    a, b = cut_in_order(patients, slice_split, snap=snap, flag="slice_split", advice=PUBLISHED)
+    a, b = cut_in_order(patients, slice_split, flag="slice_split", advice=PUBLISHED)
     split = {"train": list(names[b:]), "val": list(names[a:b]), "test": list(names[:a])}
     for part, stems in split.items():
         positives = load_cls_labels_from_filenames(stems).sum()
@@ -175,9 +161,7 @@ class MedicalClsDataset(MedicalSliceDataset):
     Args:
         crop_size: side of the squares in pixels.
         length: number of items, where a sampler is to count iterations; indices wrap around the slices.
-        scale_range: factors on the size of a slice, drawn evenly.
-        flip: probability of a mirror image.
-        rotate_deg: largest rotation to either side.
+        scale_range, flip, rotate_deg: as of `draw_move`.
         grey_values: whether contrast, brightness and gamma vary, as they do between patients.
         targets: folder of labels of pixels, <name>.npy with 0, 1 and 255 = unknown, as outside of the slice.
     """
@@ -196,9 +180,9 @@ class MedicalClsDataset(MedicalSliceDataset):
         targets: Path | None = None,
     ) -> None:
         super().__init__(root_dir, names)
-        self.crop_size, self.scale_range, self.flip = crop_size, scale_range, flip
-        self.rotate_deg, self.grey_values = rotate_deg, grey_values
-        self.length, self.targets = length or len(self.names), targets
+        self.crop_size, self.grey_values, self.targets = crop_size, grey_values, targets
+        self.ranges = {"scale_range": scale_range, "flip": flip, "rotate_deg": rotate_deg}
+        self.length = length or len(self.names)
 
     def __len__(self) -> int:
         return self.length
@@ -206,27 +190,13 @@ class MedicalClsDataset(MedicalSliceDataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         index, rng = key[0] % len(self.names), np.random.default_rng(key[1])
         image = self.read(index)
-        scale = rng.uniform(*self.scale_range)
-        shape = tuple(max(1, int(scale * side)) for side in image.shape[:2])
-        is_flipped = rng.random() < self.flip
-        degrees = rng.uniform(-self.rotate_deg, self.rotate_deg)
-        source, target = random_square(shape, self.crop_size, rng)
-
-        def moved(picture: np.ndarray, fill: int, *, is_mask: bool) -> np.ndarray:
-            picture = resize(picture, shape, is_mask=is_mask)
-            if is_flipped:
-                picture = picture[:, ::-1]
-            if self.rotate_deg:
-                picture = rotate(picture, degrees, fill=fill, is_mask=is_mask)
-            return cut_square(picture, self.crop_size, source, target, fill)
-
-        square = moved(image, 0, is_mask=False)
+        move = draw_move(image.shape, self.crop_size, rng, **self.ranges)
+        square = move.applied(image)
         if self.grey_values:
             contrast, gamma = rng.uniform(0.7, 1.4), np.exp(rng.uniform(-0.7, 0.7))
             square = vary_grey(square, contrast, gamma, rng.uniform(-0.15, 0.15))
-        box = torch.tensor([end for place in target for end in (place.start, place.stop)])
-        item = self.item(index, square) | {"box": box}
+        item = self.item(index, square) | {"box": torch.tensor(move.box)}
         if self.targets is None:
             return item
         labels = np.load(self.targets / f"{self.names[index]}.npy", allow_pickle=False)
-        return item | {"target": torch.from_numpy(moved(labels, IGNORE, is_mask=True))}
+        return item | {"target": torch.from_numpy(move.applied(labels, IGNORE, is_mask=True))}

@@ -29,7 +29,6 @@ from common.memory import Plan, set_up_step
 from common.mit import to_network_input
 from common.mit_weights import load_encoder
 from common.par import PAR
-from common.plots import save_curves
 from common.schedules import learning_rate
 from common.training import Run, optimizer_step
 from wsss_medical import training
@@ -154,10 +153,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
             run.end_epoch(scores, score, teacher.state_dict())
             if distributed.is_main():
                 training.keep_weights(run, teacher.state_dict(), iteration)
-                panels = training.curves(run.history)
-                save_curves(
-                    run.folder / "training_curves.png", run.history, panels, only_above_0=True, x="iteration"
-                )
+                training.draw_curves(run.folder / "training_curves.png", run.history)
             elapsed, left = cal_eta(began, iteration - first, args.max_iters - first)
             run.log_epoch(f"{training.scores_text(scores)}  {elapsed} done, {left} to go")
     finish(run, trained, root, args)

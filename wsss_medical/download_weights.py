@@ -7,17 +7,16 @@ NVIDIA's, whose licence allows research and evaluation only.
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import make_parser, parse_args, run_script
-from common.files import make_folder, replacing
+from common.files import make_folder
 from common.mit import BACKBONES
-from common.mit_weights import load_encoder
-from wsss_medical.model import WeTr
+from common.mit_weights import download_encoder, load_encoder
+from common.wetr import WeTr
 
 STEPS = """By hand, in a browser:
   1. Open https://huggingface.co/nvidia/mit-{backbone}/tree/main and download pytorch_model.bin.
@@ -37,30 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fetch(backbone: str, target: Path) -> None:
-    """Download the weights to `target`.
-
-    Raises:
-        RuntimeError: huggingface_hub is missing or gave up.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-
-        found = hf_hub_download(f"nvidia/mit-{backbone}", "pytorch_model.bin")
-        with replacing(target) as partial:
-            shutil.copyfile(found, partial)
-    except Exception as error:  # network, disk, ...: all end in the steps by hand
-        cause = str(error).split("\n")[0]
-        raise RuntimeError(f"huggingface_hub (pip install huggingface_hub) failed: {cause}") from error
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     target = Path(args.out) / f"mit_{args.backbone}.bin"
     try:
         make_folder(args.out)
         if not target.exists():
-            fetch(args.backbone, target)
+            download_encoder(args.backbone, target)
         for line in load_encoder(WeTr(args.backbone), target):
             print(line)
     except RuntimeError as error:

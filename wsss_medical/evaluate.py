@@ -27,30 +27,18 @@ from common.config import fraction, make_parser, parse_args, run_script
 from common.evaluation import add_evaluation_flags, evaluate_folder
 from common.hardware import choose_precision, start_device
 from common.mask_files import label_files
-from common.metrics import classification_scores, dice_from_counts, write_table
-from common.plots import costs_the_picture, save_curves
+from common.metrics import classification_scores, write_table
 from common.report import clear_report
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
-from common.sweep import Sweep
+from common.sweep import Sweep, overlap_lines, write_sweeps
 from wsss_medical.dataset import PARTS, MedicalSliceDataset, patient_of
 from wsss_medical.model import load_trained
-from wsss_medical.segment import (
-    GATE,
-    OUTPUTS,
-    SCALES,
-    THRESHOLD,
-    add_slice_flags,
-    part_of,
-    scales_of,
-)
+from wsss_medical.segment import GATE, OUTPUTS, THRESHOLD, add_slice_flags, part_of
 from wsss_medical.volume import segment_patient
 
 STRUCTURES = Structures({1: "structure"}, np.array([[0, 0, 0], [230, 30, 30]], np.uint8))
-# Groups of slices: all, with empty maps where the class score or the true label says so; with the maps gated
-# by score, those with tissue by its share of the pixels.
-BY_SCORE, BY_TRUTH = "gated by score", "gated by truth"
-SIZES = {"tissue below 1 %": 0.01, "tissue 1 to 5 %": 0.05, "tissue above 5 %": 1.0}
+BY_SCORE, BY_TRUTH = "gated by score", "gated by truth"  # what says in which slices a map counts as empty
 FILES = ("classification.csv", "overlap.csv", "sweep.csv", "volumes.csv", "sweep.png")
 
 
@@ -73,7 +61,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         scores: of `classification_scores`, at the gate.
-        sweeps: {(output, group of slices): overlap at many thresholds}; empty without masks.
+        sweeps: {(output, BY_SCORE or BY_TRUTH): overlap at many thresholds}; empty without masks.
     """
 
     scores: dict[str, float]
@@ -83,23 +71,16 @@ class Evaluation(NamedTuple):
         """{output: where the Dice of the volumes is highest}; to be taken from validation slices."""
         return {
             output: sweep.best()["threshold"]
-            for (output, group), sweep in self.sweeps.items()
-            if group == BY_SCORE and sweep.num_positive
+            for (output, gate), sweep in self.sweeps.items()
+            if gate == BY_SCORE and sweep.num_positive
         }
 
     def overlap(self, thresholds: dict[str, float]) -> list[dict]:
-        """One row for each output and group at the output's threshold, with the columns of `Sweep.rows`."""
-        table = []
-        for (output, group), sweep in self.sweeps.items():
-            row = sweep.rows()[index_of(sweep, thresholds.get(output, THRESHOLD))]
-            counts = {"positive_slices": sweep.num_positive, "negative_slices": sweep.num_negative}
-            table.append({"output": output, "group": group, **row, **counts})
-        return table
-
-
-def index_of(sweep: Sweep, threshold: float) -> int:
-    """Of the nearest threshold of a sweep."""
-    return int(np.abs(sweep.thresholds - threshold).argmin())
+        """One row for each output and gate at the output's threshold, with the columns of `Sweep.row_at`."""
+        return [
+            {"output": output, "group": gate} | sweep.row_at(thresholds.get(output, THRESHOLD))
+            for (output, gate), sweep in self.sweeps.items()
+        ]
 
 
 def evaluate_split(
@@ -107,17 +88,15 @@ def evaluate_split(
     root: str | Path,
     names: Sequence[str],
     *,
-    scales: Sequence[float] = SCALES,
+    scales: Sequence[float] | None = None,
     batch_size: int = 4,
     gate: float = GATE,
-    cams: bool = True,
 ) -> Evaluation:
     """Classify and segment the slices `names` of the folder `root`, shared over the processes.
 
     Args:
         scales, batch_size: as of `segment_slices`.
         gate: score of a slice below which its maps count as empty.
-        cams: False leaves out CAM and propagated CAM, which take three quarters of the time.
     """
     data, was_training = MedicalSliceDataset(root, names), model.network.training
     model.network.eval()
@@ -128,29 +107,24 @@ def evaluate_split(
     for own in distributed.my_share(patients):
         mine += own
         slices = [data.read(i) for i in own]
-        found += segment_patient(model, slices, scales=scales, batch_size=batch_size, cams=cams)
+        found += segment_patient(model, slices, scales=scales, batch_size=batch_size)
     scores: dict[int, float] = {}
-    sweeps: dict[tuple[str, str], Sweep] = {}
+    sweeps = {key: Sweep() for key in product(OUTPUTS, (BY_SCORE, BY_TRUTH))}
     for i, result in zip(mine, found, strict=True):
         scores[i] = result.score
         if data.has_masks:
             mask = data.read_mask(i)
-            is_shown, has_tissue = result.score >= gate, bool(mask.any())
-            groups = {BY_SCORE: is_shown, BY_TRUTH: has_tissue}
-            if has_tissue:
-                groups[next(name for name, most in SIZES.items() if mask.mean() <= most)] = is_shown
-            for output, (group, factor) in product(OUTPUTS if cams else OUTPUTS[:1], groups.items()):
-                sweep = sweeps.setdefault((output, group), Sweep())
-                sweep.add(getattr(result, output) * factor, mask, patient_of(data.names[i]))
+            factors = {BY_SCORE: result.score >= gate, BY_TRUTH: mask.any()}
+            for (output, by), sweep in sweeps.items():
+                sweep.add(getattr(result, output) * factors[by], mask, patient_of(data.names[i]))
     model.network.train(was_training)
-    merged = {key: Sweep() for key in product(OUTPUTS, (BY_SCORE, BY_TRUTH, *SIZES))}
+    merged = {key: Sweep() for key in sweeps}
     for of_process, parts in distributed.gather((scores, sweeps)):
         scores |= of_process
         for key, sweep in parts.items():
             merged[key].merge(sweep)
     probs = [scores[i] for i in range(len(data))]
-    filled = {key: sweep for key, sweep in merged.items() if sweep.volumes}
-    return Evaluation(classification_scores(probs, data.labels, gate), filled)
+    return Evaluation(classification_scores(probs, data.labels, gate), merged if data.has_masks else {})
 
 
 def write_evaluation(out: Path, title: str, evaluation: Evaluation, thresholds: dict[str, float]) -> None:
@@ -162,36 +136,16 @@ def write_evaluation(out: Path, title: str, evaluation: Evaluation, thresholds: 
     clear_report(out, FILES)
     if not distributed.is_main():
         return
-    write_table(out / FILES[0], [evaluation.scores])
+    write_table(out / "classification.csv", [evaluation.scores])
     lines = [title, "slices: " + ", ".join(f"{name} {v:.3f}" for name, v in evaluation.scores.items())]
-    sweeps = {output: s for (output, group), s in evaluation.sweeps.items() if group == BY_SCORE}
-    if not sweeps:
-        lines.append("there are no masks, so nothing can be said of where the structure was found")
-    else:
+    if evaluation.sweeps:
         rows = evaluation.overlap(thresholds)
         write_table(out / "overlap.csv", rows)
-        table = [{"threshold": row["threshold"]} for row in next(iter(sweeps.values())).rows()]
-        for output, sweep in sweeps.items():
-            for row, of_output in zip(table, sweep.rows(), strict=True):
-                row |= {f"{output} {k}": v for k, v in of_output.items() if k != "threshold"}
-        write_table(out / "sweep.csv", table)
-        panels = {f"Dice, {c}": [f"{k} dice_{c}" for k in sweeps] for c in ("slices", "volumes")}
-        names = {column: column.split()[0] for columns in panels.values() for column in columns}
-        with costs_the_picture("sweep.png"):
-            save_curves(out / "sweep.png", table, panels, names, x="threshold")
-        volumes: dict[str, dict] = {}
-        for output, sweep in sweeps.items():
-            i = index_of(sweep, thresholds.get(output, THRESHOLD))
-            for patient, counts in sweep.volumes.items():
-                row = volumes.setdefault(patient, {"patient": patient})
-                row[f"{output} dice"] = dice_from_counts(*counts[:, i].tolist())
-        write_table(out / "volumes.csv", list(volumes.values()))
-        lines.append(f"{'Dice of':<28}{'threshold':>10}{'slices':>8}{'volumes':>9}{'false alarms':>14}")
-        lines += [
-            f"{row['output'] + ', ' + row['group']:<28}{row['threshold']:>10.2f}{row['dice_slices']:>8.3f}"
-            f"{row['dice_volumes']:>9.3f}{row['false_alarms']:>14.3f}"
-            for row in rows
-        ]
+        by_score = {output: sweep for (output, by), sweep in evaluation.sweeps.items() if by == BY_SCORE}
+        write_sweeps(out, by_score, dict.fromkeys(OUTPUTS, THRESHOLD) | thresholds)
+        lines += overlap_lines({f"{row['output']}, {row['group']}": row for row in rows})
+    else:
+        lines.append("there are no masks, so nothing can be said of where the structure was found")
     print("\n".join([*lines, f"written to {out}"]))
 
 
@@ -199,7 +153,7 @@ def evaluate_weights(args: Namespace) -> None:
     """Score a part of the data set of a model."""
     device = start_device(args.device, distributed.local_rank())
     model = load_trained(args.weights, device, choose_precision(args.amp, device))
-    options = {"scales": scales_of(model, args.scales), "batch_size": args.batch_size, "gate": args.gate}
+    options = {"scales": args.scales, "batch_size": args.batch_size, "gate": args.gate}
     root, names = part_of(model, args.data_path, args.split)
     evaluation = evaluate_split(model, root, names, **options)
     thresholds = model.preprocessing.get("threshold") or {}

@@ -6,7 +6,7 @@ from common import flags
 from common.config import Switch, fraction, non_negative_int, positive_float, positive_int
 from common.mit import BACKBONES
 from common.run_flags import add_resume_flags, add_time_budget_flag, add_training_machine_flags
-from wsss_medical.model import POOLINGS
+from common.wetr import POOLINGS
 
 # What --recipe sets unless a flag says otherwise: "cam" is a classifier whose class activation maps are all
 # there is, "afa" is Affinity from Attention (Ru et al., CVPR 2022), "ours" adds what helped.

@@ -8,26 +8,28 @@ count. Writes attention_maps/, cam_npy/ and attn_npy/ to the folder of the run; 
 """
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed, runs
-from common.config import Switch, make_parser, parse_args, read_yaml_files, run_script
+from common.config import Switch, make_parser, parse_args, run_script
 from common.hardware import choose_precision, start_device
 from common.run_flags import add_prediction_flags
 from common.splits import natural_key
+from common.wetr import POOLINGS
 from wsss_medical.dataset import PARTS, MedicalSliceDataset
 from wsss_medical.maps import generate_maps
-from wsss_medical.model import POOLINGS, load_trained
-from wsss_medical.segment import add_slice_flags, part_of, scales_of
+from wsss_medical.model import load_trained
+from wsss_medical.segment import add_slice_flags, part_of
 
 
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", help="trained model; default: checkpoints/best.pth in --work_dir")
     parser.add_argument("--work_dir", help="folder of the run; default: that of --checkpoint")
+    parser.add_argument("--dataset", help="name of the data set; the checkpoint knows it, too")
     final = "take the last wetr_iter_<N>.pth of the run instead of its best checkpoint"
     parser.add_argument("--use_final", action=Switch, default=False, help=final)
     data_path = "folder that preprocess.py wrote; default: the one that the model was trained on"
@@ -38,38 +40,14 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--attn_npy_dir", help="folder of the attention; default: attn_npy/ of the run")
     layers = "also write the affinities and the attention of the last blocks, 32 MB a layer at 512 x 512"
     parser.add_argument("--save_attn", action=Switch, default=False, help=layers)
-    half = "write the attention in 16 bits, half as large"
-    parser.add_argument("--attn_float16", action=Switch, default=False, help=half)
     parser.add_argument("--pooling", choices=POOLINGS, help="refuse a model trained with another pooling")
     add_slice_flags(parser, batch_size=1)
     add_prediction_flags(parser)
     return parser
 
 
-def read_flags(argv: list[str]) -> Namespace:
-    """Flags of the command line, and behind them work_dir and data_path of --config, a file of dist_train.py.
-
-    Raises:
-        ValueError: the file is for photographs.
-    """
-    parser, finder = build_parser(), ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", action="append", default=[])
-    found, words = finder.parse_known_args(argv)
-    settings: dict = {}
-    for path in found.config:
-        for _, content in read_yaml_files(parser, path):
-            settings |= content
-    if str(settings.get("dataset")).lower()[:3] in ("voc", "coc"):
-        raise ValueError("VOC and COCO have 20 and 80 classes; this task knows slices with one structure")
-    return parse_args(parser, words, base={key: settings.get(key) for key in ("work_dir", "data_path")})
-
-
 def find_checkpoint(checkpoint: str | None, work_dir: str | None, use_final: bool) -> Path:
-    """The file that the flags mean.
-
-    Raises:
-        ValueError, FileNotFoundError: no flag tells, or there is no wetr_iter_<N>.pth.
-    """
+    """The file that the flags mean."""
     if not checkpoint and not work_dir:
         raise ValueError("name a model: --checkpoint, or --work_dir, or a --config file with work_dir")
     best = Path(checkpoint or Path(work_dir) / "checkpoints" / "best.pth")
@@ -81,7 +59,9 @@ def find_checkpoint(checkpoint: str | None, work_dir: str | None, use_final: boo
 
 def main(argv: list[str] | None = None) -> int:
     with distributed.session():
-        args = read_flags(sys.argv[1:] if argv is None else argv)
+        args = parse_args(build_parser(), argv, from_file=("dataset", "work_dir", "data_path"))
+        if str(args.dataset).lower().startswith(("voc", "coco")):
+            raise ValueError("VOC and COCO have 20 and 80 classes; this task knows slices with one structure")
         device = start_device(args.device, distributed.local_rank())
         checkpoint = find_checkpoint(args.checkpoint, args.work_dir, args.use_final)
         model = load_trained(checkpoint, device, choose_precision(args.amp, device))
@@ -96,9 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             pictures,
             maps,
             (args.attn_npy_dir or run / "attn_npy") if args.save_attn else None,
-            scales=scales_of(model, args.scales),
+            scales=args.scales,
             batch_size=args.batch_size,
-            half=args.attn_float16,
         )
         if distributed.is_main():
             found = f"{counts['slices']} slices of {root} ({args.split}), {counts['positives']} with a score"

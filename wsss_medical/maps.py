@@ -17,41 +17,19 @@ import numpy as np
 from common import batch, distributed
 from common.checkpoints import TrainedModel
 from common.files import make_folder, replacing
-from common.plots import costs_the_picture
+from common.plots import costs_the_picture, heat_picture
 from common.slices import write_png
 from wsss_medical.dataset import MedicalSliceDataset
-from wsss_medical.segment import SCALES, SliceResult, segment_slices
-
-
-def heat_picture(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
-    """Slice uint8 (H, W) or (H, W, 3) with a map in [0, 1] over it, from blue to red -> RGB uint8."""
-    from matplotlib import colormaps
-
-    grey = image if image.ndim == 3 else image[..., None]
-    picture = grey / 255 + colormaps["jet"](cam)[..., :3]
-    return np.rint(255 * picture / picture.max()).astype(np.uint8)
+from wsss_medical.segment import GATE, scales_of, segment_slices
 
 
 def write_picture(folder: Path, stem: str, image: np.ndarray, score: float, cam: np.ndarray) -> None:
     write_png(folder / f"{stem}_{score:.3f}.png", heat_picture(image, cam))
 
 
-def write_cam(folder: Path, stem: str, result: SliceResult, label: int, scales: Sequence[float]) -> None:
-    """<stem>.npy and <stem>.npz: cam, cam_raw, pred_score, cls_label (uint8, of one class) and scales."""
-    content = {"cam": result.cam, "cam_raw": result.cam_raw, "pred_score": result.score}
-    content |= {"cls_label": np.array([label], np.uint8), "scales": list(scales)}
-    with replacing(folder / f"{stem}.npy") as partial:
+def save_dictionary(path: Path, content: dict) -> None:
+    with replacing(path) as partial:
         np.save(partial, content)
-    with replacing(folder / f"{stem}.npz") as partial:
-        np.savez_compressed(partial, **content)
-
-
-def write_attention(folder: Path, stem: str, result: SliceResult, *, half: bool) -> None:
-    """<stem>.npy: attn_pred (n, n), num_attn_layers and attn_layer_0 ... of the last blocks; `half`: in 16
-    bits."""
-    content = {name: a.astype(np.float16) if half else a for name, a in result.attention.items()}
-    with replacing(folder / f"{stem}.npy") as partial:
-        np.save(partial, content | {"num_attn_layers": len(content) - 1})
 
 
 def generate_maps(
@@ -61,41 +39,42 @@ def generate_maps(
     cam_npy_dir: str | Path,
     attn_npy_dir: str | Path | None = None,
     *,
-    scales: Sequence[float] = SCALES,
+    scales: Sequence[float] | None = None,
     batch_size: int = 1,
-    half: bool = False,
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Write the files of all slices of `dataset`, shared over the processes.
 
     Args:
         attn_npy_dir: None writes no attention, which takes 32 MB a layer at 512 x 512 pixels.
-        half: attention in 16 bits.
 
     Returns:
         ({"slices", "positives": those with a score of at least 0.5}, {slice that failed: reason}).
     """
     pictures, cams = make_folder(output_dir, "--output_dir"), make_folder(cam_npy_dir, "--cam_npy_dir")
+    scales = list(scales_of(model, scales))
     attention = make_folder(attn_npy_dir, "--attn_npy_dir") if attn_npy_dir else None
     earlier = {path.stem.rpartition("_")[0]: path for path in pictures.glob("*.png")}  # of other scores
     distributed.barrier()
 
     def write(indices: tuple[int, ...]) -> dict:
         images = [dataset.read(i) for i in indices]
-        found = segment_slices(
-            model, images, scales=scales, batch_size=batch_size, attention=attention is not None
-        )
-        positives = 0
-        for i, image, result in zip(indices, images, found, strict=True):
+        options = {"scales": scales, "batch_size": batch_size, "attention": attention is not None}
+        results = list(segment_slices(model, images, **options))
+        for i, image, result in zip(indices, images, results, strict=True):
             stem = dataset.names[i]
             if stem in earlier:
                 earlier[stem].unlink()
             with costs_the_picture(f"the picture of {stem}"):
                 write_picture(pictures, stem, image, result.score, result.cam)
-            write_cam(cams, stem, result, int(dataset.labels[i]), scales)
+            content = {"cam": result.cam, "cam_raw": result.cam_raw, "pred_score": result.score}
+            content |= {"cls_label": np.array([dataset.labels[i]], np.uint8), "scales": scales}
+            save_dictionary(cams / f"{stem}.npy", content)
+            with replacing(cams / f"{stem}.npz") as partial:
+                np.savez_compressed(partial, **content)
             if attention:
-                write_attention(attention, stem, result, half=half)
-            positives += result.score >= 0.5
-        return {"slices": len(indices), "positives": positives}
+                layers = {"num_attn_layers": len(result.attention) - 1}  # the other one is attn_pred
+                save_dictionary(attention / f"{stem}.npy", result.attention | layers)
+        return {"slices": len(results), "positives": sum(result.score >= GATE for result in results)}
 
     count = len(dataset.names)
     parts = [tuple(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from datetime import timedelta
 
 import torch
 
@@ -29,19 +30,13 @@ def setup_seed(seed: int) -> None:
 def setup_logger(filename: str = "train.log") -> None:
     """The root logger writes INFO and above to `filename` and to the console, on rank 0 only.
 
-    A second call replaces the handlers of the first, so that no line appears twice.
+    Handlers of earlier calls are replaced, so that no line appears twice.
     """
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    for handler in [h for h in root.handlers if getattr(h, "of_setup_logger", False)]:
-        root.removeHandler(handler)
-        handler.close()
-    if not distributed.is_main():
-        return
-    for handler in (logging.FileHandler(filename, encoding="utf8"), logging.StreamHandler(sys.stdout)):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handler.of_setup_logger = True
-        root.addHandler(handler)
+    handlers: list[logging.Handler] = [logging.NullHandler()]
+    if distributed.is_main():
+        handlers = [logging.FileHandler(filename, encoding="utf8"), logging.StreamHandler(sys.stdout)]
+    layout = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=layout, handlers=handlers, force=True)
 
 
 def cal_eta(time0: float, cur_iter: int, total_iter: int) -> tuple[str, str]:
@@ -51,9 +46,6 @@ def cal_eta(time0: float, cur_iter: int, total_iter: int) -> tuple[str, str]:
     """
     elapsed = int(time.time() - time0)
     if cur_iter <= 0:
-        return _clock(elapsed), "unknown"
-    return _clock(elapsed), _clock(int(elapsed * (total_iter - cur_iter) / cur_iter))
-
-
-def _clock(seconds: int) -> str:
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+        return str(timedelta(seconds=elapsed)), "unknown"
+    left = int(elapsed * (total_iter - cur_iter) / cur_iter)
+    return str(timedelta(seconds=elapsed)), str(timedelta(seconds=left))

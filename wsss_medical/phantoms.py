@@ -35,10 +35,6 @@ def make_head(index: int) -> PhantomCase:
 
 
 def write_wsss_phantoms(folder: Path) -> Path:
-    """imagesTr, labelsTr and dataset.json with NUM_PATIENTS heads; the same ones whenever it is called.
-
-    Raises:
-        FileExistsError: the folder holds something else.
-    """
+    """imagesTr, labelsTr and dataset.json with NUM_PATIENTS heads; the same ones whenever it is called."""
     contents = {"description": "heads with a lesion", "patients": NUM_PATIENTS, "shape": list(SHAPE)}
     return write_data_set(folder, contents, "heads", ["Tr"] * NUM_PATIENTS, {1: "lesion"}, make_head, "MRI")

@@ -9,11 +9,10 @@ the right channel of a 4-D file and the right file of a BraTS case are taken. Fo
 """
 
 import math
-import re
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +23,20 @@ from common import batch, distributed, prediction, prediction_flags
 from common.checkpoints import TrainedModel
 from common.components import smooth_mask
 from common.config import Switch, fraction, make_parser, parse_args, run_script
-from common.decathlon import read_dataset_json
 from common.hardware import choose_precision, describe_device, start_device
 from common.intensity import shown_range
 from common.metrics import largest_component
-from common.nifti import NIFTI_SUFFIXES, case_name, is_nifti, save_label
+from common.nifti import NIFTI_SUFFIXES, is_nifti, save_label
 from common.nifti_checks import check_memory
-from common.par import PAR
 from common.planes import save_planes
 from common.plots import PRED_COLOR, costs_the_picture
-from common.raw_layouts import BRATS_FILE, SEQUENCES, sequence_name
+from common.raw_layouts import endings_beside, find_sequences, name_of_case
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.slices import read_scan, robust_read_npy, to_scan_grid, write_png
 from wsss_medical.maps import write_picture
 from wsss_medical.model import load_trained
-from wsss_medical.segment import GATE, OUTPUTS, add_slice_flags, scales_of, threshold_of
+from wsss_medical.segment import GATE, OUTPUTS, add_slice_flags, threshold_of
 from wsss_medical.volume import segment_patient
 
 
@@ -60,14 +57,8 @@ def build_parser() -> ArgumentParser:
         help="probability, 0 to 1, above which a pixel belongs to the structure; default: what was best on "
         "the validation slices of the training, else 0.5",
     )
-    parser.add_argument(
-        "--gate",
-        type=fraction,
-        default=GATE,
-        help="probability of the whole slice, 0 to 1, below which its mask stays empty",
-    )
-    refine = "move the maps to the edges of the image first, by PAR"
-    parser.add_argument("--refine", action=Switch, default=False, help=refine)
+    gate = "probability of the whole slice, 0 to 1, below which its mask stays empty"
+    parser.add_argument("--gate", type=fraction, default=GATE, help=gate)
     smooth = "let each voxel of a scan become what most of the 27 around it are, also in the next slices"
     parser.add_argument("--smooth_slices", action=Switch, default=False, help=smooth)
     largest = "keep only the largest connected piece in each scan; right if there is one structure"
@@ -79,40 +70,11 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def scan_images(path: Path, wanted: Sequence[str]) -> list[tuple[Path, int | None]]:
-    """(file, channel or None) of each sequence wanted of the scan that `path` belongs to.
-
-    Beside <case>_flair lie the other sequences of BraTS; the channels of a 4-D file in the Decathlon's
-    imagesTr or imagesTs are named by dataset.json. Any other file holds the only sequence.
-
-    Raises:
-        ValueError: a sequence is not there.
-    """
-    notes = read_dataset_json(path.parent.parent) if path.parent.name.startswith("images") else {}
-    channels = notes.get("modality") or notes.get("channel_names") or {}
-    files = {wanted[0]: (path, None)}
-    if case := re.fullmatch(BRATS_FILE, case_name(path), re.IGNORECASE):
-        beside = [p for p in path.parent.iterdir() if is_nifti(p) and p.name.startswith(case[1])]
-        files |= {sequence_name(re.split("[_-]", case_name(p))[-1]): (p, None) for p in beside}
-    elif len(channels) > 1:
-        files = {sequence_name(name): (path, int(number)) for number, name in channels.items()}
-    if missing := [name for name in wanted if name not in files]:
-        raise ValueError(f"{path}: the model needs the sequence {missing[0]}; there is {', '.join(files)}")
-    return [files[name] for name in wanted]
-
-
-def result_name(path: Path, is_brats: bool) -> str:
-    """Name of the case: of LASC, where every scan is called lgemri, of its folder; of BraTS without the
-    sequence."""
-    case = re.fullmatch(BRATS_FILE, case_name(path), re.IGNORECASE) if is_brats else None
-    return path.parent.name if case_name(path) == "lgemri" else case[1] if case else case_name(path)
-
-
 def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Namespace) -> dict:
     """Write the mask, and the picture, of a scan or slice; returns its row of results.csv."""
     started, volume_ml = time.perf_counter(), float("nan")
     if is_nifti(path):
-        images = scan_images(path, model.preprocessing["channels"] or ["image"])
+        images = find_sequences(path, model.preprocessing["channels"] or ["image"])
         slices, scan = read_scan(images, model.preprocessing["pixel_mm"])
     else:
         slices = robust_read_npy(path)[None]
@@ -126,9 +88,8 @@ def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Nam
     results = segment_patient(
         model,
         slices,
-        scales=scales_of(model, args.scales),
+        scales=args.scales,
         batch_size=args.batch_size,
-        par=PAR().to(model.device) if args.refine else None,
         gate=args.gate,
         cams=not is_seg,
     )
@@ -176,14 +137,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.threshold is None:
             args.threshold = threshold_of(model, args.output)
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
-        sequence = (model.preprocessing["channels"] or [""])[0]
-        is_brats = sequence in SEQUENCES.values()
-        others = [s for s in (*SEQUENCES, *SEQUENCES.values()) if is_brats and sequence_name(s) != sequence]
+        sequence = (model.preprocessing["channels"] or ["image"])[0]
+        name_of = partial(name_of_case, sequence=sequence)
         failed = prediction.predict_scans(
-            lambda path: predict_one(model, path, result_name(path, is_brats), out, args),
+            lambda path: predict_one(model, path, name_of(path), out, args),
             args.source,
             out,
-            own_names=("_mask", "laendo", *(sign + s for s in ("seg", *others) for sign in "_-")),
+            own_names=("_mask", *endings_beside(sequence)),
             recursive=args.recursive,
             table="results.csv",
             machine=f"{describe_device(device)}, {model.precision.name}, threshold {args.threshold:g}",
@@ -192,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"highest probability {row['highest_probability']:.2f}"
             ),
             suffixes=(*NIFTI_SUFFIXES, ".npy"),
-            name_of=lambda path: result_name(path, is_brats),
+            name_of=name_of,
         )
         return batch.exit_code(failed)
 

@@ -27,8 +27,8 @@ from common.config import (
     positive_int,
     run_script,
 )
-from common.conversion import NOTES, convert_data_set, print_failed, write_notes
-from common.files import read_json, replacing, write_json
+from common.conversion import convert_data_set, print_failed
+from common.files import replacing, write_json
 from common.flags import add_workers_flag
 from common.metrics import write_table
 from common.nifti import load_label
@@ -74,28 +74,21 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--pixel_mm",
         type=positive_float,
-        help="side in mm of the square pixels that slices are resampled to, worthwhile where voxel sizes "
-        "differ; default: pixels stay as they are",
+        help="side in mm of the square pixels that slices are resampled to; default: as they are",
     )
     parser.add_argument(
         "--step",
         type=positive_int,
         default=1,
-        help="distance between slices that are taken, in slices; 2 gives the 44 slices a volume with which "
-        "LASC's published split counts",
+        help="take every n-th slice only; LASC's published split counts every second one",
     )
-    parser.add_argument(
-        "--skip_empty",
-        action=Switch,
-        default=False,
-        help="leave out slices that are black all over; published splits count them",
-    )
+    empty = "leave out slices that are black all over; published splits count them"
+    parser.add_argument("--skip_empty", action=Switch, default=False, help=empty)
     parser.add_argument(
         "--min_pixels",
         type=non_negative_int,
         default=0,
-        help="number of pixels from which on a slice surely shows what is looked for; --below_min tells what "
-        "becomes of slices with fewer, whose labels are the least certain",
+        help="fewest pixels of the structure with which a slice's label is trusted; see --below_min",
     )
     parser.add_argument(
         "--below_min",
@@ -113,11 +106,7 @@ def build_parser() -> ArgumentParser:
 
 
 def convert_record(record: Record, out: Path, prefix: str, settings: dict) -> dict:
-    """Write the slices of one scan; returns what is noted of it. Runs in a worker process.
-
-    Raises:
-        FileNotFoundError, ValueError: a file cannot be read, or the label map lies on another grid.
-    """
+    """Write the slices of one scan; returns what is noted of it. Runs in a worker process."""
     pixel_mm = settings["pixel_mm"]
     slices, scan = read_scan([place for _, *place in record.images], pixel_mm)
     label = load_label(record.label)
@@ -144,24 +133,12 @@ def convert_record(record: Record, out: Path, prefix: str, settings: dict) -> di
         rows.append([stem, patient, number, int(positive), area, *masks.shape[1:]])
     side_mm = scan.spacing_mm[1:] if pixel_mm is None else (pixel_mm, pixel_mm)
     slice_mm = [round(side, 6) for side in (scan.spacing_mm[0] * settings["step"], *side_mm)]
-    return {"name": record.name, "patient": patient, "slice_mm": slice_mm, "slices": rows}
-
-
-def stems_of(entries: list[dict]) -> set[str]:
-    return {row[0] for entry in entries for row in entry["slices"]}
-
-
-def is_whole(out: Path, entry: dict) -> bool:
-    files = (out / folder / f"{stem}.npy" for stem in stems_of([entry]) for folder in (IMAGES, MASKS))
-    return all(file.is_file() for file in files)
+    files = [f"{folder}/{stem}.npy" for stem, *_ in rows for folder in (IMAGES, MASKS)]
+    return {"name": record.name, "patient": patient, "slice_mm": slice_mm, "slices": rows, "files": files}
 
 
 def convert(args: Namespace) -> dict[str, str]:
-    """The whole conversion that the flags ask for; returns {failed scan: reason}.
-
-    Raises:
-        ValueError, OSError: nothing can be converted as asked.
-    """
+    """The whole conversion that the flags ask for; returns {failed scan: reason}."""
     source, out = Path(args.source), Path(args.out or f"data/{args.dataset}")
     layout = find_layout(source) if args.layout == "auto" else args.layout
     records = list_records(source, layout, args.modality)[: args.limit]
@@ -172,8 +149,6 @@ def convert(args: Namespace) -> dict[str, str]:
         raise ValueError(f"--dataset {args.dataset}: letters and digits only, as file names begin with it")
     print(f"{len(records)} labelled scans in the layout {layout}; channels: {', '.join(channels)}")
     settings = {flag: getattr(args, flag) for flag in SETTINGS}
-    earlier = read_json(out / NOTES, {"cases": list}) if (out / NOTES).is_file() else {"cases": []}
-    outdated = stems_of(earlier["cases"]) | set(earlier.get("outdated", []))  # unless made again
     entries, failed = convert_data_set(
         convert_record,
         {record.name: record for record in records},
@@ -182,20 +157,14 @@ def convert(args: Namespace) -> dict[str, str]:
         settings,
         files={r.name: [*dict.fromkeys(path for _, path, _ in r.images), r.label] for r in records},
         settings={r.name: settings | {"channels": channels, "number": [prefix, *r[:2]]} for r in records},
-        about_all={"outdated": sorted(outdated)},  # what an interrupted run has still to remove
+        about_all={},
         workers=args.workers,
         folders=(IMAGES, MASKS),
-        is_whole=is_whole,
     )
     print_failed(failed)
-    current = stems_of(entries)
-    for stem in outdated - current:
-        for folder in (IMAGES, MASKS):
-            (out / folder / f"{stem}.npy").unlink(missing_ok=True)
-    write_notes(out, {entry["name"]: entry for entry in entries}, {})
-    if others := sum(path.stem not in current for path in (out / IMAGES).glob("[!.]*.npy")):
-        print(f"warning: {out / IMAGES}: {others} more file(s), which shift splits by slice numbers")
     rows = sorted(row for entry in entries for row in entry["slices"])
+    if others := len(list((out / IMAGES).glob("[!.]*.npy"))) - len(rows):
+        print(f"warning: {out / IMAGES}: {others} more file(s), which shift splits by slice numbers")
     if rows:
         write_table(out / "manifest.csv", [dict(zip(COLUMNS, row, strict=True)) for row in rows])
         names, positives = [row[0] for row in rows], sum(row[3] for row in rows)

@@ -14,16 +14,14 @@ from common.checkpoints import TrainedModel
 from common.config import positive_float, positive_int
 from common.hardware import autocast
 from common.mit import to_network_input
-from common.par import PAR, image01
-from common.pixel_labels import resize
-from wsss_medical.affinity import get_down_size, get_mask_by_radius, propagate
-from wsss_medical.cam import multi_scale_cam, normalise_cam
+from common.pixel_labels import normalise_cam, resize, slice_peaks_at_1
+from common.wetr import multi_scale_cam
+from wsss_medical.affinity import propagated_cam
 from wsss_medical.dataset import list_names
 
 SCALES = (1.0, 0.5, 1.5)  # of the class activation map
 OUTPUTS = ("seg", "cam", "affinity")  # maps of a SliceResult that a mask can be made of
 THRESHOLD, GATE = 0.5, 0.5  # probability of a pixel, of a slice
-BACKGROUND = 0.35  # score of the background beside the CAM that is propagated
 RADIUS = 8  # cells; for networks whose configuration does not tell
 
 
@@ -51,9 +49,8 @@ def segment_slices(
     model: TrainedModel,
     slices: Iterable[np.ndarray],
     *,
-    scales: Sequence[float] = SCALES,
+    scales: Sequence[float] | None = None,
     batch_size: int = 4,
-    par: PAR | None = None,
     gate: float = 0.0,
     cams: bool = True,
     attention: bool = False,
@@ -62,9 +59,8 @@ def segment_slices(
 
     Args:
         slices: uint8 (H, W) or (H, W, 3) each; neighbours of one shape are computed together.
-        scales: of the class activation map; the affinities are those of scale 1.
+        scales: of the class activation map, see `scales_of`; the affinities are those of scale 1.
         batch_size: slices at a time; the network sees twice as many, with their mirror images.
-        par: draws the maps to the edges of the image.
         gate: slices with a lower score are taken for empty: their maps are 0.
         cams: False leaves out cam, cam_raw and affinity, which take three quarters of the time.
         attention: also hand out the attention.
@@ -73,18 +69,12 @@ def segment_slices(
         while some := list(islice(group, batch_size)):  # not all of them: they may be read on the way
             stack = np.stack([s if s.ndim == 3 else np.repeat(s[..., None], 3, axis=-1) for s in some])
             image = torch.from_numpy(stack).movedim(-1, 1).to(model.device)
-            yield from _segment(model, image, scales, par, gate, cams, attention)
+            yield from _segment(model, image, scales_of(model, scales), gate, cams, attention)
 
 
 @torch.no_grad()  # not inference_mode: training must be able to use the masks that affinity.py keeps
 def _segment(
-    model: TrainedModel,
-    image: Tensor,
-    scales: Sequence[float],
-    par: PAR | None,
-    gate: float,
-    cams: bool,
-    attention: bool,
+    model: TrainedModel, image: Tensor, scales: Sequence[float], gate: float, cams: bool, attention: bool
 ) -> list[SliceResult]:
     """Results of uint8 (N, 3, H, W) on the device."""
     count, size = len(image), image.shape[2:]
@@ -106,42 +96,15 @@ def _segment(
         cam, affinity = normalise_cam(cam_raw), output.attn_pred[:count][shown].float()
         maps["cam_raw"][shown], maps["cam"][shown] = cam_raw, cam
         maps["affinity"][shown] = propagated_cam(cam, affinity, model.config.get("radius", RADIUS))
-    if par is not None:
-        names = [name for name in OUTPUTS if name in maps]
-        refined = par(image01(image), torch.cat([maps[name] for name in names], dim=1))
-        maps |= dict(zip(names, refined.split(1, dim=1), strict=True))
     arrays = {name: values[:, 0].cpu().numpy() for name, values in maps.items()}
     layers = {"attn_pred": output.attn_pred} if attention else {}
     layers |= {f"attn_layer_{k}": layer for k, layer in enumerate(output.attentions) if attention}
-    return [
-        SliceResult(
-            score,
-            **{name: values[i] for name, values in arrays.items()},
-            attention={name: layer[i].float().cpu().numpy() for name, layer in layers.items()} or None,
-        )
-        for i, score in enumerate(scores.tolist())
-    ]
-
-
-def slice_peaks_at_1(probs: Tensor) -> Tensor:
-    """Probabilities (N, 1, H, W) divided by the one that 1 % of the pixels of a slice exceed, at most 1.
-
-    How sure a network is differs from scan to scan, with brightness and noise; where in a slice it is surest
-    does not. Slices without the structure are told apart by their score.
-    """
-    peaks = probs.flatten(1).quantile(0.99, dim=1).clamp(min=0.02)
-    return (probs / peaks.view(-1, 1, 1, 1)).clamp(max=1)
-
-
-def propagated_cam(cam: Tensor, attn_pred: Tensor, radius: int) -> Tensor:
-    """CAM (N, 1, H, W) in [0, 1] after it was propagated along `attn_pred` (N, n, n) of its cells, on the
-    same scale: above BACKGROUND the structure is more likely than the background."""
-    size = get_down_size(cam.shape[2:])
-    mask = get_mask_by_radius(*size, radius).to(cam.device)
-    is_present = cam.new_ones(len(cam), 1)  # slices without the structure are told apart by their score
-    background, structure = propagate(cam, attn_pred, mask, is_present, BACKGROUND, size).split(1, dim=1)
-    # The shares are a softmax over both; back to the CAM, whose range would else be from 0.41 to 0.66.
-    return resize(structure.log() - background.log() + BACKGROUND, cam.shape[2:]).clamp(0, 1)
+    results = []
+    for i, score in enumerate(scores.tolist()):
+        found = {name: layer[i].float().cpu().numpy() for name, layer in layers.items()}
+        of_slice = {name: values[i] for name, values in arrays.items()}
+        results.append(SliceResult(score, **of_slice, attention=found or None))
+    return results
 
 
 def add_slice_flags(parser: ArgumentParser, batch_size: int) -> None:
@@ -157,9 +120,9 @@ def add_slice_flags(parser: ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--batch_size", type=positive_int, default=batch_size, help=number)
 
 
-def scales_of(model: TrainedModel, flag: Sequence[float] | None = None) -> Sequence[float]:
-    """Those of the flag, else of the training."""
-    return flag or model.config.get("scales") or SCALES
+def scales_of(model: TrainedModel, scales: Sequence[float] | None) -> Sequence[float]:
+    """Those that are asked for, else those of the training."""
+    return scales or model.config.get("scales") or SCALES
 
 
 def threshold_of(model: TrainedModel, output: str) -> float:
@@ -173,9 +136,6 @@ def part_of(model: TrainedModel, data_path: str | None, part: str) -> tuple[Path
     Args:
         data_path: None = the folder that the model was trained on. Of a folder without any of the slices of
             that one all are taken.
-
-    Raises:
-        ValueError: no folder is known, or the split has no such part.
     """
     root = data_path or model.preprocessing.get("data_path")
     if not root:

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from common import distributed, hardware
+from common import weak_losses as losses
+from common.cells import affinity_target
 from common.checkpoints import TrainedModel, save_checkpoint
 from common.config import parse_args
 from common.files import link_file, make_folder, read_json
 from common.mit import to_network_input
 from common.par import PAR, image01
 from common.phantoms import prepare_demo
-from common.pixel_labels import zero_pixels_background
+from common.pixel_labels import normalise_cam, zero_pixels_background
+from common.plots import save_curves
 from common.training import Run
-from wsss_medical import affinity, cam, losses, phantoms, preprocess
+from common.wetr import Output, multi_scale_cam
+from wsss_medical import affinity, cam, phantoms, preprocess
 from wsss_medical.dataset import (
     MASKS,
     MedicalClsDataset,
@@ -28,7 +32,6 @@ from wsss_medical.dataset import (
     split_lines,
     split_slices,
 )
-from wsss_medical.model import Output
 from wsss_medical.volume import label_pixels
 
 CURVES = {
@@ -138,7 +141,7 @@ def known_labels(target: Tensor, radius: int) -> PixelLabels:
     """Labels of pixels (N, H, W) uint8 that were there before the training, 255 = unknown."""
     cells = affinity.get_down_size(target.shape[1:])
     near = affinity.get_mask_by_radius(*cells, radius)
-    return PixelLabels(target.long(), affinity.affinity_target(target.long(), near, cells))
+    return PixelLabels(target.long(), affinity_target(target.long(), near, cells))
 
 
 @torch.no_grad()
@@ -164,8 +167,8 @@ def make_labels(
     high = losses.high_threshold(iteration / args.max_iters) if args.dynamic_threshold else args.high
     thresholds = {"low": min(args.low, high), "high": high}
     with hardware.autocast(pixels.device, precision):
-        raw, attn_pred, cells = cam.multi_scale_cam(teacher, to_network_input(pixels), args.scales)
-    maps, image = cam.normalise_cam(raw.float()), image01(pixels)
+        raw, attn_pred, cells = multi_scale_cam(teacher, to_network_input(pixels), args.scales)
+    maps, image = normalise_cam(raw.float()), image01(pixels)
     refined = cam.refined_label(par, image, maps, classes, boxes, **thresholds)
     seg = refined
     if iteration >= args.aff_iters:
@@ -177,7 +180,7 @@ def make_labels(
         refined, seg = (zero_pixels_background(label, image, boxes) for label in (refined, seg))
     cells = affinity.get_down_size(pixels.shape[2:])
     near = affinity.get_mask_by_radius(*cells, args.radius)
-    return PixelLabels(seg, affinity.affinity_target(refined, near, cells))
+    return PixelLabels(seg, affinity_target(refined, near, cells))
 
 
 def all_losses(
@@ -290,9 +293,10 @@ def mean_losses(counts: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def curves(history: list[dict]) -> dict[str, list[str]]:
-    """CURVES without the columns of what this run does not have."""
-    return {title: [name for name in names if name in history[0]] for title, names in CURVES.items()}
+def draw_curves(path: Path, history: list[dict]) -> None:
+    """CURVES, without the columns of what this run does not have."""
+    panels = {title: [name for name in names if name in history[0]] for title, names in CURVES.items()}
+    save_curves(path, history, panels, only_above_0=True, x="iteration")
 
 
 def scores_text(scores: dict[str, float]) -> str:

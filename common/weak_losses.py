@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.pixel_labels import IGNORE, resize
+from common.pixel_labels import IGNORE, cam_to_label, normalise_cam, resize
 from common.schedules import learning_rate
-from wsss_medical.cam import cam_to_label, normalise_cam
 
 
 def classification_loss(logits: Tensor, cls_label: Tensor) -> Tensor:
