@@ -3,6 +3,7 @@
 import csv
 import logging
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -334,7 +335,8 @@ def test_killed_and_resumed_equals_unbroken(slices, unbroken, tmp_path):
 # ---- several processes ----
 
 TWO = """
-import hashlib, sys
+import hashlib, sys, torch
+from pathlib import Path
 sys.path.insert(0, sys.argv.pop(1))
 from common import distributed
 from wsss_medical import dist_train
@@ -348,31 +350,63 @@ def finished(run, *rest):
     run.log(f"same weights everywhere: {len(set(digests)) == 1}")
     finish(run, *rest)
 dist_train.finish = finished
+step = dist_train.optimizer_step
+def first_step(network, *rest):
+    if not Path("gradient.pt").exists() and distributed.is_main():
+        torch.save({k: p.grad for k, p in network.named_parameters()}, "gradient.pt")
+    step(network, *rest)
+dist_train.optimizer_step = first_step
 sys.exit(dist_train.main())
 """
 
 
-def torchrun(starter: Path, *flags: object) -> list[str]:
+def torchrun(*words: object) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    return list(map(str, [*command, starter, ROOT, *flags]))
+    return list(map(str, [*command, *words]))
 
 
 @pytest.mark.slow
 def test_two_processes(slices, tmp_path):
-    """The phase of the labels of slices, whose loss is a mean: as one process with twice the batch."""
+    """One gradient, that of a process with twice the batch, and the same weights in both at the end.
+
+    In the phase of the labels of slices, whose loss is a mean; those of pixels are ratios over a batch.
+    """
     (tmp_path / "start.py").write_text(TWO)
-    flags = ["--data_path", slices, *TINY, "--recipe", "cam", "--drop_path", "0", "--grad_clip", "0"]
-    two = torchrun(tmp_path / "start.py", *flags, "--work_dir", tmp_path / "two", "--backend", "gloo")
+    flags = ["--data_path", slices, *TINY, "--recipe", "cam", "--drop_path", "0"]
+    two = torchrun(tmp_path / "start.py", ROOT, *flags, "--work_dir", tmp_path / "two", "--backend", "gloo")
     done = subprocess.run(two, capture_output=True, text=True, timeout=1200, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("epoch   1") == 1 and "same weights everywhere: True" in done.stdout
-    dist_train.main([*map(str, flags), "--batch_size", "4", "--work_dir", str(tmp_path / "one")])
-    one, both = (last_of(tmp_path / name)["position"]["history"] for name in ("one", "two"))
-    for a, b in zip(one, both, strict=True):
-        assert a["loss_class"] == pytest.approx(b["loss_class"], abs=2e-5)
+    (tmp_path / "alone").mkdir()
+    one = [sys.executable, tmp_path / "start.py", ROOT, *flags, "--batch_size", "4", "--work_dir", "run"]
+    alone = subprocess.run(list(map(str, one)), capture_output=True, text=True, cwd=tmp_path / "alone")
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    both = torch.load(tmp_path / "gradient.pt"), torch.load(tmp_path / "alone" / "gradient.pt")
+    assert both[0]["classifier.weight"].abs().max() > 1e-3
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_and_it_goes_on(slices, unbroken, tmp_path):
+    """torchrun names the one that died and ends the other; the last round is saved."""
+    flags = ["--data_path", slices, *TINY, "--work_dir", tmp_path / "run"]
+    command = torchrun(ROOT / "wsss_medical" / "dist_train.py", *flags)
+    log = tmp_path / "output.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, "--max_iters", "300"], stdout=file, stderr=file, cwd=tmp_path)
+    deadline = time.monotonic() + 600
+    while "epoch   0" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert process.wait(120) != 0
+    assert "Signal 9 (SIGKILL) received" in log.read_text()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0 and "resumed at epoch" in done.stdout, done.stdout + done.stderr
 
 
 # ---- names of the original ----
