@@ -1,6 +1,7 @@
 """WeTr, the network of Affinity from Attention (AFA): it learns from labels of whole pictures."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from common.pixel_labels import resize
 from common.recomputation import stage_runner
 
 POOLINGS = ("gmp", "gap")
+ATTENTION_BYTES = 2**28  # of attention that `multi_scale_cam` holds at a time; it grows with the side^4
 CAM_STAGES = (4, 3, 2)  # of the encoder, that can give class activation maps
 
 
@@ -169,11 +171,15 @@ def multi_scale_cam(
         for scale in scales:
             size = (int(scale * height), int(scale * width))
             scaled = resize(image, size)
-            found, attn_pred, _ = network.cam_only(torch.cat([scaled, scaled.flip(3)]))
-            plain, mirrored = resize(found, (height, width)).chunk(2)
+            cells_here = get_down_size(size)
+            per_image = 16 * 4 * prod(cells_here) ** 2  # bytes of 16 maps of all pairs
+            both = torch.cat([scaled, scaled.flip(3)]).split(max(1, ATTENTION_BYTES // per_image))
+            parts = [network.cam_only(some)[:2] for some in both]
+            plain, mirrored = resize(torch.cat([found for found, _ in parts]), (height, width)).chunk(2)
             cam = cam + torch.maximum(plain, mirrored.flip(3)).relu()
             if scale == max(scales):
-                affinity, cells = attn_pred[: len(image)].float(), get_down_size(size)
+                affinity = torch.cat([attn_pred for _, attn_pred in parts])[: len(image)].float()
+                cells = cells_here
     finally:
         for module, training in modes:
             module.training = training

@@ -40,6 +40,21 @@ class StubNetwork(nn.Module):
         return cells[:, :1] + columns, values.transpose(1, 2) @ values, []
 
 
+@pytest.mark.parametrize("num_bytes", [1, 64 * 64, 2**28])
+def test_images_are_mapped_in_parts_that_fit(num_bytes, monkeypatch):
+    """Two images and their mirror images, one at a time, or all together: the same maps."""
+    seen, image = [], random(2, 3, 32, 32)
+    expected = multi_scale_cam(StubNetwork(), image, (1.0, 2.0))
+    network = StubNetwork()
+    cam_only = network.cam_only
+    monkeypatch.setattr("common.wetr.ATTENTION_BYTES", num_bytes)
+    network.cam_only = lambda some: seen.append(len(some)) or cam_only(some)
+    found = multi_scale_cam(network, image, (1.0, 2.0))
+    torch.testing.assert_close(found[:2], expected[:2], rtol=0, atol=0)
+    # 4 cells at scale 1, 16 at scale 2: 1,024 and 16,384 bytes for an image.
+    assert seen == {1: [1] * 8, 4096: [4, 1, 1, 1, 1], 2**28: [4, 4]}[num_bytes]
+
+
 def test_cam_is_the_sum_over_scales_of_the_positive_part():
     image = torch.full((2, 3, 32, 64), 0.5)
     image[1] = -0.5
