@@ -1,6 +1,5 @@
 """Predicting or scoring many scans: find them, take each in turn, keep what is finished, tell what failed."""
 
-import csv
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from common import distributed
 from common.conversion import failure_reason
+from common.files import read_table
 from common.metrics import write_table
 from common.nifti import case_name
 from common.runs import append_row
@@ -183,8 +183,7 @@ def _tables(table: Path) -> list[Path]:
 
 
 def _num_rows(table: Path) -> int:
-    with table.open(newline="", encoding="utf8") as file:
-        return sum(1 for _ in csv.DictReader(file))
+    return len(read_table(table)[1])
 
 
 def _plain(row: dict) -> dict:

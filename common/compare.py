@@ -9,7 +9,6 @@ Differences are B - A. A structure that was missed or invented counts with the w
 were stands beside it.
 """
 
-import csv
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.class_metrics import case_means, case_metrics, metric_columns
 from common.config import make_parser, parse_args, run_script
-from common.files import make_folder
+from common.files import make_folder, read_table
 from common.mask_files import label_files, load_masks
 from common.metrics import holm, paired_wilcoxon, write_table
 from common.splits import natural_key, patients_of
@@ -73,8 +72,7 @@ def read_results(path: str | Path) -> list[dict]:
         path = folder / RESULTS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; run evaluate.py, or name --target for label maps")
-    with path.open(newline="", encoding="utf8") as file:
-        rows = list(csv.DictReader(file))
+    _, rows = read_table(path)
     missing = {"case", "class", "status"} - set(rows[0] if rows else ())
     if missing:
         what = f"no column {', '.join(sorted(missing))}" if rows else "no rows"

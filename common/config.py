@@ -109,6 +109,8 @@ def read_yaml_files(parser: argparse.ArgumentParser, path: str | Path) -> list[t
         found.insert(0, (path, {key: value for key, value in content.items() if key not in known}))
         if name is None:
             return found
+        if not isinstance(name, str):
+            parser.error(f"{path}: config names a file, not a {type(name).__name__}")
         known |= content.keys()
         path = (path.parent / str(name)).resolve()
         if path in [file.resolve() for file, _ in found]:
@@ -117,7 +119,13 @@ def read_yaml_files(parser: argparse.ArgumentParser, path: str | Path) -> list[t
 
 def _read_mapping(parser: argparse.ArgumentParser, path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf8"))
+        text = path.read_text(encoding="utf8")
+        for token in yaml.scan(text):  # a few lines of them can stand for more than the memory holds
+            if isinstance(token, yaml.AliasToken):
+                parser.error(f"--config {path}: alias *{token.value}; write out what it stands for")
+        content = yaml.safe_load(text)
+    except RecursionError:
+        parser.error(f"--config {path}: brackets within brackets, too deep to be read")
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}")
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
@@ -148,7 +156,7 @@ def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str
         option = f"--{key}"
         if isinstance(action, Switch):
             if not isinstance(value, bool):
-                parser.error(f"{origin}: {key} is a switch: true or false, not {value!r}")
+                parser.error(f"{origin}: {key} is a switch: true or false, not {repr(value)[:60]}")
             words = [option if value else f"--no-{key}"]
         elif isinstance(value, bool):  # YAML 1.1 reads a bare `off` as False
             spellings = ("on", "yes", "true") if value else ("off", "no", "false")
@@ -156,6 +164,8 @@ def mapping_to_flags(parser: argparse.ArgumentParser, mapping: dict, origin: str
             if spelling is None:
                 parser.error(f"{origin}: {key} needs a value, not {str(value).lower()}")
             words = [f"{option}={spelling}"]
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, (list, tuple, dict)) for v in value):
+            parser.error(f"{origin}: {key} holds a list within a list; it needs values side by side")
         elif isinstance(value, (list, tuple)):
             # The blank: argparse takes a bare -1e-05 for an option.
             words = [option, *(f" {v}" if isinstance(v, float) and v < 0 else str(v) for v in value)]
@@ -204,6 +214,9 @@ def duration_s(text: str) -> float:
 
 def run_script(main: Callable[[], object]) -> NoReturn:
     """`main()` of a script: its number is the exit code, Ctrl-C ends it with one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # else a file name that is not UTF-8 could not be printed
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except KeyboardInterrupt as stop:

@@ -1,8 +1,11 @@
 """Files that appear whole or not at all, and JSON notes whose content is checked when they are read."""
 
 import contextlib
+import csv
 import hashlib
 import json
+import math
+import numbers
 import os
 import secrets
 import shutil
@@ -115,6 +118,8 @@ def read_json(path: str | Path, expected: type | Mapping[str, Any] = dict, *, ad
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark in front
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}){ending}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: brackets within brackets, too deep to be read{ending}") from error
     if isinstance(expected, type):
         if not isinstance(content, expected):
             raise ValueError(f"{path}: expected {JSON_NAMES[expected]}, found {_shown(content)}{ending}")
@@ -146,6 +151,89 @@ def check_keys(content: Any, expected: Mapping[str, Any], where: str, *, advice:
         if key not in content:
             raise ValueError(f'{where}: "{key}" is missing, expected {wanted}{ending}')
         raise ValueError(f'{where}: "{key}" should be {wanted}, found {_shown(value)}{ending}')
+
+
+def check_numbers(values: Any, count: int, what: str) -> list[float]:
+    """The numbers of a list in a note, as float; none of them NaN or infinite.
+
+    Args:
+        count: how many there must be.
+        what: names file and key in the error message.
+
+    Raises:
+        ValueError: no such list.
+    """
+    is_list = isinstance(values, list | tuple) and len(values) == count
+    if not is_list or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+        raise ValueError(f"{what}: expected {count} numbers, found {str(values)[:60]}")
+    return [float(v) for v in values]
+
+
+def check_names(values: Any, what: str) -> list[str]:
+    """A list of names in a note, as it is; ValueError, with `what` in front, if it is none."""
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"{what}: expected a list of names, found {str(values)[:60]}")
+    return values
+
+
+def read_table(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
+    """(names of the columns, rows) of a table: comma-separated, or by tabs if its name ends in .tsv.
+
+    Blanks around names and cells count for nothing; a cell that a row lacks is "". What `csv_cell` has quoted
+    comes back as it was.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a table in UTF-8, or a row with more cells than there are columns.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such table")
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            columns = [name.strip() for name in next(reader, [])]
+            for cells in reader:
+                if len(cells) > len(columns):
+                    raise ValueError(
+                        f"line {reader.line_num} has {len(cells)} cells, but there are {len(columns)} columns"
+                    )
+                texts = [_unquoted(cell.strip()) for cell in cells]
+                if any(texts):
+                    rows.append(dict.fromkeys(columns, "") | dict(zip(columns, texts, strict=False)))
+    except (ValueError, csv.Error) as error:  # ValueError: also of bytes that are not UTF-8
+        raise ValueError(f"{path}: not a readable table ({error}); save it as CSV in UTF-8") from error
+    return columns, rows
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # beginnings of a cell that a spreadsheet computes
+
+
+def csv_cell(value: Any) -> Any:
+    """A value as it stands in a table: floats with six significant digits, NaN as an empty cell.
+
+    A text that a spreadsheet would take for a formula gets a ' in front; numbers stay numbers. What a file
+    name holds that is not UTF-8 is spelled out, as \\udce9.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):  # of numpy, too
+        return "" if math.isnan(value) else f"{value:.6g}"
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf8", "backslashreplace").decode("utf8")
+    return f"'{text}" if text.startswith(FORMULA) and not _is_number(text) else text
+
+
+def _unquoted(text: str) -> str:
+    return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def file_sha1(path: str | Path) -> str:

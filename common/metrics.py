@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import replacing
+from common.files import csv_cell, replacing
 
 
 def binary_counts(pred: np.ndarray, target: np.ndarray) -> tuple[int, int, int, int]:
@@ -241,18 +241,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def write_table(path: str | Path, rows: list[dict]) -> None:
-    """Rows of equal keys to CSV in one step; floats with six significant digits, NaN as an empty cell."""
+    """Rows of equal keys to CSV in one step; see `csv_cell` for how values are written."""
     if not rows:
         raise ValueError(f"{path}: no rows to write")
     with replacing(path) as partial, partial.open("w", newline="", encoding="utf8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:
-            writer.writerow({key: _cell(value) for key, value in row.items()})
-
-
-def _cell(value: object) -> object:
-    """A value as it stands in a table."""
-    if not isinstance(value, float | np.floating):
-        return value
-    return "" if np.isnan(value) else f"{value:.6g}"
+            writer.writerow({key: csv_cell(value) for key, value in row.items()})

@@ -25,6 +25,7 @@ import yaml
 from common import distributed
 from common.checkpoints import load_checkpoint
 from common.config import parse_args
+from common.files import csv_cell
 
 # ---- folder, configuration, log ----
 
@@ -122,7 +123,7 @@ def start_log(run_dir: Path, config: dict, history: list[dict]) -> Callable[[str
     def log(message: str) -> None:
         if distributed.is_main():
             print(message, flush=True)
-            with (run_dir / "log.txt").open("a", encoding="utf8") as file:
+            with (run_dir / "log.txt").open("a", encoding="utf8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     log(f"command: {shlex.join([Path(sys.executable).name, *sys.argv])}")
@@ -145,7 +146,7 @@ def append_row(path: str | Path, row: dict) -> None:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         if is_new:
             writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else csv_cell(v) for k, v in row.items()})
 
 
 # ---- seeds ----

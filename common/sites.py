@@ -1,6 +1,5 @@
 """Whose scan each case is, from which site (hospital, scanner), and scores apart for each site."""
 
-import csv
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from common.agreement import mean_or_nan, volume_errors_percent
 from common.class_metrics import metric_columns
+from common.files import read_table
 
 UNKNOWN = "unknown"  # site of a case that no table names
 
@@ -25,28 +25,23 @@ def read_subjects(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column that is needed is missing or empty, no rows, or two rows of one name that differ.
+        ValueError: as `read_table`; a column that is needed is missing or empty, no rows, or two rows of one name
+            that differ.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such table of cases")
     people: dict[str, tuple[str, str]] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
-        for row in reader:
-            values = {column: (row[column] or "").strip() for column in columns}
-            if "participant_id" in values:
-                same = values["participant_id"]
-                values = {"name": same, "subject": same} | values
-            if not set(needed) <= set(values):
-                break
-            name, subject = values["name"], values.get("subject", values["name"])
-            person = subject, values.get("site") or UNKNOWN
-            if not name or not subject:
-                raise ValueError(f"{path}, line {reader.line_num}: a row without name or subject")
-            if people.setdefault(name, person) != person:
-                raise ValueError(f"{path}: two rows of {name} with different subjects or sites; remove one")
+    columns, rows = read_table(path)
+    for number, values in enumerate(rows, 1):
+        if "participant_id" in values:
+            same = values["participant_id"]
+            values = {"name": same, "subject": same} | values
+        if not set(needed) <= set(values):
+            break
+        name, subject = values["name"], values.get("subject", values["name"])
+        person = subject, values.get("site") or UNKNOWN
+        if not name or not subject:
+            raise ValueError(f"{path}, row {number}: no name or no subject in it")
+        if people.setdefault(name, person) != person:
+            raise ValueError(f"{path}: two rows of {name} with different subjects or sites; remove one")
     if not people:
         found = f"its columns are {', '.join(columns)}" if columns else "it is empty"
         raise ValueError(f"{path}: no row with {' and '.join(needed)}; {found}")

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from common.files import read_json, write_json
+from common.files import check_names, read_json, write_json
 
 PARTS = ("train", "val", "test")
 
@@ -27,13 +27,17 @@ def patients_of(cases: list[str], pattern: str | None = None) -> dict[str, str]:
         pattern: regular expression whose first group is the patient in the case name, e.g. `(.+)_scan\\d+`.
 
     Raises:
-        ValueError: a case that the pattern does not fit.
+        ValueError: no regular expression, or a case that it does not fit.
     """
     if pattern is None:
         return {case: case for case in cases}
     patients = {}
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--patient_pattern {pattern!r}: not a regular expression ({error})") from error
     for case in cases:
-        match = re.search(pattern, case)
+        match = wanted.search(case)
         if not match or not match.groups() or not match.group(1):
             raise ValueError(f"case {case}: the patient pattern {pattern!r} finds no group in its name")
         patients[case] = match.group(1)
@@ -163,8 +167,9 @@ def read_splits(path: str | Path) -> tuple[dict[str, list[str]], dict[str, str]]
     advice = f"a splits file holds lists of cases under {', '.join(PARTS)}"
     expected = dict.fromkeys(PARTS, list | None) | {"patients": dict | None}
     content = read_json(path, expected, advice=advice)
-    split = {part: content.get(part) or [] for part in PARTS}
+    split = {part: check_names(content.get(part) or [], f'{path}: "{part}"') for part in PARTS}
     patients = content.get("patients") or patients_of([case for part in split.values() for case in part])
+    check_names(list(patients.values()), f'{path}: "patients"')
     check_split(split, patients, path)
     return split, patients
 
@@ -244,8 +249,8 @@ def read_folds(path: Path, patients: Mapping[str, str]) -> list[list[str]]:
         ValueError: not such a file, or as `check_folds`.
     """
     parts = read_json(path, list, advice="a list with a list of names for each fold is expected")
-    if not all(isinstance(part, list) for part in parts):
-        raise ValueError(f"{path}: expected a list with a list of names for each fold")
+    for number, part in enumerate(parts):
+        check_names(part, f"{path}: fold {number}")
     check_folds(parts, patients, path)
     return parts
 

@@ -64,7 +64,7 @@ def test_tables_of_subjects(tmp_path):
         (["id,person", "a,anna"], "no row with name and subject; its columns are id, person"),
         (["name,subject,site"], "no row with name and subject; its columns are name, subject, site"),
         ([], "no row with name and subject; it is empty"),
-        (["name,subject,site", "a,,X"], "line 2: a row without name or subject"),
+        (["name,subject,site", "a,,X"], "row 1: no name or no subject in it"),
         (["name,subject,site", "a,anna,X", "a,anna,Y"], "two rows of a with different subjects or sites"),
     ],
 )
