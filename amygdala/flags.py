@@ -10,6 +10,7 @@ from amygdala.structures import add_dataset_flag
 from common import flags
 from common.checkpoints import load_checkpoint
 from common.config import Switch, fraction, make_parser, non_negative_int, positive_int, read_yaml_files
+from common.files import check_keys
 from common.run_flags import add_run_flags
 from common.runs import find_checkpoint
 
@@ -49,6 +50,7 @@ def choose(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
         checkpoint = load_checkpoint(path)
         if checkpoint.get("stage") != "amygdala":
             raise ValueError(f"--resume: {path} is a run of another script, not of amygdala/train.py")
+        check_keys(checkpoint["config"], dict.fromkeys(names, str), f"--resume {path}: config")
         found = {name: checkpoint["config"][name] for name in names}
         return Namespace(**found, resume=given.resume), list(argv)
     if given.config:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from amygdala.head import add_surroundings
 from amygdala.structures import DATASETS
 from common.augment import Augmentation3d, augment_batch
-from common.checkpoints import TrainedModel
+from common.checkpoints import TrainedModel, load_weights
 from common.ema import WeightAverage
 from common.hardware import Precision, autocast
 from common.hdf5 import CaseFile
@@ -159,7 +159,7 @@ def train_localiser(
 def load_localiser(state: dict, device: torch.device) -> nn.Module:
     """The network of a checkpoint, ready to predict."""
     network = make_network()
-    network.load_state_dict(state["state"])
+    load_weights(network, state["state"], "the localiser")
     return network.to(device).eval()
 
 

@@ -7,15 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from amygdala.localiser import make_network as make_localiser
 from amygdala.medformer import MedFormer
 from amygdala.medformer_blocks import ACTIVATIONS as MEDFORMER_ACTIVATIONS
 from amygdala.medformer_blocks import PROJECTIONS
-from amygdala.structures import NUM_CLASSES
+from amygdala.structures import DATASETS, NUM_CLASSES
 from amygdala.unet import UNet
 from common import checkpoints
 from common.checkpoints import TrainedModel
 from common.config import Switch, fraction, non_negative_int, positive_int
 from common.conv_blocks import ACTIVATIONS, BLOCKS, NORMS
+from common.files import check_keys, check_numbers
 from common.hardware import Precision
 from common.layers import SliceBySlice
 from common.swin_unetr import SwinUNETR
@@ -201,6 +203,15 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
         config = checkpoint["config"]
         known = MODELS.get(config.get("dimension"), ())
         checkpoints.require_stage(checkpoint, "amygdala", known, "amygdala/train.py")
+        notes = checkpoint["preprocessing"]
+        check_keys(notes, {"dataset": str, "localiser": dict | None}, "preprocessing")
+        check_numbers(notes["spacing_mm"], 3, "spacing_mm in it")
+        check_numbers(config["patch_size"], 3, "patch_size in it")
+        if notes["dataset"] not in DATASETS:
+            raise ValueError(f"its dataset is {notes['dataset']!r}, expected {' or '.join(DATASETS)}")
+        if DATASETS[notes["dataset"]].localised:
+            localiser = notes["localiser"] or {}
+            checkpoints.load_weights(make_localiser(), localiser.get("state"), "its localiser")
         return get_model(config)
 
     return checkpoints.load_trained(weights, device, precision, make_network)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from common import distributed
-from common.files import replacing
+from common.files import check_keys, replacing
 from common.hardware import Precision
 
 
@@ -58,6 +58,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     state = load_tensors(path, device)
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
         raise ValueError(f"{path}: holds no 'model' and 'config'; it was not written by this project")
+    check_keys(state, {"model": dict, "config": dict}, str(path))
     return state
 
 
@@ -144,6 +145,53 @@ def require_stage(checkpoint: dict, stage: str, models: Collection[str], script:
         raise ValueError(f"not weights of {script} but of {found}; swapped?")
 
 
+WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put in front of names
+
+
+def load_weights(network: nn.Module, state: Any, what: str) -> None:
+    """Give a network its weights, also those of one that was compiled or trained on several cards.
+
+    Args:
+        state: {name: tensor}.
+        what: names the file in error messages.
+
+    Raises:
+        ValueError: names or shapes are not those of the network, or a weight is NaN or infinite.
+    """
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{what}: holds no weights, {{name: tensor}} was expected")
+    own = network.state_dict()
+    if set(state) != set(own):
+        state = {_without_wrappers(str(name)): value for name, value in state.items()}
+    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or surplus:
+        examples = [
+            f"{names[0]} is {kind}" for names, kind in ((missing, "missing"), (surplus, "new")) if names
+        ]
+        raise ValueError(
+            f"{what}: the weights do not fit the network: {len(missing)} of its {len(own)} names are missing, "
+            f"{len(surplus)} are unknown ({', '.join(examples)}); were they made by other flags or other code?"
+        )
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"{what}: the weights do not fit the network: {name} has shape {tuple(value.shape)}, not "
+                f"{tuple(own[name].shape)}; were they made by other flags or other code?"
+            )
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{what}: {name} holds NaN or infinite weights, so that nothing can be computed with them; "
+                "take an earlier checkpoint"
+            )
+    network.load_state_dict(state)
+
+
+def _without_wrappers(name: str) -> str:
+    for wrapper in WRAPPERS * 2:
+        name = name.removeprefix(wrapper)
+    return name.replace("._orig_mod.", ".")  # of parts that were compiled by themselves
+
+
 def load_trained(
     weights: str | Path,
     device: torch.device,
@@ -158,15 +206,25 @@ def load_trained(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: refused by `load_checkpoint` or `make_network`; names the file.
+        ValueError: refused by `load_checkpoint`, `make_network` or `load_weights`; names the file.
     """
     checkpoint = load_checkpoint(weights, device)
     try:
         network = make_network(checkpoint).to(device)
+        expected = {"preprocessing": dict, "split": dict, "ema": dict | None}
+        check_keys(checkpoint, expected, "what it holds")
+        if averaged := checkpoint.get("ema"):
+            check_keys(averaged, {"average": dict}, "its averaged weights")
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from error
-    averaged = checkpoint.get("ema")
-    network.load_state_dict(averaged["average"] if averaged else checkpoint["model"])
+    except KeyError as error:
+        raise ValueError(
+            f"{weights}: {error} is missing in it; it is damaged or of another version"
+        ) from error
+    except (TypeError, AttributeError, RuntimeError, IndexError) as error:
+        detail = str(error).split("\n")[0]
+        raise ValueError(f"{weights}: its values do not describe a network ({detail})") from error
+    load_weights(network, averaged["average"] if averaged else checkpoint["model"], str(weights))
     return TrainedModel(
         network.eval(),
         checkpoint["config"],

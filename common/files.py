@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 JSON_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number"}
-JSON_NAMES |= {bool: "true or false", type(None): "null"}
+JSON_NAMES |= {bool: "true or false", type(None): "null", tuple: "a list"}
 
 # ---- writing ----
 
@@ -165,7 +165,7 @@ def check_numbers(values: Any, count: int, what: str) -> list[float]:
     """
     is_list = isinstance(values, list | tuple) and len(values) == count
     if not is_list or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
-        raise ValueError(f"{what}: expected {count} numbers, found {str(values)[:60]}")
+        raise ValueError(f"{what}: expected {count} number(s), found {str(values)[:60]}")
     return [float(v) for v in values]
 
 
@@ -243,7 +243,7 @@ def file_sha1(path: str | Path) -> str:
 
 def _shown(value: Any) -> str:
     """Type and beginning of a value of a JSON file."""
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)  # of a checkpoint it may hold tensors
     if len(text) > 60:
         text = f"{text[:57]}..."
-    return f"{JSON_NAMES[type(value)]} ({text})"
+    return f"{JSON_NAMES.get(type(value), type(value).__name__)} ({text})"

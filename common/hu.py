@@ -5,6 +5,8 @@ Air is -1000, fat about -100, water 0, soft tissue 20 to 80, dense bone 1000 and
 
 import numpy as np
 
+from common.files import check_numbers
+
 MOST_VOXELS = 500_000  # as many are looked at; percentiles of them are exact enough
 PADDING_BELOW_HU = -1500  # e.g. -2000 or -3024 outside of the scanner's round field of view
 RAW_OFFSET = 1024  # scanners store HU + 1024 and note the offset in the header
@@ -22,6 +24,23 @@ def window(array: np.ndarray, low_hu: float, high_hu: float) -> np.ndarray:
     scaled -= np.float32(low_hu)
     scaled /= np.float32(high_hu - low_hu)
     return np.clip(scaled, 0, 1, out=scaled)
+
+
+def check_window(values: object, what: str) -> tuple[float, float] | None:
+    """(low, high) in HU of a note; None if there is none.
+
+    Args:
+        what: names file and key in the error message.
+
+    Raises:
+        ValueError: not two numbers of which the first is the lower one.
+    """
+    if values is None:
+        return None
+    low, high = check_numbers(values, 2, what)
+    if not low < high:
+        raise ValueError(f"{what}: window {low:g} to {high:g} HU: the upper end must be above the lower")
+    return low, high
 
 
 def why_not_hu(array: np.ndarray) -> str:

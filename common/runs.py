@@ -25,7 +25,7 @@ import yaml
 from common import distributed
 from common.checkpoints import load_checkpoint
 from common.config import parse_args
-from common.files import csv_cell
+from common.files import check_keys, csv_cell
 
 # ---- folder, configuration, log ----
 
@@ -220,6 +220,9 @@ def resume(
             f"--resume {path}: written by an earlier version of this project; start the run again"
         )
     config = checkpoint["config"]
+    for name, values in (("config", config), ("flags", checkpoint["flags"])):
+        if missing := [key for key in same if key not in values]:
+            raise ValueError(f"--resume {path}: {name} lacks {missing[0]}; start the run again")
     args = parse_args(parser, argv, base=config)
     for key in same:
         asked = getattr(args, key)
@@ -274,6 +277,7 @@ def require_same_data(
     """
     if checkpoint is None:
         return
+    check_keys(checkpoint, {"preprocessing": dict, "split": dict}, "--resume: what the run kept")
     for key in keys:
         began, now = checkpoint["preprocessing"].get(key), preprocessing.get(key)
         if _plain(began) != _plain(now):

@@ -25,8 +25,8 @@ def read_subjects(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: as `read_table`; a column that is needed is missing or empty, no rows, or two rows of one name
-            that differ.
+        ValueError: as `read_table`; a column that is needed is missing or empty, no rows, or two rows of one
+            name that differ.
     """
     people: dict[str, tuple[str, str]] = {}
     columns, rows = read_table(path)

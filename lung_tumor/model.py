@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from common import checkpoints, losses
 from common.checkpoints import TrainedModel
+from common.files import check_keys, check_numbers
 from common.hardware import Precision, autocast
+from common.hu import check_window
 from common.networks import AttentionUNet, UNet
 from common.slices import resize, shape_at
 from lung_tumor.slices import fit_to_square, normalise, probs_from_square
@@ -99,6 +101,15 @@ def _network_of(checkpoint: dict) -> nn.Module:
     is_ours = config.get("model") in MODELS and all(key in config for key in ARCHITECTURE)
     if not is_ours or "preprocessing" not in checkpoint:
         raise ValueError(f"not a checkpoint of lung_tumor/train.py (model {config.get('model')!r})")
+    if "stage" in checkpoint:
+        raise ValueError(f"not a checkpoint of lung_tumor/train.py but of {checkpoint['stage']}")
+    notes = checkpoint["preprocessing"]
+    check_keys(notes, {"data_path": str}, "preprocessing")
+    check_window(notes.get("window_hu"), "window_hu in it")
+    for key in ("pixel_mm", "scale"):
+        if notes.get(key) is not None and not check_numbers([notes[key]], 1, f"{key} in it")[0] > 0:
+            raise ValueError(f"{key} in it is {notes[key]}, a number above 0 is needed")
+    check_numbers([config["image_size"]], 1, "image_size in it")
     return get_model(config).to(memory_format=torch.channels_last)
 
 

@@ -1,6 +1,5 @@
-"""Notes, tables and caches as strangers write them: read right, or refused in a sentence with file and key."""
+"""Notes, tables and caches as strangers write them: read right, or refused with file and key."""
 
-import csv
 import json
 import math
 import re

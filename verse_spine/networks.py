@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from common import checkpoints
 from common.checkpoints import TrainedModel
+from common.files import check_numbers
 from common.hardware import Precision
 from common.segformer3d import SegFormer3D
 from common.segresnet import SegResNet
 from common.swin_unetr import SwinUNETR
 from verse_spine.attention_unet3d import AttentionUNet3D
 from verse_spine.context_res_unet import ContextResUNet
+from verse_spine.labels import num_outputs
 from verse_spine.unet import StridedAttentionUNet, StridedUNet, StridedUNetFull
 
 MODELS = (
@@ -90,6 +92,13 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
 
     def make_network(checkpoint: dict) -> nn.Module:
         checkpoints.require_stage(checkpoint, stage, MODELS, f"verse_spine/train_{stage}.py")
+        check_numbers(checkpoint["preprocessing"]["spacing_mm"], 3, "spacing_mm in it")
+        check_numbers(checkpoint["config"]["patch_size"], 3, "patch_size in it")
+        check_numbers(checkpoint["preprocessing"].get("hu_range", (0, 1)), 2, "hu_range in it")
+        if stage == "segmentation" and checkpoint["num_outputs"] != num_outputs(
+            checkpoint["config"]["labels"]
+        ):
+            raise ValueError(f"num_outputs {checkpoint['num_outputs']} in it does not fit its labels")
         return get_model(checkpoint["config"], checkpoint["num_outputs"])
 
     return checkpoints.load_trained(weights, device, precision, make_network)

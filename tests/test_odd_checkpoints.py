@@ -1,0 +1,181 @@
+"""Weights as strangers send them: compiled, of several cards, of another task, damaged."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import amos_lha.networks
+import amygdala.model
+import lung_tumor.model
+import verse_spine.networks
+from common import checkpoints
+from common.hardware import choose_precision
+
+CPU = torch.device("cpu")
+FP32 = choose_precision("off", CPU)
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+
+
+def checkpoint_of(network: nn.Module, **changes) -> dict:
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    return {"model": weights, "config": {}, "preprocessing": {}, "split": {}} | changes
+
+
+def load(tmp_path, state: dict, make=lambda checkpoint: small()) -> checkpoints.TrainedModel:
+    torch.save(state, tmp_path / "best.pt")
+    return checkpoints.load_trained(tmp_path / "best.pt", CPU, FP32, make)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_weights_of_a_wrapped_network_load(tmp_path, prefix):
+    network = small()
+    state = checkpoint_of(network)
+    state["model"] = {prefix + name: value for name, value in state["model"].items()}
+    loaded = load(tmp_path, state).network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in network.state_dict().items())
+
+
+def test_a_network_with_a_part_called_module_keeps_its_names():
+    network = nn.Module()
+    network.module = nn.Linear(1, 1)
+    checkpoints.load_weights(network, {"module.weight": torch.ones(1, 1), "module.bias": torch.ones(1)}, "x")
+    assert network.module.weight.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda s: s["model"].pop("0.weight"),
+            "1 of its 7 names are missing, 0 are unknown (0.weight is missing)",
+        ),
+        (
+            lambda s: s["model"].update(head=torch.ones(1)),
+            "0 of its 7 names are missing, 1 are unknown (head is",
+        ),
+        (lambda s: s["model"].update({"0.bias": torch.ones(3)}), "0.bias has shape (3,), not (2,)"),
+        (
+            lambda s: s["model"].update({"0.bias": torch.tensor([1, torch.nan])}),
+            "0.bias holds NaN or infinite",
+        ),
+        (lambda s: s["model"].update({"0.bias": 1}), "holds no weights"),
+        (lambda s: s.update(model=[1]), '"model" should be an object'),
+        (lambda s: s.update(config=None), '"config" should be an object, found null'),
+        (lambda s: s.pop("split"), '"split" is missing'),
+        (lambda s: s.update(preprocessing=[1]), '"preprocessing" should be an object'),
+        (lambda s: s.update(ema={"average": 1}), '"average" should be an object'),
+        (lambda s: s.update(ema={"average": {"0.weight": torch.ones(1)}}), "6 of its 7 names are missing"),
+    ],
+)
+def test_damaged_weights_end_in_a_sentence_with_the_file(tmp_path, change, problem):
+    state = checkpoint_of(small())
+    change(state)
+    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
+        load(tmp_path, state)
+    assert str(tmp_path / "best.pt") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [KeyError("width"), TypeError("no number"), RuntimeError("size\nmore")])
+def test_a_configuration_of_which_no_network_can_be_made(tmp_path, error):
+    def make(checkpoint):
+        raise error
+
+    with pytest.raises(ValueError, match="best.pt: ") as caught:
+        load(tmp_path, checkpoint_of(small()), make)
+    assert "\n" not in str(caught.value)
+
+
+# ---- of the tasks ----
+
+SPACING = {"spacing_mm": [1.0, 1.0, 1.0]}
+
+
+def lung(**changes):
+    config = {
+        "model": "UNet",
+        "base_features": 4,
+        "bilinear": True,
+        "norm": "batch",
+        "deep_supervision": False,
+    }
+    config |= {"checkpointing": False, "image_size": 32}
+    notes = {"window_hu": [-1000.0, 300.0], "pixel_mm": 1.0, "scale": 1.0, "data_path": "x"} | changes
+    return checkpoint_of(lung_tumor.model.get_model(config), config=config, preprocessing=notes)
+
+
+def spine(**changes):
+    config = {"model": "SegResNet", "init_filters": 8, "checkpointing": False, "labels": "binary"}
+    config |= {"patch_size": [32, 32, 32], "intensity": "hu"}
+    state = checkpoint_of(
+        verse_spine.networks.get_model(config), config=config, preprocessing=SPACING | changes
+    )
+    return state | {"stage": "segmentation", "num_outputs": 1}
+
+
+def organs(**changes):
+    config = {
+        "model": "SegResNet",
+        "checkpointing": False,
+        "deep_supervision": False,
+        "patch_size": [32, 32, 32],
+    }
+    notes = SPACING | {"modality": "ct", "labelled": [1], "scaling": [-1.0, 1.0, 0.0, 1.0]} | changes
+    network = amos_lha.networks.get_model(config, (1, 1, 1))
+    return checkpoint_of(network, config=config, preprocessing=notes) | {"stage": "amos_lha"}
+
+
+def head(**changes):
+    config = {"model": "unet", "dimension": "3d", "patch_size": [16, 16, 16], "base_chan": 4}
+    notes = SPACING | {"dataset": "Hippocampus", "localiser": None} | changes
+    network = amygdala.model.get_model(config)
+    return checkpoint_of(network, config=config, preprocessing=notes) | {"stage": "amygdala"}
+
+
+def load_spine(path):
+    return verse_spine.networks.load_trained(path, CPU, FP32, "segmentation")
+
+
+TASKS = {
+    "lung": (lung, lambda path: lung_tumor.model.load_trained(path, CPU, FP32)),
+    "spine": (spine, load_spine),
+    "organs": (organs, lambda path: amos_lha.networks.load_trained(path, CPU, FP32)),
+    "head": (head, lambda path: amygdala.model.load_trained(path, CPU, FP32)),
+}
+
+
+@pytest.mark.parametrize("reader", TASKS)
+@pytest.mark.parametrize("writer", TASKS)
+def test_a_checkpoint_loads_in_its_own_task_only(tmp_path, writer, reader):
+    torch.save(TASKS[writer][0](), tmp_path / "best.pt")
+    if reader == writer:
+        TASKS[reader][1](tmp_path / "best.pt")
+        return
+    with pytest.raises(ValueError, match="best.pt: not "):
+        TASKS[reader][1](tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "problem"),
+    [
+        ("lung", {"window_hu": [float("nan"), 300.0]}, "window_hu in it: expected 2 number(s)"),
+        ("lung", {"window_hu": [300.0, -1000.0]}, "window_hu in it: window 300 to -1000"),
+        ("lung", {"pixel_mm": "1"}, "pixel_mm in it: expected 1 number(s)"),
+        ("lung", {"data_path": None}, '"data_path" should be a text'),
+        ("spine", {"spacing_mm": [1.0, 1.0]}, "spacing_mm in it: expected 3 number(s)"),
+        ("spine", {"hu_range": [float("nan"), 1.0]}, "hu_range in it: expected 2 number(s)"),
+        ("organs", {"scaling": [0.0, 1.0]}, "scaling in it: expected 4 number(s)"),
+        ("organs", {"labelled": None}, '"labelled" should be a list'),
+        ("head", {"dataset": "Amygdala"}, "its localiser: holds no weights"),
+        ("head", {"dataset": "Liver"}, "its dataset is 'Liver'"),
+    ],
+)
+def test_notes_of_a_checkpoint_that_cannot_be_used(tmp_path, task, change, problem):
+    torch.save(TASKS[task][0](**change), tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
+        TASKS[task][1](tmp_path / "best.pt")
+    assert "best.pt" in str(caught.value)
