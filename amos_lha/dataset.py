@@ -47,6 +47,8 @@ class Amos:
             paths,
             "amos_lha",
             "--data_path <AMOS folder>",
+            {"modality": str, "part": str},
+            {"modality": str, "labelled": list, "voxels": dict, "scaling": list | None},
             wanted=lambda entry: modality in ("both", entry["modality"]),
             wish=f"--modality {modality}",
             seed=seed,

@@ -14,6 +14,10 @@ from common.hdf5 import CaseFile
 from common.preprocessed import read_cases
 from common.splits import check_split, hold_out, leave_group_out, read_folds, stratified_folds
 
+# What is noted of each case, in preprocessing.json and in its file.
+ENTRY = {"subject": str, "site": str, "part": str}
+ATTRIBUTES = {"centre": np.ndarray | list, "spacing_mm": list | tuple | np.ndarray}
+
 
 class Cohort:
     """A folder written by preprocess.py.
@@ -56,7 +60,7 @@ class Cohort:
         """
         folder = Path(path)
         raw = f"--dataset {dataset or 'Amygdala'} --source <folder>"
-        notes, entries, files = read_cases(folder, "amygdala", raw)
+        notes, entries, files = read_cases(folder, "amygdala", raw, ENTRY, ATTRIBUTES)
         self.dataset: str = notes.get("dataset")
         if self.dataset not in DATASETS or dataset not in (None, self.dataset):
             wanted = dataset or " or ".join(DATASETS)

@@ -169,8 +169,9 @@ def load_weights(network: nn.Module, state: Any, what: str) -> None:
             f"{names[0]} is {kind}" for names, kind in ((missing, "missing"), (surplus, "new")) if names
         ]
         raise ValueError(
-            f"{what}: the weights do not fit the network: {len(missing)} of its {len(own)} names are missing, "
-            f"{len(surplus)} are unknown ({', '.join(examples)}); were they made by other flags or other code?"
+            f"{what}: the weights do not fit the network: {len(missing)} of its {len(own)} names are "
+            f"missing, {len(surplus)} are unknown ({', '.join(examples)}); were they made by other flags or "
+            "other code?"
         )
     for name, value in state.items():
         if value.shape != own[name].shape:

@@ -140,7 +140,8 @@ def finished_entries(
     done, num_changed = {}, 0
     for name, stamp in stamps.items():
         entry = known.get(name)
-        if entry and entry["settings"] == settings[name] and entry["stamp"] == stamp and _whole(out, entry):
+        is_same = entry and entry.get("settings") == settings[name] and entry.get("stamp") == stamp
+        if is_same and _whole(out, entry):
             done[name] = entry
         else:
             num_changed += "files" in (entry or {}) or (out / "cases" / f"{name}.h5").is_file()
@@ -152,8 +153,26 @@ def finished_entries(
     return done
 
 
-def _earlier_notes(out: Path) -> dict:
-    return read_json(out / NOTES, {"cases": list}) if (out / NOTES).is_file() else {"cases": []}
+def _earlier_notes(out: Path) -> dict[str, list]:
+    """ "cases" and "outdated" files of the notes of an earlier conversion; what is damaged in them is left out,
+    since it can be made again."""
+    found: dict = {}
+    if (out / NOTES).is_file():
+        try:
+            found = read_json(out / NOTES, {"cases": list, "outdated": list | None})
+        except ValueError as error:
+            print(f"warning: {error}; all cases are converted again")
+    cases = [entry for entry in found.get("cases", []) if isinstance(entry, dict)]
+    return {
+        "cases": [
+            entry for entry in cases if isinstance(entry.get("name"), str) and _are_texts(entry.get("files"))
+        ],
+        "outdated": found.get("outdated", []) if _are_texts(found.get("outdated")) else [],
+    }
+
+
+def _are_texts(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def _whole(out: Path, entry: dict) -> bool:
@@ -202,7 +221,7 @@ def convert_data_set(
     stamps = {name: file_stamp([path for path in paths if path]) for name, paths in files.items()}
     done, earlier = finished_entries(out, stamps, settings), _earlier_notes(out)
     outdated = {name for entry in earlier["cases"] for name in entry.get("files", [])}
-    outdated |= set(earlier.get("outdated", []))  # what an interrupted run had still to remove
+    outdated |= set(earlier["outdated"])  # what an interrupted run had still to remove
     in_work = about_all | {"outdated": sorted(outdated)} if outdated else about_all
     todo = {case: name for name, case in cases.items() if name not in done}
     failed: dict[str, str] = {}

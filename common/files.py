@@ -88,6 +88,18 @@ def make_folder(path: str | Path, flag: str = "--out") -> Path:
     return path
 
 
+def public_folder(parent: Path | None, prefix: str = "partial_") -> Path:
+    """A new folder in `parent` (None: in that for temporary files) for a cache that others may use.
+
+    `tempfile` alone shuts everybody else out, which stays so when the folder gets its name.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    return folder
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Plain values to a JSON file in UTF-8, written in one step."""
     with replacing(path) as partial:
@@ -146,7 +158,8 @@ def check_keys(content: Any, expected: Mapping[str, Any], where: str, *, advice:
         value = content.get(key)
         if isinstance(value, types):
             continue
-        names = [JSON_NAMES[t] for t in getattr(types, "__args__", (types,)) if t is not type(None)]
+        wished = [t for t in getattr(types, "__args__", (types,)) if t is not type(None)]
+        names = [JSON_NAMES.get(t, t.__name__) for t in wished]
         wanted = " or ".join(dict.fromkeys(names))
         if key not in content:
             raise ValueError(f'{where}: "{key}" is missing, expected {wanted}{ending}')

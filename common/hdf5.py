@@ -5,7 +5,7 @@
     patch = case.read_image((10, -5, 0), (128, 128, 128))
 
 In the file: datasets `image` and `label`; a group `index` with (n, 3) places by name (common/patches.py); a
-group `attributes` (geometry and preprocessing). Only this module uses h5py and hdf5plugin.
+group `attributes` (geometry and preprocessing). Only this module and hdf5_checks.py use h5py and hdf5plugin.
 """
 
 import io
@@ -14,19 +14,15 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from common.files import replacing
+from common.files import check_numbers, replacing
+from common.hdf5_checks import AGAIN, FORMAT_VERSION, IMAGE_DTYPES, open_file, own_dataset
 
-FORMAT_VERSION = 1
-IMAGE_DTYPES = ("int16", "uint8", "uint16", "float16", "float32")
 # Side of a chunk in voxels. A random 128^3 patch of CT costs 5.5 ms of CPU time, 7.7 ms with chunks of 64^3.
 CHUNK = 32
-# A chunk cache of 64 MB made random patches no faster (128^3 in 5.0 to 5.6 ms with 0, 1 and 64 MB) and would
-# be held for image and label of every open file; 1 MB keeps 64 open files of a worker cheap.
-CACHE_BYTES = 1 << 20
 MAX_OPEN_FILES = 64  # of one process; opening a file again takes 0.4 ms
 JSON_MARK = "json:"
 
@@ -103,6 +99,17 @@ def write_case(
     return used
 
 
+class _Attributes(dict):
+    """Attributes of a case; one that the file lacks is a ValueError with the name of the file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise ValueError(f"{self.path}: has no attribute {name}; {AGAIN}")
+
+
 class CaseFile:
     """A case written by `write_case`, opened read-only at the first use in each process.
 
@@ -152,17 +159,20 @@ class CaseFile:
     def attributes(self) -> dict[str, Any]:
         """What `write_case` was given; numpy numbers come back as Python's, tuples as lists."""
         if self._attributes is None:
-            stored = self._opened()[0]["attributes"].attrs
-            self._attributes = {name: _from_attribute(value) for name, value in stored.items()}
+            self._attributes = _Attributes(self.path)
+            try:
+                for name, value in self._opened()[0]["attributes"].attrs.items():
+                    self._attributes[name] = _from_attribute(value)
+            except (OSError, ValueError, RuntimeError, RecursionError, TypeError) as error:
+                self._attributes = None
+                raise ValueError(f"{self.path}: its attributes cannot be read ({error}); {AGAIN}") from error
         return self._attributes
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel size z y x."""
-        if "spacing_mm" not in self.attributes:
-            raise ValueError(f"{self.path}: has no attribute spacing_mm; run preprocessing again")
-        z, y, x = self.attributes["spacing_mm"]
-        return float(z), float(y), float(x)
+        z, y, x = check_numbers(list(self.attributes["spacing_mm"]), 3, f"{self.path}: attribute spacing_mm")
+        return z, y, x
 
     @property
     def index_names(self) -> tuple[str, ...]:
@@ -175,7 +185,9 @@ class CaseFile:
         if name not in places:
             if name not in file["index"]:
                 raise ValueError(f"{self.path}: index has no {name!r}, only {', '.join(self.index_names)}")
-            places[name] = file["index"][name][()]
+            what = f"{self.path}: index {name!r}"
+            dataset = own_dataset(file["index"], name, what)
+            places[name] = _checked_places(self._slice(dataset, ()), self.shape, what)
         return places[name]
 
     def read_image(self, start: Sequence[int], shape: Sequence[int]) -> np.ndarray:
@@ -207,7 +219,7 @@ class CaseFile:
         """The h5py file and the places read so far, which are let go with it: 1.5 MB for 26 labels."""
         _drop_inherited()
         if id(self) not in _open:
-            _open[id(self)] = _open_file(self.path), {}
+            _open[id(self)] = open_file(self.path), {}
             if len(_open) > MAX_OPEN_FILES:
                 _open.popitem(last=False)  # h5py closes it once no dataset of it is in use
         _open.move_to_end(id(self))
@@ -232,9 +244,7 @@ class CaseFile:
         try:
             return dataset[(..., *inside)]
         except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{self.path}: damaged, voxels {inside} cannot be read; run preprocessing again for this case"
-            ) from error
+            raise ValueError(f"{self.path}: damaged, voxels {inside} cannot be read; {AGAIN}") from error
 
 
 def _filter_options() -> tuple[str, dict]:
@@ -283,38 +293,3 @@ def _drop_inherited() -> None:
     if _open_in != os.getpid():
         _open.clear()
         _open_in = os.getpid()
-
-
-def _open_file(path: Path):
-    try:
-        import hdf5plugin  # noqa: F401  registers Blosc2; must come before the file is opened
-    except ImportError:
-        pass
-    import h5py
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; run preprocessing first")
-    advice = "run preprocessing again for this case"
-    try:
-        # No locking: file systems of clusters often have none, and nothing is ever written in place.
-        file = h5py.File(path, "r", locking=False, rdcc_nbytes=CACHE_BYTES)
-    except OSError as error:
-        with path.open("rb") as start:
-            known = start.read(8) == b"\x89HDF\r\n\x1a\n"
-        reason = "truncated or still being written" if known else "not an HDF5 file, or cut off at the start"
-        raise ValueError(f"{path}: {reason} ({error}); {advice}") from error
-    version = int(file.attrs.get("format_version", 0))
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format {version}, but this code reads up to {FORMAT_VERSION}; update it, or {advice}"
-        )
-    if version < 1 or "image" not in file:
-        raise ValueError(f"{path}: an HDF5 file, but not a preprocessed case of this project; {advice}")
-    filters = file["image"].id.get_create_plist()
-    for number in range(filters.get_nfilters()):
-        if not h5py.h5z.filter_avail(filters.get_filter(number)[0]):
-            raise ValueError(
-                f"{path}: compressed with {file.attrs['compression']}, which is not installed here; "
-                f"pip install hdf5plugin, or {advice}"
-            )
-    return file

@@ -1,18 +1,20 @@
 """Folders that a task's preprocess.py wrote: their cases, and who is in which part."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common import distributed
-from common.files import read_json
+from common.files import check_keys, check_numbers, read_json
 from common.hdf5 import CaseFile
 from common.splits import PARTS, check_split, fold_split, patients_of, read_splits, split_by_patient
 
 
-def read_cases(folder: str | Path, task: str, raw: str) -> tuple[dict, dict[str, dict], dict[str, Path]]:
+def read_cases(
+    folder: str | Path, task: str, raw: str, expected: Mapping[str, Any], attributes: Mapping[str, Any]
+) -> tuple[dict, dict[str, dict], dict[str, Path]]:
     """What preprocessing noted, its entry of each case, and the HDF5 file of each; the latter two by name.
 
     Args:
@@ -20,10 +22,13 @@ def read_cases(folder: str | Path, task: str, raw: str) -> tuple[dict, dict[str,
             out.
         task: folder of preprocess.py, for the advice.
         raw: the words of its command that name the raw data, for the advice.
+        expected, attributes: {key: type} of each entry besides its name, and of the attributes of its HDF5
+            file, as of `check_keys`.
 
     Raises:
         FileNotFoundError: no such folder, or it is not one of preprocess.py.
-        ValueError: preprocessing.json is damaged.
+        ValueError: preprocessing.json is damaged, or a case is, which is better known before the training
+            than in the middle of it.
     """
     folder = Path(folder)
     notes_file, files = folder / "preprocessing.json", sorted((folder / "cases").glob("*.h5"))
@@ -34,8 +39,17 @@ def read_cases(folder: str | Path, task: str, raw: str) -> tuple[dict, dict[str,
         )
     advice = f"make it again with {task}/preprocess.py"
     notes = read_json(notes_file, {"cases": list, "spacing_mm": list}, advice=advice)
+    notes["spacing_mm"] = check_numbers(notes["spacing_mm"], 3, f'{notes_file}: "spacing_mm"')
+    if min(notes["spacing_mm"]) <= 0:
+        found = notes["spacing_mm"]
+        raise ValueError(f'{notes_file}: "spacing_mm" is {found}, sizes above 0 are needed; {advice}')
+    for number, entry in enumerate(notes["cases"]):
+        check_keys(entry, {"name": str, **expected}, f'{notes_file}: "cases", entry {number}', advice=advice)
     entries = {entry["name"]: entry for entry in notes.pop("cases")}
-    return notes, entries, {file.stem: file for file in files if file.stem in entries}
+    found = {file.stem: file for file in files if file.stem in entries}
+    for file in found.values():
+        check_keys(CaseFile(file).attributes, attributes, f"{file}: attributes", advice=advice)
+    return notes, entries, found
 
 
 def own_split(folder: Path, names: set[str], known: set[str]) -> dict[str, list[str]] | None:
@@ -130,6 +144,8 @@ def open_folders(
     paths: Sequence[str | Path],
     task: str,
     raw: str,
+    expected: Mapping[str, Any],
+    attributes: Mapping[str, Any],
     *,
     wanted: Callable[[dict], bool] = lambda entry: True,
     wish: str = "",
@@ -141,7 +157,7 @@ def open_folders(
     A folder whose cases all have the part "train" was published in one part: its validation part is drawn.
 
     Args:
-        task, raw: as of `read_cases`.
+        task, raw, expected, attributes: as of `read_cases`.
         wanted: whether a case takes part, by its entry, with its "part".
         wish: the flag that decides that, for the message where no case is left.
         patient_pattern: as of `patients_of`.
@@ -158,7 +174,7 @@ def open_folders(
     cases, patients, spacings = {}, {}, {}
     split: dict[str, list[str]] = {part: [] for part in PARTS}
     for folder in folders:
-        notes, entries, files = read_cases(folder, task, raw)
+        notes, entries, files = read_cases(folder, task, raw, expected, attributes)
         spacings[folder] = notes["spacing_mm"]
         chosen = {name: entries[name] for name in files if wanted(entries[name])}
         if not chosen:

@@ -16,8 +16,8 @@ from common.hu import why_not_hu
 from common.slices import to_display, to_pixel_size, write_png
 from common.splits import natural_key
 from lung_tumor.cases import load_case, pixel_size_mm, source_files, source_stamp
-from lung_tumor.dataset import read_notes
 from lung_tumor.kaggle import KaggleCase
+from lung_tumor.slice_files import parse_slice_name, read_volumes
 from lung_tumor.slices import volume_to_slices
 
 WINDOW_HU = (-1024.0, 325.0)  # wide enough for lung, soft tissue and contrast; a grey level is 5.3 HU
@@ -80,7 +80,8 @@ def convert_case(case: Case | KaggleCase, out: Path, settings: Settings) -> dict
     chosen = choose_slices(tumour_pixels, has_tumour, volume, settings)
     for folder in ("images", "labels"):
         for old in (out / folder).glob(f"{glob.escape(volume)}_slice_*.png"):
-            old.unlink()
+            if parse_slice_name(old.stem)[0] == volume:  # those of a volume lung_slice_7 begin alike
+                old.unlink()
     for z in range(len(slices)) if settings.all_slices else chosen:
         name = f"{volume}_slice_{z:04d}.png"
         write_png(out / "images" / name, to_pixel_size(slices[z], pixel_size_mm, pixel_mm))
@@ -104,6 +105,15 @@ def convert_case(case: Case | KaggleCase, out: Path, settings: Settings) -> dict
     }
 
 
+def _known_entries(out: Path) -> dict[str, dict]:
+    """volumes.json of an earlier conversion; {} if it is damaged, since it can be made again."""
+    try:
+        return read_volumes(out)
+    except ValueError as error:
+        print(f"warning: {error}; all volumes are converted again")
+        return {}
+
+
 def convert_all(cases: list, out: Path, settings: Settings, workers: int) -> tuple[dict, dict[str, str]]:
     """Convert what is not done yet with these settings from these files.
 
@@ -112,11 +122,11 @@ def convert_all(cases: list, out: Path, settings: Settings, workers: int) -> tup
     """
     for folder in ("images", "labels"):
         make_folder(out / folder)
-    wanted, known = json.loads(json.dumps(asdict(settings))), read_notes(out, "volumes.json")
+    wanted, known = json.loads(json.dumps(asdict(settings))), _known_entries(out)
     done = {}
     for case in cases:
         entry = known.get(case.case_id)
-        if entry and entry["settings"] == wanted and entry["stamp"] == source_stamp(case):
+        if entry and entry.get("settings") == wanted and entry["stamp"] == source_stamp(case):
             done[case.case_id] = entry
     todo = [c for c in cases if c.case_id not in done]
     if todo:

@@ -14,6 +14,7 @@ import atexit
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -27,7 +28,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import distributed
-from common.files import read_json
+from common.files import check_numbers, public_folder, read_json
+from common.hu import check_window
 from common.splits import (
     check_split,
     fold_split,
@@ -37,95 +39,45 @@ from common.splits import (
     save_splits,
     split_by_patient,
 )
-from lung_tumor.slices import IMAGE_SUFFIXES, fit_to_square, normalise, read_image, read_mask
+from lung_tumor.slice_files import SliceFile, list_slices, read_notes, read_volumes, training_slices
+from lung_tumor.slices import fit_to_square, normalise, read_image, read_mask
 
-
-@dataclass(frozen=True)
-class SliceFile:
-    """One slice: volume it belongs to, its number in the volume, image and label files."""
-
-    volume: str
-    number: int
-    image: Path
-    label: Path
-
-
-def parse_slice_name(stem: str) -> tuple[str, int]:
-    """'lung_001_slice_0042' -> ('lung_001', 42). A name without '_slice_' is a volume of its own."""
-    volume, separator, number = stem.rpartition("_slice_")
-    return (volume, int(number)) if separator and number.isdecimal() else (stem, 0)
-
-
-def list_slices(data_path: str | Path) -> list[SliceFile]:
-    """All slices in natural order.
-
-    Raises:
-        FileNotFoundError: no images/ or labels/ folder.
-        ValueError: empty, or an image without label or the reverse; names them.
-    """
-    data_path = Path(data_path)
-    files = {}
-    for kind in ("images", "labels"):
-        if not (data_path / kind).is_dir():
-            raise FileNotFoundError(
-                f"{data_path}: no folder {kind}/; make it with lung_tumor/preprocess.py --out {data_path}, "
-                "or try --data_path demo"
-            )
-        found = (p for p in (data_path / kind).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        files[kind] = {}
-        for path in found:
-            if path.name.startswith("."):
-                continue
-            if path.stem in files[kind]:
-                raise ValueError(f"{path}: there is also {files[kind][path.stem].name}; keep one of the two")
-            files[kind][path.stem] = path
-    images, labels = files["images"], files["labels"]
-    if not images and not labels:
-        raise ValueError(f"{data_path}: images/ and labels/ are empty; run lung_tumor/preprocess.py")
-    for ours, others, kind in ((images, labels, "label"), (labels, images, "image")):
-        missing = sorted(ours.keys() - others.keys(), key=natural_key)
-        if missing:
-            raise ValueError(
-                f"{data_path}: {len(missing)} slice(s) without {kind}, first {missing[0]}; "
-                "add the files or remove their partners"
-            )
-    return [SliceFile(*parse_slice_name(s), images[s], labels[s]) for s in sorted(images, key=natural_key)]
-
-
-def read_notes(data_path: str | Path, name: str) -> dict:
-    """dataset.json or volumes.json of a data set; {} when absent."""
-    path = Path(data_path) / name
-    return read_json(path, advice="convert the data again") if path.is_file() else {}
-
-
-def training_slices(slices: list[SliceFile], volumes: dict) -> list[SliceFile]:
-    """The slices that volumes.json names for training (`kept`); all slices if `volumes` is {}."""
-    chosen = {name: set(entry["kept"]) for name, entry in volumes.items()}
-    return [s for s in slices if s.volume not in chosen or s.number in chosen[s.volume]]
+LIKELY_PATIENT = r"(.+?)[_-]\d+"  # the image of a patient: p07_012
 
 
 def load_splits(
-    data_path: str | Path, slices: list[SliceFile], seed: int
+    data_path: str | Path, slices: list[SliceFile], seed: int, pattern: str | None = None
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """splits.json of the data set, drawn 80/20 by volume and written if there is none.
+    """splits.json of the data set, drawn 80/20 by patient and written if there is none.
+
+    Args:
+        pattern: of --patient_pattern, as of `patients_of`. None: each volume is a patient, and of a plain
+            folder of images those whose names differ in a last _<number> only are of one.
 
     Raises:
-        ValueError: a patient in two parts, or a volume that has no slices.
+        ValueError: a patient in two parts, a volume that has no slices, or a splits.json of other patients.
     """
     path = Path(data_path) / "splits.json"
     volumes = {s.volume for s in slices}
+    names = sorted(volumes, key=natural_key)
     if path.is_file():
         split, patients = read_splits(path)
     else:  # the same in every process, and one of them writes it
-        patients = patients_of(sorted(volumes, key=natural_key))
+        patients = patients_of(names, pattern) if pattern else likely_patients(names, len(slices))
         split = split_by_patient(patients, seed=seed)
         if distributed.is_main():
             save_splits(path, split, patients, seed)
+    if pattern and patients != patients_of(list(patients), pattern):
+        raise ValueError(
+            f"{path}: was drawn with other patients than --patient_pattern {pattern!r} finds; delete it, so "
+            "that a new split is drawn, or leave the flag out"
+        )
     if distributed.is_main():
-        if len(volumes) > 3 and len(slices) == len(volumes):
+        if len(volumes) > 3 and len(slices) == len(volumes) == len(set(patients.values())):
             print(
                 f"warning: {data_path}: every image counts as a patient of its own. If some are of one "
-                "patient, name them <patient>_slice_NNNN.png, or scores will be too good"
+                "patient, scores will be too good; say with --patient_pattern where their names tell the "
+                "patient, and delete splits.json"
             )
         if left_out := sorted(volumes - set(patients), key=natural_key):
             print(f"warning: {path} leaves out {len(left_out)} volume(s), first {left_out[0]}")
@@ -135,8 +87,43 @@ def load_splits(
     return split, patients
 
 
+def pixel_notes(data_path: str | Path) -> dict:
+    """window_hu and pixel_mm of dataset.json; each None if unknown.
+
+    Raises:
+        ValueError: no window, or no size.
+    """
+    notes, path = read_notes(data_path, "dataset.json"), Path(data_path) / "dataset.json"
+    check_window(notes.get("window_hu"), f'{path}: "window_hu"')
+    if (pixel_mm := notes.get("pixel_mm")) is not None:
+        check_numbers([pixel_mm], 1, f'{path}: "pixel_mm"')
+    return {"window_hu": notes.get("window_hu"), "pixel_mm": pixel_mm}
+
+
+def likely_patients(names: list[str], num_slices: int) -> dict[str, str]:
+    """{volume: patient}: of single images called <patient>_<number> the patient, else each volume itself.
+
+    Two patients or fewer are no patients but, most likely, one word in front of all numbers.
+    """
+    if num_slices == len(names) and all(re.fullmatch(LIKELY_PATIENT, name) for name in names):
+        patients = patients_of(names, LIKELY_PATIENT)
+        if 2 < (count := len(set(patients.values()))) < len(names):
+            if distributed.is_main():
+                print(
+                    f"{len(names)} images of {count} patients, by their names <patient>_<number>; "
+                    "--patient_pattern '(.+)' makes each image a patient of its own"
+                )
+            return patients
+    return patients_of(names)
+
+
 def open_data(
-    data_path: str | Path, size: int, seed: int, folds: int | None = None, fold: int | None = None
+    data_path: str | Path,
+    size: int,
+    seed: int,
+    folds: int | None = None,
+    fold: int | None = None,
+    patient_pattern: str | None = None,
 ) -> tuple["PackedSlices", dict[str, list[str]], dict]:
     """(slices chosen for training, packed; the split; what a checkpoint must know of the preprocessing).
 
@@ -152,9 +139,9 @@ def open_data(
     notes = [(Path(data_path) / name).is_file() for name in ("volumes.json", "dataset.json")]
     if notes == [True, False]:  # the second is written last
         raise ValueError(f"{data_path}: its conversion is unfinished; run lung_tumor/preprocess.py again")
-    entries = read_notes(data_path, "volumes.json")
+    entries = read_volumes(data_path)
     slices = training_slices(list_slices(data_path), entries)
-    split, patients = load_splits(data_path, slices, seed)
+    split, patients = load_splits(data_path, slices, seed, patient_pattern)
     if fold is not None:
         split = fold_split(patients, folds=folds or 0, fold=fold, seed=seed)
         check_split(split, patients)
@@ -170,10 +157,7 @@ def open_data(
                 f"{data_path}: no tumour pixel in the {len(indices)} slices of the part '{part}', which "
                 "needs both classes. Check the labels, or draw another split (preprocess.py --val_cases)"
             )
-    dataset = read_notes(data_path, "dataset.json")
-    preprocessing = {
-        "window_hu": dataset.get("window_hu"),
-        "pixel_mm": dataset.get("pixel_mm"),
+    preprocessing = pixel_notes(data_path) | {
         "scale": scale,
         "data_path": str(Path(data_path).resolve()),
     }
@@ -251,14 +235,15 @@ def pack_slices(
     name = f"slices_{size}_{stamp.hexdigest()[:16]}"
     cache = Path(data_path) / "cache"
     folder = cache / name
-    if not folder.is_dir():
+    packed = _read_packed(folder, slices, size)
+    if packed is None:
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         try:
             cache.mkdir(exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix="partial_", dir=cache))
+            partial = public_folder(cache)
         except OSError as error:
-            partial = Path(tempfile.mkdtemp(prefix="lung_tumor_"))
+            partial = folder = Path(tempfile.mkdtemp(prefix="lung_tumor_"))
             atexit.register(shutil.rmtree, partial, ignore_errors=True)
-            folder = partial
             print(
                 f"{cache}: cannot be written ({error.strerror}); slices are packed into {folder} for this run"
             )
@@ -269,9 +254,21 @@ def pack_slices(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    info = json.loads((folder / "info.json").read_text(encoding="utf8"))
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    labels = np.load(folder / "labels.npy", mmap_mode="r")
+        packed = _read_packed(folder, slices, size)
+    if packed is None:
+        raise OSError(f"{folder}: cannot be read although it was written just now; is the disk all right?")
+    return packed
+
+
+def _read_packed(folder: Path, slices: list[SliceFile], size: int) -> PackedSlices | None:
+    """A cache mapped into memory; None if there is none, or it is cut off or otherwise damaged."""
+    try:
+        info = read_json(folder / "info.json", {"num_unclean": int, "tumour_cut_off": float | int})
+        images, labels = (np.load(folder / name, mmap_mode="r") for name in ("images.npy", "labels.npy"))
+    except (OSError, ValueError, EOFError):
+        return None
+    if any(a.shape != (len(slices), size, size) or a.dtype != np.uint8 for a in (images, labels)):
+        return None
     volumes = [s.volume for s in slices]
     return PackedSlices(images, labels, volumes, info["num_unclean"], info["tumour_cut_off"])
 

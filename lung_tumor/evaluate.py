@@ -30,9 +30,10 @@ from common.runs import run_dir_of
 from common.slices import to_display
 from common.sweep import counts_at
 from lung_tumor.cases import case_from_entry, find_cases, load_case
-from lung_tumor.dataset import SliceDataset, SliceFile, list_slices, load_splits, read_notes
+from lung_tumor.dataset import SliceDataset, load_splits
 from lung_tumor.model import TrainedModel, load_trained, predict_slices, window_hu
 from lung_tumor.report import THRESHOLDS, clear_report, write_report
+from lung_tumor.slice_files import SliceFile, list_slices, read_volumes
 from lung_tumor.slices import read_image, read_mask, volume_to_slices
 
 
@@ -243,7 +244,7 @@ def evaluate_volumes(
     missing = [v for v in volumes if v not in files]
     if missing or not volumes:
         raise ValueError(f"{data_path}: no slices of volume {', '.join(missing) or '(none asked for)'}")
-    entries = read_notes(data_path, "volumes.json")
+    entries = read_volumes(data_path)
     patients = load_splits(data_path, list(sum(files.values(), [])), seed=42)[1]
     cases = {c.case_id: c for c in find_cases(source)} if source else {}
 

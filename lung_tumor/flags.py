@@ -3,7 +3,13 @@
 import argparse
 
 from common.config import Switch, fraction, non_negative_int, positive_int
-from common.flags import add_deep_supervision_flag, add_ema_flags, add_fold_flags, add_update_flags
+from common.flags import (
+    add_deep_supervision_flag,
+    add_ema_flags,
+    add_fold_flags,
+    add_patient_pattern_flag,
+    add_update_flags,
+)
 from common.run_flags import add_run_flags
 from common.schedules import SCHEDULES
 from lung_tumor.model import LOSSES, MODELS
@@ -63,6 +69,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "and small tumours are lost",
     )
     add_fold_flags(data)
+    add_patient_pattern_flag(
+        data,
+        "which must stand in one part of the split. It counts where there is no splits.json yet; default: "
+        "images called <patient>_<number> are of that patient, each volume of preprocess.py is a patient",
+    )
     model = parser.add_argument_group("model")
     add_network_flags(model, base_features=64)
     add_deep_supervision_flag(model, False)

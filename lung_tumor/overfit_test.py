@@ -23,10 +23,11 @@ from common.metrics import dice_from_counts
 from common.plots import PRED_COLOR, TRUTH_COLOR, overlay, save_curves, save_panels
 from common.run_flags import add_prediction_flags
 from common.runs import seed_everything
-from lung_tumor.dataset import common_scale, list_slices, read_notes, training_slices
+from lung_tumor.dataset import common_scale
 from lung_tumor.flags import add_network_flags
 from lung_tumor.model import LOSSES, get_loss, get_model
 from lung_tumor.preprocess import demo_dataset
+from lung_tumor.slice_files import list_slices, read_volumes, training_slices
 from lung_tumor.slices import fit_to_square, normalise, read_image, read_mask
 
 
@@ -94,7 +95,7 @@ def slices_with_most_tumour(data_path: str | Path, count: int, min_pixels: int, 
     Raises:
         ValueError: no slice with more than `min_pixels` pixels of tumour.
     """
-    volumes = read_notes(data_path, "volumes.json")
+    volumes = read_volumes(data_path)
     files = training_slices(list_slices(data_path), volumes)
     areas = np.array([int(read_mask(f.label)[0].sum()) for f in files])
     chosen = [i for i in np.argsort(-areas, kind="stable")[:count] if areas[i] > min_pixels]

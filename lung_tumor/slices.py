@@ -15,6 +15,9 @@ from common.hu import window
 from common.slices import resize, to_display
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+TOPS_16_BIT = (255, 4095, 65535)
+ONE_CLASS = "expected 0 and 1, or 0 and 255 (one tumour class); make such masks of them"
+MOST_CLASSES = 12  # a mask with more values has smoothed edges or noise rather than classes
 
 
 def volume_to_slices(volume: np.ndarray, window_hu: tuple[float, float]) -> np.ndarray:
@@ -82,7 +85,10 @@ def normalise(slices: np.ndarray) -> torch.Tensor:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file as grey uint8 (h, w). 16-bit files: 0..65535 becomes 0..255. Colour: luminance, no alpha.
+    """An image file as grey uint8 (h, w). Colour: luminance, no alpha.
+
+    Of 16-bit files the range counts that they really use: 0..255, 0..4095 (12 bits, as scanners have them) or
+    0..65535, whichever the highest value needs, becomes 0..255.
 
     Raises:
         FileNotFoundError, ValueError: missing, or not an image.
@@ -91,7 +97,8 @@ def read_image(path: str | Path) -> np.ndarray:
 
     pixels = _read_pixels(path)
     if pixels.dtype == np.uint16:
-        pixels = np.rint(pixels / 257).astype(np.uint8)
+        top = next(top for top in TOPS_16_BIT if pixels.max() <= top)
+        pixels = np.rint(pixels * (255 / top)).astype(np.uint8)
     elif pixels.dtype.kind == "f":
         if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
             raise ValueError(f"{path}: float image outside 0..1; save it as 8-bit or 16-bit")
@@ -105,28 +112,58 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_mask(path: str | Path) -> tuple[np.ndarray, bool]:
-    """A mask file as uint8 0/1 (h, w), and whether it was clean: only 0 and 1, or only 0 and 255.
+    """A mask file as uint8 0/1 (h, w), and whether it was clean: only 0 and 1, or only 0 and 255 (65535).
 
-    0/1 (also as float) and 0/255 are taken as they are. With other grey values up to 255 (JPEG noise,
-    smoothed edges) those above 127 are tumour, and the mask counts as not clean.
+    0/1 (also as float) and 0/255 are taken as they are. With other grey values (JPEG noise, smoothed edges)
+    those above the middle are tumour, and the mask counts as not clean.
 
     Raises:
-        ValueError: several labels (e.g. 0, 1, 2): neither 0/1 nor 0/255.
+        ValueError: several classes, whether as grey values, as colours or with a value to be ignored. What
+            they mean cannot be known here, and taking all or some of them for tumour would be a guess.
     """
     pixels = _read_pixels(path)
+    is_exact = Path(path).suffix.lower() not in (".jpg", ".jpeg")
     if pixels.ndim == 3:
-        pixels = pixels[..., :3].max(axis=-1)
-    if pixels.dtype == np.uint16 and pixels.max() > 255:
-        pixels = pixels // 257
+        pixels = _grey_mask(pixels, path, is_exact)
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise ValueError(f"{path}: holds NaN or infinite mask values; {ONE_CLASS}")
     values = np.unique(pixels)
+    top = 65535 if pixels.dtype == np.uint16 and values[-1] > 255 else 255
+    shown = ", ".join(f"{v:g}" for v in values[:8]) + (", ..." if len(values) > 8 else "")
     if np.isin(values, (0, 1)).all():
         return (pixels > 0).astype(np.uint8), True
     if pixels.dtype.kind == "f" and 0 <= values[0] and values[-1] <= 1:
         return (pixels > 0.5).astype(np.uint8), False
-    if values[-1] <= 127:
-        shown = ", ".join(f"{v:g}" for v in values[:8])
-        raise ValueError(f"{path}: mask values {shown}; expected 0 and 1, or 0 and 255 (one tumour class)")
-    return (pixels > 127).astype(np.uint8), bool(np.isin(values, (0, 255)).all())
+    if values[0] < 0 or values[-1] > top or values[-1] <= top // 2:
+        raise ValueError(f"{path}: mask values {shown}; {ONE_CLASS}")
+    if is_exact and len(values) <= MOST_CLASSES:
+        between = [v for v in values if 0 < v < top]
+        if list(values) == [0, 1, top] or any(_has_area(pixels == v) for v in between):
+            raise ValueError(
+                f"{path}: mask values {shown} are several classes, or one to be ignored; {ONE_CLASS}"
+            )
+    return (pixels > top // 2).astype(np.uint8), bool(np.isin(values, (0, top)).all())
+
+
+def _grey_mask(pixels: np.ndarray, path: str | Path, is_exact: bool) -> np.ndarray:
+    """(h, w) of a mask in colour: the largest of its three values. Several colours are refused."""
+    colours, alpha = pixels[..., : 1 if pixels.shape[2] == 2 else 3], pixels[..., 3:]
+    if alpha.size and alpha.min() < alpha.max() and colours.min() == colours.max():
+        raise ValueError(f"{path}: the mask lies in its transparency alone; {ONE_CLASS}")
+    grey = colours.max(axis=-1)
+    if is_exact and (colours.min(axis=-1) < grey).any():
+        kinds = np.unique(colours[grey > 0], axis=0)
+        if 1 < len(kinds) <= MOST_CLASSES:
+            shown = "; ".join(" ".join(map(str, kind[::-1])) for kind in kinds[:4])
+            what = f"{len(kinds)} colours (red green blue: {shown}) are several classes"
+            raise ValueError(f"{path}: {what}; {ONE_CLASS}")
+    return grey
+
+
+def _has_area(mask: np.ndarray) -> bool:
+    """Whether (h, w) holds a square of 3 x 3: the pixels of a smoothed edge never lie so close together."""
+    rows = mask[2:] & mask[1:-1] & mask[:-2]
+    return bool((rows[:, 2:] & rows[:, 1:-1] & rows[:, :-2]).any())
 
 
 def _read_pixels(path: str | Path) -> np.ndarray:

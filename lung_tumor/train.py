@@ -50,7 +50,7 @@ def open_training_data(args: Namespace) -> tuple[PackedSlices, dict[str, list[st
     """Slices, split and preprocessing of --data_path; phantoms are made if they are not there."""
     data_path = demo_dataset() if args.data_path == "demo" else Path(args.data_path)
     fold = None if args.fold is None else int(args.fold)
-    return open_data(data_path, args.image_size, args.seed, args.folds, fold)
+    return open_data(data_path, args.image_size, args.seed, args.folds, fold, args.patient_pattern)
 
 
 def data_notes(packed: PackedSlices, preprocessing: dict, image_size: int) -> list[str]:

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -256,8 +257,8 @@ def test_pickle_holds_only_the_path(case_path):
 
 def test_few_files_stay_open(tmp_path, monkeypatch):
     monkeypatch.setattr(hdf5, "MAX_OPEN_FILES", 3)
-    opened, open_file, cases = [], hdf5._open_file, []
-    monkeypatch.setattr(hdf5, "_open_file", lambda path: opened.append(path.stem) or open_file(path))
+    opened, open_file, cases = [], hdf5.open_file, []
+    monkeypatch.setattr(hdf5, "open_file", lambda path: opened.append(path.stem) or open_file(path))
     for i in range(6):
         image = np.full((4, 4, 4), i, np.int16)
         write_case(tmp_path / f"{i}.h5", image, attributes=SPACING, index={"class_1": np.full((1, 3), i % 4)})
@@ -414,3 +415,80 @@ def test_full_disk_is_an_error_and_keeps_the_old_file(case_path):
 def test_folder_that_does_not_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="a.h5: could not be written"):
         write_case(tmp_path / "no" / "a.h5", *volume(), attributes={})
+
+
+# ---- files of strangers ----
+
+
+def linked(file, name: str, kind: str, folder) -> None:
+    """Put a link of a kind in the place of a part of a case."""
+    shape, dtype = file[name].shape, file[name].dtype
+    del file[name]
+    if kind == "external":
+        file[name] = h5py.ExternalLink(str(folder / "secret.h5"), "/image")
+    elif kind == "soft":
+        file[name] = h5py.SoftLink("/nowhere")
+    elif kind == "raw":
+        secret = folder / "secret.bin"
+        secret.write_bytes(bytes(1000))
+        file.create_dataset(name, shape, dtype, external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+    elif kind == "virtual":
+        layout = h5py.VirtualLayout(shape, dtype)
+        layout[...] = h5py.VirtualSource(str(folder / "secret.h5"), "image", shape)
+        file.create_virtual_dataset(name, layout)
+    else:
+        file.create_group(name)
+
+
+@pytest.mark.parametrize("name", ["image", "label", "index/class_1"])
+@pytest.mark.parametrize("kind", ["external", "soft", "raw", "virtual", "group"])
+def test_links_that_point_outside_are_refused(tmp_path, name, kind):
+    volume = np.zeros((4, 4, 4), np.int16)
+    for file in ("case.h5", "secret.h5"):
+        index = {"class_1": np.zeros((1, 3), np.uint16)}
+        write_case(tmp_path / file, volume, volume.astype(np.uint8), attributes={}, index=index)
+    with h5py.File(tmp_path / "case.h5", "r+") as file:
+        linked(file, name, kind, tmp_path)
+    case = CaseFile(tmp_path / "case.h5")
+    with pytest.raises(ValueError, match=rf"case.h5: .*{name.split('/')[-1]}.* is refused"):
+        case.label[...]
+        case.locations("class_1")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda f: f.pop("index"), "not a preprocessed case"),
+        (lambda f: f.pop("attributes"), "not a preprocessed case"),
+        (lambda f: f.attrs.update(format_version="one"), "not a preprocessed case"),
+        (lambda f: replaced(f, "image", np.zeros((4, 4))), "image float64 (4, 4) is none of this project"),
+        (
+            lambda f: replaced(f, "label", np.zeros((4, 4, 5), np.uint8)),
+            "label uint8 (4, 4, 5), expected uint8 (4",
+        ),
+        (lambda f: replaced(f, "index", np.zeros(3)), "index leads elsewhere or is no group"),
+        (lambda f: replaced(f, "index/class_1", np.full((1, 3), 9)), "outside the volume"),
+        (lambda f: replaced(f, "index/class_1", np.zeros((1, 3))), "expected integers (n, 3)"),
+        (lambda f: f["attributes"].attrs.update(boxes="json:" + "[" * 50_000), "attributes cannot be read"),
+        (lambda f: f["attributes"].attrs.update(spacing_mm=[1, np.nan, 1]), "spacing_mm: expected 3 number"),
+        (lambda f: f["attributes"].attrs.pop("boxes"), "has no attribute boxes"),
+    ],
+)
+def test_a_case_of_wrong_types_is_named(tmp_path, change, problem):
+    volume = np.zeros((4, 4, 4), np.int16)
+    attributes = {"spacing_mm": (1, 1, 1), "boxes": [1]}
+    index = {"class_1": np.zeros((1, 3), np.uint16)}
+    write_case(tmp_path / "a.h5", volume, volume.astype(np.uint8), attributes=attributes, index=index)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        change(file)
+    case = CaseFile(tmp_path / "a.h5")
+    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
+        case.locations("class_1")
+        case.spacing_mm  # noqa: B018
+        case.attributes["boxes"]
+    assert str(caught.value).startswith(str(tmp_path / "a.h5"))
+
+
+def replaced(group, name: str, value) -> None:
+    del group[name]
+    group[name] = value

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from common.config import make_parser, parse_args
+from common.conversion import finished_entries
 from common.files import csv_cell, read_json, read_table
+from common.hdf5 import CaseFile, write_case
 from common.metrics import write_table
+from common.preprocessed import read_cases
 from common.runs import append_row
 from common.sites import read_subjects
 from common.splits import patients_of, read_splits
+from verse_spine.dataset import SmallScan
 
 
 def test_brackets_within_brackets(tmp_path):
@@ -128,3 +132,87 @@ def test_flag_files_that_would_fill_the_memory(tmp_path, capsys, text, problem):
         parse_args(parser, ["--config", str(path)])
     line = capsys.readouterr().err
     assert re.search(problem, line) and "flags.yaml" in line and line.count("\n") == 1
+
+
+# ---- preprocessed folders ----
+
+
+@pytest.fixture
+def preprocessed(tmp_path):
+    """A folder of two cases, and how to change its notes."""
+    notes = {"spacing_mm": [1, 1, 1], "cases": [{"name": name, "subject": name} for name in ("a", "b")]}
+    (tmp_path / "cases").mkdir()
+    for name in ("a", "b"):
+        volume = np.zeros((4, 4, 4), np.int16)
+        write_case(tmp_path / "cases" / f"{name}.h5", volume, attributes={"voxels": {"1": 2}})
+    (tmp_path / "preprocessing.json").write_text(json.dumps(notes))
+    return tmp_path, notes
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"spacing_mm": [1, 1]}, '"spacing_mm": expected 3 number'),
+        ({"spacing_mm": [1, math.nan, 1]}, '"spacing_mm": expected 3 number'),
+        ({"spacing_mm": [1, 0, 1]}, "sizes above 0"),
+        ({"cases": [1]}, '"cases", entry 0: expected an object, found a number'),
+        ({"cases": [{"subject": "a"}]}, '"cases", entry 0: "name" is missing'),
+        ({"cases": [{"name": "a", "subject": 3}]}, '"cases", entry 0: "subject" should be a text'),
+    ],
+)
+def test_notes_of_a_preprocessed_folder(preprocessed, change, problem):
+    folder, notes = preprocessed
+    (folder / "preprocessing.json").write_text(json.dumps(notes | change))
+    with pytest.raises(ValueError, match="preprocessing.json: .*" + re.escape(problem)):
+        read_cases(folder, "task", "raw", {"subject": str}, {"voxels": dict})
+
+
+def test_damaged_cases_are_told_before_the_training(preprocessed):
+    folder, _ = preprocessed
+    assert set(read_cases(folder, "task", "raw", {"subject": str}, {"voxels": dict})[2]) == {"a", "b"}
+    with pytest.raises(ValueError, match='a.h5: attributes: "voxels" should be a list, found an object'):
+        read_cases(folder, "task", "raw", {"subject": str}, {"voxels": list})
+    path = folder / "cases" / "b.h5"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="b.h5: truncated"):
+        read_cases(folder, "task", "raw", {"subject": str}, {"voxels": dict})
+
+
+@pytest.mark.parametrize(
+    "entries", [[1], [{"name": 3}], [{"name": "a"}], [{"name": "a", "settings": 1}], [{"name": ["a"]}]]
+)
+def test_odd_notes_of_an_earlier_conversion_are_converted_again(preprocessed, capsys, entries):
+    folder, _ = preprocessed
+    (folder / "preprocessing.json").write_text(json.dumps({"cases": entries}))
+    assert finished_entries(folder, {"a": [["x", 1, 2]]}, {"a": {"spacing": 1}}) == {}
+    assert "converted again" in capsys.readouterr().out
+
+
+def test_damaged_notes_of_an_earlier_conversion_are_converted_again(preprocessed):
+    folder, _ = preprocessed
+    (folder / "preprocessing.json").write_text("{")
+    assert finished_entries(folder, {"a": [["x", 1, 2]]}, {"a": {}}) == {}
+
+
+# ---- caches ----
+
+
+def test_damaged_small_grids_are_made_again(tmp_path):
+    image = np.arange(8**3).reshape(8, 8, 8).astype(np.int16)
+    attributes = {"spacing_mm": (4, 4, 4), "boxes": np.array([[1, 2, 2, 2, 5, 5, 5]])}
+    write_case(tmp_path / "a.h5", image, (image > 300).astype(np.uint8), attributes=attributes)
+
+    def read() -> np.ndarray:
+        return SmallScan(CaseFile(tmp_path / "a.h5"), (4, 4, 4), tmp_path / "grids").image
+
+    whole = read()
+    (file,) = (tmp_path / "grids").iterdir()
+    content = file.read_bytes()
+    for damaged in (b"", b"PK", content[: len(content) // 2], content[:-200], bytes(len(content))):
+        file.write_bytes(damaged)
+        assert np.array_equal(read(), whole)
+        assert len(file.read_bytes()) == len(content)
+    stored = dict(np.load(file))
+    for change in ({"image": stored["image"][:2]}, {"image": np.array([object()])}, {"stamp": "now"}):
+        np.savez(file, **stored | change)
+        assert np.array_equal(read(), whole)

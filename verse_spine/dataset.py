@@ -1,5 +1,7 @@
 """The preprocessed VerSe cases, and training items of both stages read straight from their HDF5 files."""
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,11 @@ UNIFORM = {"uniform": 1.0}
 PUBLISHED_PARTS = {"training": "train", "validation": "val", "test": "test", None: ""}
 
 
+# What is noted of each case, in preprocessing.json and in its file.
+ENTRY = {"subject": str, "part": str | None, "edition": int | None}
+ATTRIBUTES = {"boxes": np.ndarray, "spacing_mm": list | tuple | np.ndarray}
+
+
 class VerSe:
     """A folder written by preprocess.py: its cases by name, and who is in which part.
 
@@ -43,8 +50,13 @@ class VerSe:
             ValueError: no case of the edition, or a subject in two parts.
         """
         self.path = Path(path)
-        self.preprocessing, self.entries, files = read_cases(path, "verse_spine", "--source <VerSe folder>")
+        self.preprocessing, self.entries, files = read_cases(
+            path, "verse_spine", "--source <VerSe folder>", ENTRY, ATTRIBUTES
+        )
         self.preprocessing["data_path"] = str(self.path.resolve())
+        for name, entry in self.entries.items():
+            if entry["part"] not in PUBLISHED_PARTS:
+                raise ValueError(f"{path}: preprocessing.json: part {entry['part']!r} of {name} is unknown")
         chosen = {
             name: file
             for name, file in files.items()
@@ -87,7 +99,7 @@ class SmallScan:
         self.boxes = np.asarray(case.attributes["boxes"], int).reshape(-1, 7)[:, 1:]
         file = folder / f"{case.path.stem}_{'x'.join(map(str, shape))}_2.npz"
         stamp = [case.path.stat().st_size, case.path.stat().st_mtime_ns]
-        if not file.is_file() or np.load(file)["stamp"].tolist() != stamp:
+        if _stored(file, shape, stamp) is None:
             image = to_small_grid(case.image, self.grid)
             occupancy = np.zeros(shape, np.float32)
             if case.has_label:
@@ -95,9 +107,21 @@ class SmallScan:
             image, occupancy = np.rint(image).astype(np.int16), occupancy.astype(np.float16)
             with replacing(file) as partial:
                 np.savez(partial, image=image, occupancy=occupancy, stamp=stamp)
+        self.image, self.occupancy = (array.astype(np.float32) for array in _stored(file, shape, stamp))
+
+
+def _stored(
+    file: Path, shape: tuple[int, int, int], stamp: list[int]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """(image, occupancy) of a small grid on disk; None if there is none, or a damaged or outdated one."""
+    try:
         with np.load(file) as stored:
-            self.image = stored["image"].astype(np.float32)
-            self.occupancy = stored["occupancy"].astype(np.float32)
+            image, occupancy = stored["image"], stored["occupancy"]
+            is_whole = stored["stamp"].tolist() == stamp and image.shape == occupancy.shape == tuple(shape)
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+        return None
+    kinds = image.dtype == np.int16 and occupancy.dtype == np.float16
+    return (image, occupancy) if is_whole and kinds and np.isfinite(occupancy).all() else None
 
 
 class _Foreground:
