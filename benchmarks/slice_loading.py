@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.lung_tumor_patches import write_results
 from common.config import make_parser, parse_args, positive_int
-from lung_tumor.dataset import list_slices, pack_slices
+from lung_tumor.dataset import pack_slices
 from lung_tumor.phantoms import chest_phantom
+from lung_tumor.slice_files import list_slices
 from lung_tumor.slices import volume_to_slices
 
 FIELD_MM = (165.0, 350.0, 350.0)  # z y x, of a phantom scan

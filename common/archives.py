@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.files import read_json
+
 MARKER = ".made_by_download"  # file in folders that a download script made and may delete
 BLOCK = 1 << 20  # bytes read at once
 TIMEOUT_S = 60  # without an answer from the server
@@ -114,11 +116,11 @@ def _fetch(url: str, part: Path) -> None:
     have, known = part.stat().st_size if part.exists() else 0, {}
     if have and _notes(part).is_file():
         try:
-            known = dict(json.loads(_notes(part).read_text()))
-        except (ValueError, TypeError):
-            known = {}
+            known = read_json(_notes(part), {"url": str, "version": str, "size": int | None})
+        except ValueError:
+            known = {}  # damaged, or the server gave no version: nothing tells what the part is a part of
     headers = dict(AGENT)
-    if have and known.get("url") == url and known.get("version"):
+    if have and known.get("url") == url:
         headers |= {"Range": f"bytes={have}-", "If-Range": known["version"]}
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
@@ -163,11 +165,28 @@ def _fetch(url: str, part: Path) -> None:
         raise ConnectionError(f"{url}: the connection broke after {have} of {size} bytes")
 
 
-def check_zip(archive: Path) -> list[zipfile.ZipInfo]:
+def require_space(size: int, folder: Path, what: str | Path) -> None:
+    """Refuse to write `size` bytes to the disk of a folder that has less free.
+
+    Raises:
+        OSError: with the size; `what` stands in front.
+    """
+    if size > shutil.disk_usage(folder).free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} takes {size / 1e9:.1f} GB unpacked, {folder} has less free; make room",
+        )
+
+
+def check_zip(archive: Path, folder: Path | None = None) -> list[zipfile.ZipInfo]:
     """The files in a zip, all of which is read once and compared with its checksums.
+
+    Args:
+        folder: on whose disk there must be room for what the members announce; None: that is not asked.
 
     Raises:
         ValueError: not a zip, damaged or encrypted, or a member is a link or leads out of the folder.
+        OSError: the disk has no room for it.
     """
     try:
         with zipfile.ZipFile(archive) as packed:
@@ -178,6 +197,8 @@ def check_zip(archive: Path) -> list[zipfile.ZipInfo]:
                         f"{archive}: member {member.filename!r} is a link or leads out of the folder; "
                         "nothing was unpacked. Get the archive from its publisher"
                     )
+            if folder is not None:  # before reading, which unpacks a bomb as well
+                require_space(sum(member.file_size for member in members), folder, archive)
             broken = packed.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f"{archive}: not a complete zip ({error}); download it again") from error
@@ -193,14 +214,10 @@ def unpack_zip(archive: Path, folder: Path) -> None:
         ValueError: as `check_zip`, before anything is written.
         OSError: the disk has no room for it.
     """
-    members = [m for m in check_zip(archive) if not re.search(r"(^|/)(\._|__MACOSX/)", m.filename)]
-    size = sum(member.file_size for member in members)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if size > shutil.disk_usage(folder.parent).free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{archive} takes {size / 1e9:.1f} GB unpacked, {folder.parent} has less free; make room",
-        )
+    members = check_zip(archive, folder.parent)
+    members = [m for m in members if not re.search(r"(^|/)(\._|__MACOSX/)", m.filename)]
+    size = sum(member.file_size for member in members)
     make_own(folder)
     with (
         zipfile.ZipFile(archive) as packed,

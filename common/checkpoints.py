@@ -1,10 +1,11 @@
 """Checkpoints, written whole or not at all, read without running code; trained networks and random states."""
 
+import contextlib
 import pickle
 import random
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,19 @@ def require_stage(checkpoint: dict, stage: str, models: Collection[str], script:
         raise ValueError(f"not weights of {script} but of {found}; swapped?")
 
 
+@contextlib.contextmanager
+def naming_damage(what: str) -> Iterator[None]:
+    """What goes wrong inside because a checkpoint lacks a part, or one is of a wrong type, ends as ValueError
+    in one sentence with `what` in front. A ValueError passes as it is."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        detail = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(
+            f"{what}: a part is missing or damaged ({detail}); take another checkpoint, or train again"
+        ) from error
+
+
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put in front of names
 
 
@@ -210,21 +224,15 @@ def load_trained(
         ValueError: refused by `load_checkpoint`, `make_network` or `load_weights`; names the file.
     """
     checkpoint = load_checkpoint(weights, device)
-    try:
-        network = make_network(checkpoint).to(device)
-        expected = {"preprocessing": dict, "split": dict, "ema": dict | None}
-        check_keys(checkpoint, expected, "what it holds")
-        if averaged := checkpoint.get("ema"):
-            check_keys(averaged, {"average": dict}, "its averaged weights")
-    except ValueError as error:
-        raise ValueError(f"{weights}: {error}") from error
-    except KeyError as error:
-        raise ValueError(
-            f"{weights}: {error} is missing in it; it is damaged or of another version"
-        ) from error
-    except (TypeError, AttributeError, RuntimeError, IndexError) as error:
-        detail = str(error).split("\n")[0]
-        raise ValueError(f"{weights}: its values do not describe a network ({detail})") from error
+    with naming_damage(str(weights)):
+        try:
+            network = make_network(checkpoint).to(device)
+            expected = {"preprocessing": dict, "split": dict, "ema": dict | None}
+            check_keys(checkpoint, expected, "what it holds")
+            if averaged := checkpoint.get("ema"):
+                check_keys(averaged, {"average": dict}, "its averaged weights")
+        except ValueError as error:
+            raise ValueError(f"{weights}: {error}") from error
     load_weights(network, averaged["average"] if averaged else checkpoint["model"], str(weights))
     return TrainedModel(
         network.eval(),

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import distributed, runs
-from common.checkpoints import load_weights, rng_state, save_checkpoint, set_rng_state
+from common.checkpoints import load_weights, naming_damage, rng_state, save_checkpoint, set_rng_state
 from common.ema import WeightAverage
 from common.hardware import peak_memory_mib
 from common.trackers import Trackers
@@ -272,27 +272,21 @@ class Run:
         save_checkpoint(self.last, self.notes | states | {"position": position, "rng": rng_state()})
 
     def _restore(self, resumed: dict, num_batches: int) -> None:
-        try:
-            self._set_states(resumed, num_batches)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            what = f"--resume {self.last}: a part is missing or damaged ({type(error).__name__}: {error})"
-            raise ValueError(f"{what}; start the run again") from error
-
-    def _set_states(self, resumed: dict, num_batches: int) -> None:
         position = resumed["position"]
-        if position["batch"] and position["num_batches"] != num_batches:
-            raise ValueError(
-                f"--resume: it was stopped in an epoch of {position['num_batches']} batches, now there are "
-                f"{num_batches}; give --batch_size and the number of processes that it had"
-            )
-        for name in POSITION:
-            setattr(self, name, position[name])
-        for name, part in self.parts.items():
-            if isinstance(part, nn.Module):
-                load_weights(part, resumed[name], f"--resume {self.last}")
-            elif part is not None:
-                part.load_state_dict(resumed[name])
-        set_rng_state(resumed["rng"])
+        with naming_damage(f"--resume {self.last}"):
+            if position["batch"] and position["num_batches"] != num_batches:
+                raise ValueError(
+                    f"--resume: it was stopped in an epoch of {position['num_batches']} batches, now there "
+                    f"are {num_batches}; give --batch_size and the number of processes that it had"
+                )
+            for name in POSITION:
+                setattr(self, name, position[name])
+            for name, part in self.parts.items():
+                if isinstance(part, nn.Module):
+                    load_weights(part, resumed[name], f"--resume {self.last}")
+                elif part is not None:
+                    part.load_state_dict(resumed[name])
+            set_rng_state(resumed["rng"])
 
     def _seconds(self) -> float:
         """Since the run began, without pauses; the same in every process if a decision depends on it."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.archives import MARKER, check_own, delete_own, leads_outside, make_own
+from common.archives import MARKER, check_own, delete_own, leads_outside, make_own, require_space
 from common.config import Switch, make_parser, parse_args, run_script
 from common.decathlon import find_decathlon, list_cases
 from lung_tumor.kaggle import find_task, is_kaggle_folder, list_kaggle_cases
@@ -62,12 +62,40 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def checked_members(tar: tarfile.TarFile, archive: Path, folder: Path) -> list[tarfile.TarInfo]:
+    """The files of a tar, whose headers are all read before anything is unpacked; macOS resource files are
+    left out.
+
+    Raises:
+        ValueError: a member that is a link or a device or leads outside.
+        OSError: there is no room in `folder` for what they announce.
+        tarfile.TarError: damaged or cut off.
+    """
+    members, size = [], 0
+    for member in tar:
+        if member.isdir() or member.name.rpartition("/")[2].startswith("._"):
+            continue
+        if not member.isfile() or leads_outside(member.name):
+            raise ValueError(
+                f"{archive}: member {member.name!r} is a link, a device or leads out of the folder; "
+                "nothing was unpacked. Get the archive from http://medicaldecathlon.com"
+            )
+        members.append(member)
+        size += member.size
+        require_space(size, folder, archive)  # at once: the headers of a bomb alone take hours
+    tar.fileobj.seek(tar.offset)
+    # tarfile would take a cut between two members for the end.
+    if tar.fileobj.read(512) != bytes(512):
+        raise tarfile.ReadError("its end is missing")
+    return members
+
+
 def unpack_tar(archive: Path, out: Path) -> None:
     """Unpack beside `out`, then rename. After an error `out` is as it was before.
 
     Raises:
-        ValueError: a damaged tar; a member that is a link or a device or leads outside; or another layout
-            than the Decathlon's.
+        ValueError: a damaged tar, as `checked_members`, or another layout than the Decathlon's.
+        OSError: the disk has no room for it.
     """
     part = out.with_name(out.name + ".unpacking")
     delete_own(part)
@@ -75,23 +103,12 @@ def unpack_tar(archive: Path, out: Path) -> None:
     try:
         with tarfile.open(archive) as tar, tqdm(unit="B", unit_scale=True, disable=None) as bar:
             make_own(part)
-            for member in tar:
-                if member.isdir() or member.name.rpartition("/")[2].startswith("._"):
-                    continue
-                if not member.isfile() or leads_outside(member.name):
-                    raise ValueError(
-                        f"{archive}: member {member.name!r} is a link, a device or leads out of the folder; "
-                        "nothing was unpacked. Get the archive from http://medicaldecathlon.com"
-                    )
+            for member in checked_members(tar, archive, part):
                 target = part / member.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with tar.extractfile(member) as packed, open(target, "wb") as file:
                     shutil.copyfileobj(packed, file, 1 << 20)
                 bar.update(member.size)
-            tar.fileobj.seek(tar.offset)
-            # tarfile would take a cut between two members for the end.
-            if tar.fileobj.read(512) != bytes(512):
-                raise tarfile.ReadError("its end is missing")
         if find_decathlon(part) is None:
             raise ValueError(
                 f"{archive}: holds no folder imagesTr; Task06_Lung.tar of the Decathlon is needed"

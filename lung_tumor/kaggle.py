@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from common.archives import leads_outside
+from common.archives import leads_outside, require_space
 from common.files import replacing
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
@@ -105,6 +105,7 @@ def extract_image(task_folder: str | Path, case: KaggleCase, out_dir: str | Path
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(target) as partial, _open_archive(source) as archive:
+            require_space(archive.getinfo(member).file_size, target.parent, f"{source}: {member}")
             with archive.open(member) as packed, open(partial, "wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 20)
     except (KeyError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:

@@ -361,3 +361,22 @@ def test_help_shows_the_command(capsys):
         main(["--help"])
     assert stop.value.code == 0
     assert "python lung_tumor/download.py --out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_that_announces_more_than_the_disk_has_leaves_nothing(tmp_path, monkeypatch, mode):
+    with tarfile.open(tmp_path / "bomb.tar", mode) as tar:
+        for number in range(3):
+            member = tarfile.TarInfo(f"Task06_Lung/imagesTr/lung_{number:03}.nii.gz")
+            member.size = 600
+            tar.addfile(member, io.BytesIO(bytes(600)))
+    usage = type("Usage", (), {"free": 1500})
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda *args: pytest.fail("something was unpacked"))
+    with pytest.raises(OSError, match="bomb.tar takes 0.0 GB unpacked, .* has less free"):
+        download.unpack_tar(tmp_path / "bomb.tar", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["bomb.tar"]
+    usage.free = 2000
+    monkeypatch.undo()
+    with tarfile.open(tmp_path / "bomb.tar") as tar:
+        assert len(download.checked_members(tar, tmp_path / "bomb.tar", tmp_path)) == 3

@@ -15,10 +15,11 @@ from lung_tumor import evaluate, predict, preprocess
 from lung_tumor.augmentations import Augmentation
 from lung_tumor.cases import pixel_size_mm
 from lung_tumor.conversion import median_pixel_mm
-from lung_tumor.dataset import common_scale, list_slices, open_data, pack_slices, read_notes
+from lung_tumor.dataset import common_scale, open_data, pack_slices
 from lung_tumor.kaggle import KaggleCase
 from lung_tumor.model import TrainedModel, predict_slices, predict_squares
 from lung_tumor.overfit_test import slices_with_most_tumour
+from lung_tumor.slice_files import list_slices, read_notes
 from lung_tumor.slices import fit_to_square, probs_from_square
 
 CPU = torch.device("cpu")

@@ -23,9 +23,10 @@ from common.nifti import load_label, load_nifti, write_nifti
 from common.slices import resize, to_display, write_png
 from lung_tumor import evaluate, overfit_test, predict, preprocess, train
 from lung_tumor.augmentations import Augmentation
-from lung_tumor.dataset import PackedSlices, SliceDataset, list_slices, open_data, pack_slices, read_notes
+from lung_tumor.dataset import PackedSlices, SliceDataset, open_data, pack_slices
 from lung_tumor.model import TrainedModel, get_loss, load_trained, predict_slices
 from lung_tumor.report import summarise, sweep_table
+from lung_tumor.slice_files import list_slices, read_notes
 from lung_tumor.slices import probs_from_square, read_image, read_mask, volume_to_slices
 
 CPU = torch.device("cpu")

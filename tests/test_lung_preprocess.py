@@ -16,14 +16,8 @@ from common.decathlon import Case
 from common.nifti import load_label, load_nifti, save_label, write_nifti
 from common.slices import resize, to_display, write_png
 from lung_tumor import conversion, preprocess
-from lung_tumor.dataset import (
-    SliceFile,
-    list_slices,
-    load_splits,
-    parse_slice_name,
-    read_notes,
-    training_slices,
-)
+from lung_tumor.dataset import load_splits
+from lung_tumor.slice_files import SliceFile, list_slices, parse_slice_name, read_notes, training_slices
 from lung_tumor.slices import (
     fit_to_square,
     normalise,

@@ -12,6 +12,7 @@ import lung_tumor.model
 import verse_spine.networks
 from common import checkpoints
 from common.hardware import choose_precision
+from common.training import Run
 
 CPU = torch.device("cpu")
 FP32 = choose_precision("off", CPU)
@@ -179,3 +180,36 @@ def test_notes_of_a_checkpoint_that_cannot_be_used(tmp_path, task, change, probl
     with pytest.raises(ValueError, match=re.escape(problem)) as caught:
         TASKS[task][1](tmp_path / "best.pt")
     assert "best.pt" in str(caught.value)
+
+
+# ---- going on with a run ----
+
+
+def run_of(folder, network, resumed=None) -> Run:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    parts = {"model": network, "optimizer": optimizer, "ema": None}
+    options = {"flags": {}, "notes": {"preprocessing": {}, "split": {}}, "num_batches": 2, "device": CPU}
+    return Run(folder, {}, parts=parts, epochs=1, resumed=resumed, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda s: s.pop("rng"), "a part is missing or damaged (KeyError: 'rng')"),
+        (lambda s: s["position"].pop("epoch"), "a part is missing or damaged (KeyError: 'epoch')"),
+        (lambda s: s.update(optimizer=3), "a part is missing or damaged (TypeError"),
+        (lambda s: s["rng"].update(torch=torch.zeros(3)), "a part is missing or damaged (TypeError"),
+        (lambda s: s["model"].pop("0.bias"), "1 of its 7 names are missing"),
+        (lambda s: s["model"]["0.bias"].fill_(torch.nan), "0.bias holds NaN or infinite weights"),
+    ],
+)
+def test_a_damaged_run_is_not_resumed(tmp_path, change, problem):
+    network = small()
+    run = run_of(tmp_path / "a", network)
+    run.save()
+    state = checkpoints.load_checkpoint(run.last)
+    run_of(tmp_path / "a", small(), state)
+    change(state)
+    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
+        run_of(tmp_path / "a", small(), state)
+    assert "last.pt" in str(caught.value) and "\n" not in str(caught.value)

@@ -1,4 +1,5 @@
 import http.server
+import json
 import threading
 import zipfile
 from pathlib import Path
@@ -398,3 +399,22 @@ def test_a_folder_in_the_way_is_noticed_before_the_download(two_sources, tmp_pat
     (left / "mine.txt").touch()
     assert main(["--out", str(tmp_path / "out"), "--parts", "training"]) == 1
     assert "was not made by this script" in capsys.readouterr().err and not two_sources.gets()
+
+
+def test_a_zip_that_announces_too_much_is_not_even_read(tmp_path, monkeypatch):
+    archive = make_zip(tmp_path / "b.zip")
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: pytest.fail("it was read"))
+    with pytest.raises(OSError, match="b.zip takes 0.0 GB unpacked, .* has less free"):
+        unpack_zip(archive, tmp_path / "out")
+    assert everything(tmp_path) == ["b.zip"]
+
+
+@pytest.mark.parametrize("note", ["other", "broken", '{"url": 1}', '{"url": "u", "version": null}'])
+def test_a_part_of_another_address_is_not_continued(server, tmp_path, note):
+    server.files["a.zip"] = DATA
+    (tmp_path / "a.zip.part").write_bytes(b"x" * 1000)
+    version = {"url": server.url("b.zip"), "version": server.etag, "size": len(DATA)}
+    (tmp_path / "a.zip.part.json").write_text(json.dumps(version) if note == "other" else note)
+    assert download_file(server.url("a.zip"), tmp_path / "a.zip").read_bytes() == DATA
+    assert [asked for _, asked in server.gets()] == [None]
