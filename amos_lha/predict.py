@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--save_probabilities: the model was not trained on labels of {names}")
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
         failed = prediction.predict_scans(
-            lambda path: predict_scan(model, path, out, args),
+            lambda path, folder: predict_scan(model, path, folder, args),
             args.source,
             out,
             own_names=OWN_NAMES,

@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(args.out) if args.out else run_dir_of(args.weights[0]) / "predictions"
 
         failed = prediction.predict_scans(
-            lambda path: predict_scan(models, path, out, args),
+            lambda path, folder: predict_scan(models, path, folder, args),
             args.source,
             out,
             own_names=OWN_NAMES,

@@ -1,6 +1,7 @@
 """Predicting or scoring many scans: find them, take each in turn, keep what is finished, tell what failed."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from common import distributed
 from common.conversion import failure_reason
 from common.files import read_table
+from common.mask_files import PROBABILITIES
 from common.metrics import write_table
 from common.nifti import case_name
 from common.runs import append_row
@@ -55,7 +57,8 @@ def find_sources(
         is_hidden = any(part.startswith(".") for part in inside.parts)
         if is_hidden or not path.name.lower().endswith(suffixes) or not path.is_file():
             continue
-        if case_name(path).endswith(own_names) or results in inside.parents:
+        is_result = case_name(path).lower().endswith(own_names) or PROBABILITIES in inside.parts[:-1]
+        if is_result or results in inside.parents:
             left_out += 1
         else:
             found.append(path)
@@ -67,6 +70,20 @@ def find_sources(
             hint += "; --recursive also looks into subfolders"
         raise FileNotFoundError(f"--source {source}: no {what} in it{hint}")
     return sorted(found, key=lambda path: natural_key(str(path)))
+
+
+def result_folders(names: Mapping[Path, str], source: str | Path, out: Path) -> dict[Path, Path]:
+    """{scan: folder of its results}: `out`; of scans below `source` that are called alike, as case1/ct.nii.gz
+    and case2/ct.nii.gz, the like subfolders of `out`.
+
+    Args:
+        names: {scan: its name}.
+    """
+    count = Counter(names.values())
+    return {
+        path: out / path.parent.relative_to(source) if count[name] > 1 else out
+        for path, name in names.items()
+    }
 
 
 def name_clashes(results: Mapping[Path, Path]) -> dict[Path, str]:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.class_metrics import case_means, case_metrics, metric_columns
 from common.config import make_parser, parse_args, run_script
 from common.files import make_folder, read_table
-from common.mask_files import label_files, load_masks
+from common.mask_files import called_as, label_files, load_masks
 from common.metrics import holm, paired_wilcoxon, write_table
 from common.splits import natural_key, patients_of
 
@@ -100,7 +100,8 @@ def score_folders(
     folders: list[str], target: str, pattern: str | None
 ) -> tuple[list[list[dict]], dict[str, str]]:
     """(rows of both runs, {failed case: reason}); a case that fails in one run is left out of both."""
-    files, targets = [label_files(folder) for folder in folders], label_files(target)
+    targets = label_files(target)
+    files = [called_as(label_files(folder), targets) for folder in folders]
     cases = sorted(set(targets).intersection(*files), key=natural_key)
     by_folder = dict(zip(map(str, [*folders, target]), [*files, targets], strict=True))
     for case in sorted(set().union(*by_folder.values()) - set(cases), key=natural_key):

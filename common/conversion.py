@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.files import make_folder, read_json, write_json
+from common.files import make_folder, read_json, refuse_raw_data, write_json
 from common.hdf5 import CaseFile
 from common.metrics import write_table
 from common.splits import natural_key
@@ -216,6 +216,7 @@ def convert_data_set(
         entries of all cases that are converted, with "stamp" and "settings", by natural order of their
         names; {failed case: reason}.
     """
+    refuse_raw_data(out)
     for folder in folders:
         make_folder(out / folder)
     stamps = {name: file_stamp([path for path in paths if path]) for name, paths in files.items()}

@@ -12,6 +12,8 @@ from common.files import read_json
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
 
+CHANNEL = "_0000"  # of the only channel, at the end of the scans' names in nnU-Net's data sets
+
 
 @dataclass(frozen=True)
 class Case:
@@ -87,6 +89,8 @@ def list_cases(folder: str | Path) -> list[Case]:
 def list_files(folder: str | Path, part: str) -> tuple[list[Case], list[str]]:
     """What images<part> and labels<part> hold, whether complete or not; either folder may be missing.
 
+    A scan that nnU-Net calls case1_0000 is the case case1, unless there is a label case1_0000.
+
     Args:
         part: Tr for training, Va for validation (in AMOS22), Ts for the test, which mostly has no labels.
 
@@ -94,14 +98,22 @@ def list_files(folder: str | Path, part: str) -> tuple[list[Case], list[str]]:
         cases in the natural order of their names, with None for the file that a case lacks; problems: a
         sentence for each file that is left out because it is one case with another file.
     """
+    folders = {kind: Path(folder) / f"{kind}s{part}" for kind in ("image", "label")}
+    paths = {
+        kind: sorted(filter(is_nifti, inside.iterdir())) if inside.is_dir() else []
+        for kind, inside in folders.items()
+    }
+    labels = set(map(case_name, paths["label"]))
+    all_have_channel = all(case_name(path).endswith(CHANNEL) for path in paths["image"])
     files: dict[str, dict[str, Path]] = {}
     problems = []
-    for kind in ("image", "label"):
-        inside = Path(folder) / f"{kind}s{part}"
-        for path in sorted(inside.iterdir()) if inside.is_dir() else ():
-            if not is_nifti(path):
-                continue
-            of_case = files.setdefault(case_name(path), {})
+    for kind, inside in folders.items():
+        for path in paths[kind]:
+            name = case_name(path)
+            short = name.removesuffix(CHANNEL)
+            if kind == "image" and name not in labels and (short in labels or all_have_channel):
+                name = short
+            of_case = files.setdefault(name, {})
             if kind in of_case:
                 problems.append(
                     f"{inside}: {of_case[kind].name} and {path.name} are the same case; move one away"

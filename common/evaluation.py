@@ -14,7 +14,7 @@ from common.compare import compare, print_comparison
 from common.config import non_negative_int
 from common.decathlon import labelled_numbers, read_dataset_json
 from common.flags import add_patient_pattern_flag
-from common.mask_files import label_files, load_masks, matching_files
+from common.mask_files import called_as, label_files, load_masks, matching_files
 from common.metrics import write_table
 from common.montage import save_worst_and_median
 from common.plots import costs_the_picture
@@ -197,7 +197,7 @@ def evaluate_folder(
     targets = label_files(target)
     preds = matching_files(pred, targets, target)
     second = matching_files(other, targets, target) if other else None
-    scans = label_files(images) if images else {}
+    scans = called_as(label_files(images), targets) if images else {}
     patients = patients_of(list(targets), patient_pattern)
     report.clear_report(out, (*report.FILES, CASES, PICTURE, COMPARISON, VOLUMES, SITES))
     rows, failed = score_files(

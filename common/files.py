@@ -88,6 +88,18 @@ def make_folder(path: str | Path, flag: str = "--out") -> Path:
     return path
 
 
+RAW_FOLDERS = ("imagesTr", "labelsTr", "rawdata", "derivatives")
+
+
+def refuse_raw_data(out: Path) -> None:
+    """ValueError if a folder holds somebody's scans: a conversion writes, replaces and removes files of
+    common names, such as dataset.json, which that data set may have itself."""
+    if found := [name for name in RAW_FOLDERS if (out / name).is_dir()]:
+        raise ValueError(
+            f"--out {out}: holds scans ({found[0]}/), which stay as they are; name another folder"
+        )
+
+
 def public_folder(parent: Path | None, prefix: str = "partial_") -> Path:
     """A new folder in `parent` (None: in that for temporary files) for a cache that others may use.
 

@@ -20,6 +20,7 @@ from common.files import make_folder
 from common.hardware import describe_device, peak_memory_mib
 from common.inference import predict_labels, warn_of_memory
 from common.losses import labelled_mask, merge_unlabelled
+from common.mask_files import PROBABILITIES
 from common.nifti import NIFTI_SUFFIXES, NiftiFile, Scan, case_name, load_nifti, save_probability
 from common.nifti_checks import check_memory
 from common.volumes import Box, Triple, crop
@@ -28,7 +29,6 @@ from common.windows import MIB, PredictionPeak, prediction_peak_mib, reading_box
 ROWS_PRINTED = 20
 FLIPS = ((), (2,))  # of --tta: as it is, left to right
 NEVER = -1e4  # logit of a class that no training case had labels for
-PROBABILITIES = "probabilities"  # folder of the maps, apart from the masks
 
 
 def check_tta(model: TrainedModel) -> None:
@@ -293,7 +293,7 @@ def prediction_notes(path: Path, model: TrainedModel, need: PredictionPeak, star
 
 
 def predict_scans(
-    predict: Callable[[Path], dict],
+    predict: Callable[[Path, Path], dict],
     source: str | Path,
     out: Path,
     *,
@@ -308,8 +308,9 @@ def predict_scans(
     """Call `predict` for each scan of `source`, shared over the processes, and print what came of it.
 
     Args:
-        predict: writes the results of a scan to `out`, with the scan's name in front, and returns its row
-            with at least "scan" (its path) and "seconds".
+        predict: writes the results of a scan to a folder, with the scan's name in front, and returns its row
+            with at least "scan" (its path) and "seconds". The folder is `out`; of scans in subfolders that
+            are called alike, as case1/ct.nii.gz and case2/ct.nii.gz, it is the like subfolder of `out`.
         own_names: as of `find_sources`.
         table: name of the CSV file of the rows in `out`.
         machine: what it runs on, for the line that is printed first.
@@ -330,9 +331,15 @@ def predict_scans(
     if distributed.is_main():
         print(f"{len(scans)} scan(s) on {machine}")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of code
-    clashes = batch.name_clashes({path: out / name_of(path) for path in scans})
+    names = {path: name_of(path) for path in scans}
+    folders = batch.result_folders(names, source, out)
+    clashes = batch.name_clashes({path: folders[path] / name for path, name in names.items()})
     todo = [path for path in scans if path not in clashes]
-    rows, failed = batch.each(predict, todo, unit="scan", table=out / table)
+
+    def write(path: Path) -> dict:
+        return predict(path, make_folder(folders[path]))
+
+    rows, failed = batch.each(write, todo, unit="scan", table=out / table)
     failed = clashes | failed
     if distributed.is_main():
         for row in rows[:ROWS_PRINTED]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.conversion import convert_cases
 from common.decathlon import Case
-from common.files import make_folder, write_json
+from common.files import make_folder, refuse_raw_data, write_json
 from common.hu import why_not_hu
 from common.slices import to_display, to_pixel_size, write_png
 from common.splits import natural_key
@@ -120,6 +120,7 @@ def convert_all(cases: list, out: Path, settings: Settings, workers: int) -> tup
     Returns:
         (entries of volumes.json, {failed volume: reason}).
     """
+    refuse_raw_data(out)
     for folder in ("images", "labels"):
         make_folder(out / folder)
     wanted, known = json.loads(json.dumps(asdict(settings))), _known_entries(out)

@@ -188,8 +188,8 @@ def test_notes_of_a_checkpoint_that_cannot_be_used(tmp_path, task, change, probl
 def run_of(folder, network, resumed=None) -> Run:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     parts = {"model": network, "optimizer": optimizer, "ema": None}
-    options = {"flags": {}, "notes": {"preprocessing": {}, "split": {}}, "num_batches": 2, "device": CPU}
-    return Run(folder, {}, parts=parts, epochs=1, resumed=resumed, **options)
+    options = {"flags": {}, "notes": {"preprocessing": {}, "split": {}}, "epochs": 1, "device": CPU}
+    return Run(folder, {}, parts=parts, num_batches=2, accumulate=1, resumed=resumed, **options)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def run_of(folder, network, resumed=None) -> Run:
     [
         (lambda s: s.pop("rng"), "a part is missing or damaged (KeyError: 'rng')"),
         (lambda s: s["position"].pop("epoch"), "a part is missing or damaged (KeyError: 'epoch')"),
-        (lambda s: s.update(optimizer=3), "a part is missing or damaged (TypeError"),
+        (lambda s: s.update(optimizer=3), "a part is missing or damaged (AttributeError"),
         (lambda s: s["rng"].update(torch=torch.zeros(3)), "a part is missing or damaged (TypeError"),
         (lambda s: s["model"].pop("0.bias"), "1 of its 7 names are missing"),
         (lambda s: s["model"]["0.bias"].fill_(torch.nan), "0.bias holds NaN or infinite weights"),

@@ -53,7 +53,8 @@ def test_scans_in_turn(tmp_path, capsys):
         scan(tmp_path / name)
     seen = []
 
-    def predict(path):
+    def predict(path, folder):
+        assert folder == out
         seen.append(path)
         if path.name == "b10.nii.gz":
             raise ValueError("too dark")
@@ -76,7 +77,9 @@ def test_scans_in_turn(tmp_path, capsys):
 def test_at_most_20_lines_are_printed(tmp_path, capsys):
     for number in range(22):
         (tmp_path / f"s{number}.nii").touch()
-    predict_scans(lambda path: {"scan": str(path), "seconds": 0}, tmp_path, tmp_path / "out", **options_of())
+    predict_scans(
+        lambda path, _: {"scan": str(path), "seconds": 0}, tmp_path, tmp_path / "out", **options_of()
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "  s0.nii: 1 lumps, 0.0 s" and lines[20].startswith("  s19.nii")
     assert lines[21:] == ["  ... 2 more in table.csv", f"22 of 22 scan(s) written to {tmp_path / 'out'}"]

@@ -16,7 +16,7 @@ from common.splits import natural_key
 
 PARTS = ("training", "validation", "test")
 KINDS = {
-    "image": r"_ct\.nii(\.gz)?$",
+    "image": r"_ct(_0000)?\.nii(\.gz)?$",
     "mask": r"_seg-vert_msk\.nii(\.gz)?$",
     "centroids": r"_seg-(subreg|vb)_ctd\.json$",
 }
@@ -125,7 +125,7 @@ def _cases_of(root: Path, edition: int | None) -> list[Case]:
     for folder, kinds in (("rawdata", ("image",)), ("derivatives", ("mask", "centroids"))):
         for path in sorted((root / folder).rglob("*")):
             for kind in kinds:
-                match = re.search(KINDS[kind], path.name)
+                match = re.search(KINDS[kind], path.name, re.IGNORECASE)
                 if not match or path.name.startswith("."):  # macOS resource files are named ._...
                     continue
                 of_scan = files.setdefault(path.name[: match.start()], {})

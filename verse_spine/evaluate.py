@@ -23,11 +23,11 @@ from common.class_metrics import case_row
 from common.config import make_parser, parse_args, run_script
 from common.hardware import choose_precision, start_device
 from common.hdf5 import CaseFile
-from common.mask_files import ENDINGS, matching_files
+from common.mask_files import label_files, matching_files
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.scan_files import voxel_mm3
-from verse_spine.cases import find_cases
+from verse_spine.cases import Case, find_cases
 from verse_spine.dataset import SmallScan, VerSe, spine_box
 from verse_spine.heatmap import MARGIN_MM, box_recall
 from verse_spine.labels import MODES
@@ -179,6 +179,21 @@ def mean_dice(rows: list[dict]) -> float:
 # ---- masks in files ----
 
 
+def true_masks(source: Path) -> list[Case]:
+    """The cases of a VerSe folder that have a mask; of any other folder its masks, without scans.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_cases` and `label_files`.
+    """
+    try:
+        return [case for case in find_cases(source) if case.mask is not None]
+    except FileNotFoundError:
+        if not Path(source).is_dir():
+            raise
+    masks = label_files(source)
+    return [Case(name.split("_")[0], name, path, path) for name, path in masks.items()]
+
+
 def evaluate_files(
     pred: Path, source: Path, labels: str, grid: str, *, table: Path | None = None
 ) -> tuple[list[dict], dict[str, str]]:
@@ -196,8 +211,8 @@ def evaluate_files(
     Raises:
         FileNotFoundError, ValueError: as `matching_files`.
     """
-    cases = {c.name: c for c in find_cases(source) if c.mask is not None}
-    files = matching_files(pred, cases, source, (*ENDINGS, "_ct"))
+    cases = {c.name: c for c in true_masks(source)}
+    files = matching_files(pred, cases, source)
     names = [name for name in files if name in cases]
 
     def score(name: str) -> dict:
@@ -211,7 +226,7 @@ def evaluate_files(
 
 def missing_notes(source: Path, scored: list[str]) -> tuple[str, ...]:
     """Cases of the truth that nothing was predicted for: they are in no mean."""
-    missing = [c.name for c in find_cases(source) if c.mask is not None and c.name not in scored]
+    missing = [c.name for c in true_masks(source) if c.name not in scored]
     if not missing:
         return ()
     return (f"no prediction for {len(missing)} case(s), left out of all means: {', '.join(missing[:5])} ...",)

@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
             heatmap = load_trained(args.heatmap_weights, device, precision, "heatmap")
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
         failed = prediction.predict_scans(
-            lambda path: predict_scan(model, heatmap, path, out, args),
+            lambda path, folder: predict_scan(model, heatmap, path, folder, args),
             args.source,
             out,
             own_names=OWN_NAMES,
