@@ -92,8 +92,11 @@ RAW_FOLDERS = ("imagesTr", "labelsTr", "rawdata", "derivatives")
 
 
 def refuse_raw_data(out: Path) -> None:
-    """ValueError if a folder holds somebody's scans: a conversion writes, replaces and removes files of
-    common names, such as dataset.json, which that data set may have itself."""
+    """ValueError if a folder holds somebody's scans.
+
+    A conversion writes, replaces and removes files of common names, such as dataset.json, which that data set
+    may have itself.
+    """
     if found := [name for name in RAW_FOLDERS if (out / name).is_dir()]:
         raise ValueError(
             f"--out {out}: holds scans ({found[0]}/), which stay as they are; name another folder"
@@ -189,9 +192,14 @@ def check_numbers(values: Any, count: int, what: str) -> list[float]:
         ValueError: no such list.
     """
     is_list = isinstance(values, list | tuple) and len(values) == count
-    if not is_list or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+    if not is_list or not all(map(_is_finite, values)):
         raise ValueError(f"{what}: expected {count} number(s), found {str(values)[:60]}")
     return [float(v) for v in values]
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # also a number of numpy
+    return is_number and math.isfinite(value)
 
 
 def check_names(values: Any, what: str) -> list[str]:

@@ -126,6 +126,11 @@ def why_not_labels(labels: np.ndarray, names: Mapping[int, str], labelled: Colle
             f"label value(s) {', '.join(unknown[:10])}; expected {min(names)} to {max(names)}. Is it a label "
             "of another data set?"
         )
+    if found[-1:] == [1] and len(labelled) > 2 and 1 in labelled:
+        return (
+            f"holds 0 and 1 alone, though it was made with {len(labelled)} labels; is it a mask of something "
+            f"else? If it really shows the {names[1]} only, say --labelled 1, or name it in dataset.json"
+        )
     if surplus := [f"{n} ({names[n]})" for n in found if n and n not in labelled]:
         return (
             f"holds {', '.join(surplus)}, which --labelled or dataset.json does not name as labelled; "

@@ -57,12 +57,19 @@ def _without(name: str, endings: Sequence[str]) -> str:
 
 def called_as(files: Mapping[str, Path], cases: Collection[str]) -> dict[str, Path]:
     """`files` of `label_files` under the names of `cases`: one that is none of them, but is without an ending
-    of SCAN_ENDINGS, gets that name, unless another file has it."""
-    renamed = dict(files)
-    for name in files:
+    of SCAN_ENDINGS, gets that name.
+
+    Raises:
+        ValueError: two files would have one name.
+    """
+    renamed: dict[str, Path] = {}
+    for name, path in files.items():
         short = _without(name, SCAN_ENDINGS)
-        if name not in cases and short in cases and short not in renamed:
-            renamed[short] = renamed.pop(name)
+        case = short if name not in cases and short in cases else name
+        if (other := renamed.setdefault(case, path)) != path:
+            raise ValueError(
+                f"{path.parent}: {other.name} and {path.name} are the same case {case}; move one away"
+            )
     return {case: renamed[case] for case in sorted(renamed, key=natural_key)}
 
 

@@ -308,9 +308,8 @@ def predict_scans(
     """Call `predict` for each scan of `source`, shared over the processes, and print what came of it.
 
     Args:
-        predict: writes the results of a scan to a folder, with the scan's name in front, and returns its row
-            with at least "scan" (its path) and "seconds". The folder is `out`; of scans in subfolders that
-            are called alike, as case1/ct.nii.gz and case2/ct.nii.gz, it is the like subfolder of `out`.
+        predict: writes the results of a scan to its folder of `batch.result_folders`, with the scan's name in
+            front, and returns its row with at least "scan" (its path) and "seconds".
         own_names: as of `find_sources`.
         table: name of the CSV file of the rows in `out`.
         machine: what it runs on, for the line that is printed first.
@@ -335,11 +334,9 @@ def predict_scans(
     folders = batch.result_folders(names, source, out)
     clashes = batch.name_clashes({path: folders[path] / name for path, name in names.items()})
     todo = [path for path in scans if path not in clashes]
-
-    def write(path: Path) -> dict:
-        return predict(path, make_folder(folders[path]))
-
-    rows, failed = batch.each(write, todo, unit="scan", table=out / table)
+    rows, failed = batch.each(
+        lambda path: predict(path, make_folder(folders[path])), todo, unit="scan", table=out / table
+    )
     failed = clashes | failed
     if distributed.is_main():
         for row in rows[:ROWS_PRINTED]:

@@ -46,7 +46,7 @@ def find_cases(source: str | Path, task: str = "Task006_Lung") -> list:
 
 
 def load_case(case: Case | KaggleCase) -> tuple[Scan, np.ndarray]:
-    """(scan, mask): HU (z, y, x) RAS+ and 0/1 uint8 on the same grid; every label above 0 is tumour.
+    """(scan, mask): HU (z, y, x) RAS+ and 0/1 uint8 on the same grid; the label above 0 is tumour.
 
     Raises:
         ValueError: the two files do not fit, or one of them cannot be read; names the case.
@@ -55,11 +55,28 @@ def load_case(case: Case | KaggleCase) -> tuple[Scan, np.ndarray]:
         scan, label = load_nifti(case.image), load_label(case.label)
         if reason := why_not_a_pair(scan, label):
             raise ValueError(reason)
-        return scan, (label.array > 0).astype(np.uint8)
+        return scan, tumour_mask(label.array, case.label)
     with tempfile.TemporaryDirectory(prefix="lung_tumor_") as temporary:
         scan = load_nifti(extract_image(case.label_path.parents[1], case, temporary))
     mask_xyz = load_ground_truth(case.label_path, scan.file_shape)
-    return scan, (to_ras(mask_xyz, scan) > 0).astype(np.uint8)
+    return scan, tumour_mask(to_ras(mask_xyz, scan), case.label_path)
+
+
+def tumour_mask(labels: np.ndarray, path: Path) -> np.ndarray:
+    """Label map (z, y, x) -> 0/1 uint8.
+
+    Raises:
+        ValueError: it holds several labels, of which some may be the lung or to be ignored.
+    """
+    mask = labels > 0
+    found = np.unique(labels[mask])
+    if len(found) > 1:
+        shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
+        raise ValueError(
+            f"{path}: label values {shown} are several classes; make a mask of the tumour alone, 0 and 1 "
+            "(several tumours are 1, too)"
+        )
+    return mask.astype(np.uint8)
 
 
 def pixel_size_mm(case: Case | KaggleCase) -> tuple[float, float]:

@@ -60,9 +60,11 @@ def test_predictions_of_scans_match_their_masks(tmp_path):
     assert preds["sub-1"].name == "sub-1_CT_mask.nii.gz"
 
 
-def test_a_name_that_another_file_has_is_not_taken(tmp_path):
+def test_two_files_of_one_case_are_told(tmp_path):
     files = {"a_0000": tmp_path / "1", "a": tmp_path / "2"}
-    assert called_as(files, ["a"]) == files
+    with pytest.raises(ValueError, match="1 and 2 are the same case a"):
+        called_as(files, ["a"])
+    assert called_as(files, ["a", "a_0000"]) == files
 
 
 def test_masks_in_subfolders(tmp_path):

@@ -502,7 +502,7 @@ def test_cases_come_by_number_not_by_letter(tmp_path):
 def test_two_masks_of_one_case_are_refused(perfect, verse_source):
     first = sorted(perfect.iterdir())[0]
     shutil.copy(first, perfect / first.name.replace("_ct_mask", "_mask"))
-    with pytest.raises(ValueError, match="_ct_mask.nii.gz and .*_mask.nii.gz are the same case"):
+    with pytest.raises(ValueError, match="_mask.nii.gz and .*_ct_mask.nii.gz are the same case"):
         evaluate.evaluate_files(perfect, verse_source, "levels26", "native")
 
 

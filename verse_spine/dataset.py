@@ -176,6 +176,11 @@ class PatchDataset(Dataset):
         strata: dict[str, float] | None = None,
         length: int | None = None,
     ) -> None:
+        others = [reason for name in names if (reason := verse.entries[name].get("other_scheme"))]
+        if others and labels != "binary":
+            raise ValueError(
+                f"--labels {labels}: {len(others)} case(s) have other numbers than VerSe's: {others[0]}"
+            )
         self.cases = [verse.cases[name] for name in names]
         self.patch_size, self.labels = patch_size, labels
         self.strata = STRATA if strata is None else strata

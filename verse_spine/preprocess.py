@@ -41,6 +41,7 @@ from verse_spine.labels import (
     map_labels,
     optional_centroids,
 )
+from verse_spine.schemes import why_other_scheme
 
 BODY_HU = -500
 BODY_MARGIN_MM = 20.0
@@ -85,7 +86,10 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
     if not vertebrae.any():
         raise ValueError(f"{case.mask}: holds no vertebra; remove the case or its mask")
     centres_mm, notes = _centres(case, scan, mask)
-    if suspicion := why_not_hu(scan.array):
+    scheme = why_other_scheme(vertebrae, mask.affine)
+    if scheme:
+        scheme = f"{case.mask.name} {scheme}; only --labels binary can be trained and scored with it"
+    for suspicion in filter(None, (why_not_hu(scan.array), scheme)):
         print(f"warning: {case.name}: {suspicion}")
         notes.append(suspicion)
 
@@ -121,6 +125,7 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
         "vertebrae": [b[0] for b in boxes],
         "vertebra_ml": round(np.count_nonzero(numbers) * voxel_mm3(working.affine) / 1000, 1),
         "compression": used,
+        "other_scheme": scheme,
         "notes": "; ".join(notes),
     }
 

@@ -23,6 +23,7 @@ from verse_spine.labels import (
     optional_centroids,
     unmap_labels,
 )
+from verse_spine.schemes import why_other_scheme
 
 TOLERANCES_MM = (1.0, 2.0)  # of the surface Dice
 
@@ -116,6 +117,11 @@ def score_files(pred: Path, case: Case, labels: str, grid: str) -> tuple[list[di
     """
     check_labels_flag(pred, labels)
     truth, found = load_masks(case.mask, pred)
+    if labels != "binary" and (reason := why_other_scheme(truth.array, truth.affine)):
+        raise ValueError(f"{case.mask}: {reason}; score it with --labels binary")
+    if labels == "levels26" and found.array.max() == 1 and truth.array.max() > 1:
+        what = "holds 0 and 1 alone, no numbers of vertebrae"
+        raise ValueError(f"{pred}: {what}; score it with --labels binary")
     centres = None
     if case.centroids is not None:
         centres, why_not = optional_centroids(case.centroids, truth)
