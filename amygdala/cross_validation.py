@@ -14,7 +14,7 @@ import numpy as np
 from common.agreement import mean_or_nan, spread_or_nan, volume_agreement, volume_lines
 from common.class_metrics import metric_columns
 from common.compare import RESULTS
-from common.files import replacing
+from common.files import printable, replacing
 from common.metrics import write_table
 from common.sites import site_lines, site_table
 
@@ -103,7 +103,7 @@ def write_cross_validation(
     lines += ["", *site_lines(site_table(every, sites)), "", *volume_lines(volume_agreement(every))]
     path = Path(path)
     with replacing(path) as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf8")
+        partial.write_text(printable("\n".join(lines) + "\n"), encoding="utf8")
     write_table(path.with_suffix(".csv"), fold_table(folds, labels, metric_columns(every)))
     write_table(path.with_name(RESULTS), every)
 

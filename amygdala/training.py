@@ -243,7 +243,7 @@ def note_results(
     if not all(file.is_file() for file in files):
         return None
     found = [read_json(file, {"settings": dict | None, "rows": list}) for file in files]
-    settings_of = [fold.get("settings") or settings for fold in found]
+    settings_of = [settings | (fold.get("settings") or {}) for fold in found]
     if any(of_fold[key] != settings[key] for of_fold in settings_of for key in DIVISION):
         return None
     path = experiment / "cross_validation.txt"

@@ -204,10 +204,11 @@ def read_dataset_json(folder: str | Path) -> dict:
     """The content of the folder's dataset.json; {} if there is no such file.
 
     Raises:
-        ValueError: the file is not valid JSON, or not an object.
+        ValueError: the file is not valid JSON, or what is read of it has another type.
     """
     path = Path(folder) / "dataset.json"
-    return read_json(path) if path.is_file() else {}
+    expected = dict.fromkeys(("labels", "modality", "channel_names"), dict | None)
+    return read_json(path, expected | {"labelled": dict | list | None}) if path.is_file() else {}
 
 
 def label_names(notes: dict) -> dict[int, str]:
@@ -217,8 +218,8 @@ def label_names(notes: dict) -> dict[int, str]:
     """
     names = {}
     for key, value in (notes.get("labels") or {}).items():
-        number, name = (key, value) if str(key).isdigit() else (value, key)
-        if str(number).isdigit():
+        number, name = (str(key), value) if str(key).isdecimal() else (str(value), key)
+        if number.isdecimal():
             names[int(number)] = str(name)
     return names
 
@@ -280,7 +281,11 @@ def labelled_numbers(
         numbers, where = noted, f'{path}: "labelled"'
     else:
         numbers, where = [n for n in label_names(notes) if n in known] or list(known), str(path)
-    if not isinstance(numbers, list) or not numbers or not all(n in known for n in numbers):
+    if (
+        not isinstance(numbers, list)
+        or not numbers
+        or not all(type(n) is int and n in known for n in numbers)
+    ):
         raise ValueError(
             f"{where}: expected numbers of labels from {min(known)} to {max(known)}, found {numbers}"
         )

@@ -240,20 +240,28 @@ def read_table(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, rows
 
 
+def printable(text: str) -> str:
+    """A text in which what a file name holds that is not UTF-8 is spelled out, as \\udce9; others as they are.
+
+    Without it such a name can neither be written to a file nor drawn.
+    """
+    return text.encode("utf8", "backslashreplace").decode("utf8")
+
+
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # beginnings of a cell that a spreadsheet computes
 
 
 def csv_cell(value: Any) -> Any:
     """A value as it stands in a table: floats with six significant digits, NaN as an empty cell.
 
-    A text that a spreadsheet would take for a formula gets a ' in front; numbers stay numbers. What a file
-    name holds that is not UTF-8 is spelled out, as \\udce9.
+    A text that a spreadsheet would take for a formula gets a ' in front; numbers stay numbers. Else texts are
+    as `printable` makes them.
     """
     if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):  # of numpy, too
         return "" if math.isnan(value) else f"{value:.6g}"
     if not isinstance(value, str):
         return value
-    text = value.encode("utf8", "backslashreplace").decode("utf8")
+    text = printable(value)
     return f"'{text}" if text.startswith(FORMULA) and not _is_number(text) else text
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from common.files import check_numbers, replacing
+from common.files import check_numbers, printable, replacing
 from common.hdf5_checks import AGAIN, FORMAT_VERSION, IMAGE_DTYPES, open_file, own_dataset
 
 # Side of a chunk in voxels. A random 128^3 patch of CT costs 5.5 ms of CPU time, 7.7 ms with chunks of 64^3.
@@ -270,7 +270,7 @@ def _to_attribute(value: Any, what: str) -> Any:
         if value.dtype.kind not in "biuf":
             raise ValueError(f"{what}: an array of {value.dtype}; only numbers and bool, lists for text")
         return value
-    if isinstance(value, str) and not value.startswith(JSON_MARK) and "\0" not in value:
+    if isinstance(value, str) and _stays_text(value):
         return value
     if isinstance(value, bool | int | float | np.generic) and not isinstance(value, str):
         return value
@@ -279,6 +279,11 @@ def _to_attribute(value: Any, what: str) -> Any:
         return JSON_MARK + json.dumps(value, default=np.generic.item)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: cannot be stored ({error}); use plain values") from error
+
+
+def _stays_text(text: str) -> bool:
+    """Whether HDF5 can keep a text as it is, and `_from_attribute` does not take it for JSON."""
+    return printable(text) == text and not text.startswith(JSON_MARK) and "\0" not in text
 
 
 def _from_attribute(value: Any) -> Any:

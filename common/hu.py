@@ -39,7 +39,7 @@ def check_window(values: object, what: str) -> tuple[float, float] | None:
         return None
     low, high = check_numbers(values, 2, what)
     if not low < high:
-        raise ValueError(f"{what}: window {low:g} to {high:g} HU: the upper end must be above the lower")
+        raise ValueError(f"{what}: window {low:g} to {high:g} HU; the first number must be the lower one")
     return low, high
 
 

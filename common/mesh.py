@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import replacing
+from common.files import printable, replacing
 from common.surface_nets import smooth, surface_nets
 from common.volumes import expand_box, resample, resampled_shape
 
@@ -164,7 +164,7 @@ def save_html(
         )
     size = ((high - low) / scale).tolist()
     script = json.dumps({"size": size, "meshes": content}).replace("<", "\\u003c")  # no tag begins in it
-    page = PAGE.replace("@TITLE@", html.escape(title)).replace("@DATA@", script)
+    page = PAGE.replace("@TITLE@", html.escape(printable(title))).replace("@DATA@", script)
     if len(page.encode()) > SIZE_LIMIT:
         raise ValueError(
             f"{path}: the page has {len(page) / 1e6:.1f} MB, more than {SIZE_LIMIT / 1e6:.1f} MB; "

@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import EllipsisType, ModuleType
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from common.files import make_folder
+from common.files import make_folder, read_json
 from common.nifti import write_nifti
 
 LOWEST_HU, HIGHEST_HU = -1024, 3071  # what a CT scanner stores
@@ -271,8 +271,9 @@ def already_written(folder: Path, index_name: str, contents: dict) -> bool:
     if not folder.exists() or not any(folder.iterdir()):
         return False
     index = folder / index_name
-    if index.exists() and json.loads(index.read_text(encoding="utf8")) == contents:
-        return True
+    with suppress(ValueError, FileNotFoundError):  # damaged: not what is wanted
+        if read_json(index) == contents:
+            return True
     description = contents.get("description", contents)
     raise FileExistsError(
         f"{folder}: holds something else than {description}; remove it or name another folder"
@@ -321,7 +322,7 @@ def prepare_demo(
     code = [Path(file).read_bytes() for file in (__file__, *(module.__file__ for module in modules))]
     made_by = hashlib.sha256(b"".join([*code, *map(str.encode, flags)])).hexdigest()
     note = make_folder(out.parent) / "made_by.txt"
-    found = note.read_text().split() if note.is_file() else []
+    found = note.read_text(errors="replace").split() if note.is_file() else []
     if found == [made_by, "complete"]:
         return out
     if made_by not in found:

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.conversion import failure_reason
-from common.files import replacing
+from common.files import printable, replacing
 
 TRUTH_COLOR, PRED_COLOR = (0, 200, 80), (230, 30, 30)  # RGB
 NUM_COLORS, MOST_INSIDE = 10, 6  # lines with colours of their own; those whose legend covers no line
@@ -122,7 +122,7 @@ def save_panels(
     for axis_row, images, names in zip(axes, rows, titles, strict=True):
         for axis, image, name in zip(axis_row, images, names, strict=False):
             axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_title(name, fontsize=8)
+            axis.set_title(printable(name), fontsize=8, parse_math=False)  # a name may hold $
     save_figure(figure, path)
 
 

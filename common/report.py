@@ -7,7 +7,7 @@ from pathlib import Path
 from common import distributed
 from common.batch import failed_lines
 from common.class_metrics import class_table, group_table
-from common.files import make_folder, replacing
+from common.files import make_folder, printable, replacing
 from common.metrics import write_table
 
 SUMMARY = "summary.md"
@@ -110,5 +110,5 @@ def write_summary(out: Path, lines: Sequence[str], failed: Mapping[str, str]) ->
     """
     failures = failed_lines(failed)
     with replacing(out / SUMMARY) as partial:
-        partial.write_text("\n".join([*lines, *failures]) + "\n", encoding="utf8")
+        partial.write_text(printable("\n".join([*lines, *failures]) + "\n"), encoding="utf8")
     print("\n".join([*lines, f"written to {out}", *failures]))

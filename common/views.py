@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import replacing
+from common.files import printable, replacing
 from common.mesh import check_labels
 from common.plots import save_figure
 from common.render import Scene, drawn_grid, make_scene, render_scene, scene_of
@@ -41,7 +41,7 @@ def save_pictures(
         axis = figure.add_axes(place)
         axis.imshow(picture, interpolation="nearest", aspect="auto")
         axis.axis("off")
-        axis.set_title(title, fontsize=11)
+        axis.set_title(printable(title), fontsize=11, parse_math=False)
         left += picture.shape[1] + gap
     if bar:
         axis = figure.add_axes([left, gap + height * 0.2, 14, height * 0.6] / np.tile(total, 2))

@@ -20,6 +20,7 @@ from common.config import Switch, fraction, make_parser, parse_args, positive_fl
 from common.decathlon import find_decathlon, read_dataset_json
 from common.files import write_json
 from common.flags import add_workers_flag
+from common.hu import check_window
 from common.phantoms import prepare_demo
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
 from lung_tumor import conversion, phantoms
@@ -166,9 +167,7 @@ def convert(args: Namespace) -> dict[str, str]:
     Raises:
         ValueError, OSError: nothing can be converted as asked.
     """
-    low, high = args.window
-    if not low < high:
-        raise ValueError(f"--window {low:g} {high:g}: the first number must be the lower one")
+    low, high = check_window(args.window, "--window")
     cases, out = find_cases(args.source, args.task), Path(args.out)
     ids = [c.case_id for c in cases]
     patients_of(ids, args.patient_pattern)  # before the work, not after it

@@ -4,12 +4,19 @@ import csv
 import os
 import sys
 
+import numpy as np
 import pytest
 
 from common.config import run_script
+from common.conversion import convert_data_set
 from common.decathlon import list_cases, list_files
+from common.files import read_json, write_json
+from common.hdf5 import CaseFile, write_case
 from common.mask_files import called_as, label_files, matching_files
+from common.plots import save_panels
 from common.prediction import predict_scans
+from common.views import save_pictures
+from lung_tumor import conversion
 from verse_spine.cases import find_cases
 from verse_spine.evaluate import true_masks
 
@@ -142,3 +149,27 @@ def test_names_that_are_not_utf8_stand_in_tables_and_on_the_screen(tmp_path, mon
             r"caf\udce9.nii.gz",
         ]
     assert r"caf\udce9.nii.gz" in output.read_text(encoding="utf8")
+
+
+def test_names_that_are_not_utf8_in_files_and_pictures(tmp_path):
+    path = tmp_path / f"{ODD}.h5"
+    write_case(path, np.zeros((4, 4, 4), np.int16), attributes={"name": ODD})
+    assert CaseFile(path).attributes["name"] == ODD
+    write_json(tmp_path / f"{ODD}.json", {"case": ODD})
+    assert read_json(tmp_path / f"{ODD}.json") == {"case": ODD}
+    for name in (ODD, "cost_$1_and_$2", "$\\frac$"):
+        save_panels(tmp_path / "picture.png", [[np.zeros((8, 8, 3), np.uint8)]], [[name]])
+        save_pictures(tmp_path / "views.png", [np.zeros((8, 8, 3), np.uint8)], [name])
+
+
+# ---- results among the data ----
+
+
+@pytest.mark.parametrize("name", ["imagesTr", "rawdata"])
+def test_nothing_is_converted_into_a_folder_with_scans(tmp_path, name):
+    touch(tmp_path, f"{name}/a.nii.gz", "dataset.json")
+    with pytest.raises(ValueError, match=f"holds scans .{name}/.*name another folder"):
+        convert_data_set(len, {}, tmp_path, files={}, settings={}, about_all={}, workers=0)
+    with pytest.raises(ValueError, match=f"holds scans .{name}/.*name another folder"):
+        conversion.convert_all([], tmp_path, conversion.Settings(1.0), 0)
+    assert (tmp_path / "dataset.json").is_file()

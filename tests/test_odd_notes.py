@@ -9,9 +9,12 @@ import pytest
 
 from common.config import make_parser, parse_args
 from common.conversion import finished_entries
+from common.decathlon import label_names, labelled_numbers, read_dataset_json
 from common.files import csv_cell, read_json, read_table
 from common.hdf5 import CaseFile, write_case
+from common.hu import check_window
 from common.metrics import write_table
+from common.phantoms import already_written
 from common.preprocessed import read_cases
 from common.runs import append_row
 from common.sites import read_subjects
@@ -216,3 +219,48 @@ def test_damaged_small_grids_are_made_again(tmp_path):
     for change in ({"image": stored["image"][:2]}, {"image": np.array([object()])}, {"stamp": "now"}):
         np.savez(file, **stored | change)
         assert np.array_equal(read(), whole)
+
+
+# ---- dataset.json, and flags that are NaN ----
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"labels": ["background", "liver"]}, '"labels" should be an object'),
+        ({"modality": "CT"}, '"modality" should be an object'),
+        ({"labelled": 3}, '"labelled" should be an object or a list'),
+        ([], "expected an object, found a list"),
+    ],
+)
+def test_dataset_json_of_wrong_types(tmp_path, content, problem):
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="dataset.json: " + problem):
+        read_dataset_json(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [[[1]], [{}], ["1"], [True], {"a": [1]}])
+def test_labelled_of_wrong_types(numbers):
+    with pytest.raises(ValueError, match="expected numbers of labels from 1 to 2"):
+        labelled_numbers("b", {"labelled": numbers}, None, [1, 2], "dataset.json")
+
+
+def test_label_names_with_signs_that_only_look_like_digits():
+    assert label_names({"labels": {"\u00b2": "square", "1": "liver", "aorta": 2, "both": [1, 2]}}) == {
+        1: "liver",
+        2: "aorta",
+    }
+
+
+@pytest.mark.parametrize("window", [(math.nan, 1), (1, 1), (2, 1), (-math.inf, 1)])
+def test_windows_that_are_none(window):
+    with pytest.raises(ValueError, match="--window"):
+        check_window(window, "--window")
+
+
+def test_a_damaged_index_of_phantoms(tmp_path):
+    (tmp_path / "phantoms.json").write_text("{")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        already_written(tmp_path, "phantoms.json", {"a": 1})
+    (tmp_path / "phantoms.json").write_text('{"a": 1}')
+    assert already_written(tmp_path, "phantoms.json", {"a": 1})

@@ -151,7 +151,7 @@ def convert(args: Namespace) -> dict[str, str]:
     Raises:
         ValueError, OSError: nothing can be converted as asked.
     """
-    if min(args.spacing) <= 0:
+    if not all(0 < mm < 1000 for mm in args.spacing):
         raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: millimetres above zero")
     out, spacing_mm = Path(args.out), tuple(args.spacing)
     cases = find_cases(args.source)

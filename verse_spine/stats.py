@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import Switch, make_parser, parse_args, run_script
 from common.conversion import each_case
-from common.files import make_folder
+from common.files import make_folder, printable
 from common.flags import add_workers_flag
 from common.metrics import write_table
 from common.nifti import NiftiFile, Scan, case_name, is_nifti, load_label, open_nifti, same_grid
@@ -244,7 +244,7 @@ def statistics(args: Namespace) -> dict[str, str]:
         write_table(out / "scans.csv", [r["row"] for r in results])
         write_table(out / "labels.csv", vertebra_rows(results))
         save_picture(out / "statistics.png", results)
-        (out / "statistics.md").write_text(report(args.source, results, failed), encoding="utf8")
+        (out / "statistics.md").write_text(printable(report(args.source, results, failed)), encoding="utf8")
         vertebrae = sum(len(r["volumes_ml"]) for r in results)
         print(f"{len(results)} scans, {vertebrae} vertebrae; see {out / 'statistics.md'}")
     if failed:
