@@ -61,12 +61,8 @@ class Cohort:
         folder = Path(path)
         raw = f"--dataset {dataset or 'Amygdala'} --source <folder>"
         notes, entries, files = read_cases(folder, "amygdala", raw, ENTRY, ATTRIBUTES)
-        self.dataset: str = notes.get("dataset")
-        if (
-            not isinstance(self.dataset, str)
-            or self.dataset not in DATASETS
-            or dataset not in (None, self.dataset)
-        ):
+        self.dataset = str(notes.get("dataset"))
+        if self.dataset not in DATASETS or dataset not in (None, self.dataset):
             wanted = dataset or " or ".join(DATASETS)
             raise ValueError(f"{folder}: holds {self.dataset}, not {wanted}; choose another --data_path")
         if fold is not None and leave_site_out is not None:

@@ -281,11 +281,8 @@ def labelled_numbers(
         numbers, where = noted, f'{path}: "labelled"'
     else:
         numbers, where = [n for n in label_names(notes) if n in known] or list(known), str(path)
-    if (
-        not isinstance(numbers, list)
-        or not numbers
-        or not all(type(n) is int and n in known for n in numbers)
-    ):
+    is_list = isinstance(numbers, list) and len(numbers) > 0
+    if not is_list or not all(type(n) is int and n in known for n in numbers):
         raise ValueError(
             f"{where}: expected numbers of labels from {min(known)} to {max(known)}, found {numbers}"
         )

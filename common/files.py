@@ -241,7 +241,7 @@ def read_table(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def printable(text: str) -> str:
-    """A text in which what a file name holds that is not UTF-8 is spelled out, as \\udce9; others as they are.
+    """A text in which what a file name holds that is not UTF-8 is spelled out, as \\udce9; else as it is.
 
     Without it such a name can neither be written to a file nor drawn.
     """

@@ -138,7 +138,9 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, bool]:
         raise ValueError(f"{path}: mask values {shown}; {ONE_CLASS}")
     if is_exact and len(values) <= MOST_CLASSES:
         between = [v for v in values if 0 < v < top]
-        if list(values) == [0, 1, top] or any(_has_area(pixels == v) for v in between):
+        # Of two values the higher one is tumour, except that 1 and 255 may be tumour and to be ignored.
+        is_unclear = len(values) > 2 and any(_has_area(pixels == v) for v in between)
+        if is_unclear or list(values) in ([0, 1, top], [1, top]):
             raise ValueError(
                 f"{path}: mask values {shown} are several classes, or one to be ignored; {ONE_CLASS}"
             )

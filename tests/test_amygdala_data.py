@@ -447,9 +447,7 @@ def test_folds_of_ones_own_must_not_divide_a_subject(cohort_folder):
         with pytest.raises(ValueError, match="folds.json: patient x0 stands in fold 0 .* and in fold 1"):
             Cohort(cohort_folder, fold=0)
         own.write_text(json.dumps(["x0"]))
-        with pytest.raises(
-            ValueError, match="folds.json: expected a list with a list of names for each fold"
-        ):
+        with pytest.raises(ValueError, match="folds.json: fold 0: expected a list of names, found x0"):
             Cohort(cohort_folder, fold=0)
     finally:
         own.unlink()

@@ -51,6 +51,7 @@ def block(*values, dtype=np.uint8) -> np.ndarray:
 @pytest.mark.parametrize(
     "mask",
     [
+        np.where(block(1), np.uint8(255), np.uint8(1)),
         block(1, 255),  # a class and what is to be ignored
         block(1, 2, 255),
         block(128, 255),  # two classes
@@ -96,11 +97,12 @@ def test_masks_in_several_colours_or_in_the_transparency_are_refused(tmp_path):
         (block(65535, dtype=np.uint16), 16),
         (block(0), 0),
         (np.full((5, 5), 255, np.uint8), 25),
+        (np.where(block(1), np.uint8(200), np.uint8(12)), 16),  # two values, one class
     ],
 )
 def test_masks_of_one_class_are_read(tmp_path, mask, pixels):
     read, is_clean = read_mask(save(tmp_path / "a.png", mask))
-    assert is_clean and read.sum() == pixels
+    assert is_clean == (mask.max() != 200) and read.sum() == pixels
 
 
 def test_smoothed_edges_and_noise_are_read(tmp_path):
