@@ -10,6 +10,12 @@ from typing import NoReturn
 
 import yaml
 
+# Tokens of YAML that go a level deeper, those that come back, and how deep a file of flags may be.
+OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
+OPENING += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
+CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+DEEPEST = 20
+
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the docstring's lines and shows defaults, but not the uninformative ones."""
@@ -119,13 +125,14 @@ def read_yaml_files(parser: argparse.ArgumentParser, path: str | Path) -> list[t
 
 def _read_mapping(parser: argparse.ArgumentParser, path: Path) -> dict:
     try:
-        text = path.read_text(encoding="utf8")
-        for token in yaml.scan(text):  # a few lines of them can stand for more than the memory holds
-            if isinstance(token, yaml.AliasToken):
+        text, depth = path.read_text(encoding="utf8"), 0
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.AliasToken):  # a few lines of them can stand for more than memory holds
                 parser.error(f"--config {path}: alias *{token.value}; write out what it stands for")
+            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+            if depth > DEEPEST:  # the time that yaml takes grows with the square of the depth
+                parser.error(f"--config {path}: brackets within brackets, too deep to be read")
         content = yaml.safe_load(text)
-    except RecursionError:
-        parser.error(f"--config {path}: brackets within brackets, too deep to be read")
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}")
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date

@@ -122,6 +122,8 @@ def test_a_patient_pattern_that_is_no_pattern():
         ("a: &a [1, 1]\nb: &b [*a, *a]\nsize: [*b, *b]\n", r"alias \*a"),
         ("<<: [*a, *a]\n", r"alias \*a"),
         ("size: " + "[" * 100_000, "too deep"),
+        ("size: " + "{a: " * 30_000, "too deep"),
+        ("\n".join(" " * k + "a:" for k in range(500)), "too deep"),
         ("size: [[1], [2]]\n", "size holds a list within a list"),
         ("config: [1]\n", "config names a file"),
     ],
