@@ -146,7 +146,7 @@ def test_labelled_organs(notes, flag, expected, tmp_path):
             '"labelled" of a: expected numbers of labels .* found None',
         ),
         ({"labelled": [0, 1]}, None, "expected numbers of labels"),
-        ({"labelled": "all"}, None, "expected numbers of labels"),
+        ({"labelled": "all"}, None, '"labelled" should be an object or a list, found a text'),
         ({"labelled": []}, None, "expected numbers of labels"),
         ({}, [16], "--labelled: expected numbers of labels from 1 to 15, found .16."),
         ({"labels": {"1": "liver", "2": "cancer"}}, None, "label 1 'liver', which is the spleen in AMOS"),
