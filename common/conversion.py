@@ -154,8 +154,10 @@ def finished_entries(
 
 
 def _earlier_notes(out: Path) -> dict[str, list]:
-    """ "cases" and "outdated" files of the notes of an earlier conversion; what is damaged in them is left out,
-    since it can be made again."""
+    """Under "cases" and "outdated" what an earlier conversion noted of its cases, and of files to be removed.
+
+    What is damaged in it is left out, since it can be made again.
+    """
     found: dict = {}
     if (out / NOTES).is_file():
         try:
