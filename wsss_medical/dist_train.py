@@ -38,6 +38,7 @@ from wsss_medical.flags import add_training_flags, resolve_flags
 from wsss_medical.maps import generate_maps
 from wsss_medical.medical_utils import cal_eta
 from wsss_medical.model import ARCHITECTURE, get_model, load_trained
+from wsss_medical.volume import by_patient
 
 UNCHANGEABLE = [*ARCHITECTURE, "crop_size", "recipe"]  # flags that a resumed run keeps
 
@@ -162,7 +163,10 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
 def validate(trained: TrainedModel, root: Path, args: Namespace) -> dict[str, float]:
     """Scores of validation slices; notes the thresholds that suit them best, where there are masks."""
     names = trained.split["val"]
-    chosen = names[:: math.ceil(len(names) / args.val_slices)]
+    patients = by_patient(names)[
+        :: math.ceil(len(names) / args.val_slices)
+    ]  # whole ones, as volumes tell more
+    chosen = [name for patient in patients for name in patient]
     evaluation = evaluate_split(trained, root, chosen, scales=args.scales, batch_size=args.batch_size)
     trained.preprocessing["threshold"] = thresholds = evaluation.thresholds()
     found = {f"val_{name}": evaluation.scores[name] for name in ("f1", "accuracy", "auroc")}

@@ -285,8 +285,8 @@ def add_length_flags(parser: ArgumentParser) -> None:
         "--val_slices",
         type=positive_int,
         default=1000,
-        help="largest number of slices that a validation looks at, evenly spaced; fewer are faster and tell "
-        "less",
+        help="number of slices, about, that a validation looks at, of whole patients; fewer are faster and "
+        "tell less",
     )
     add_time_budget_flag(length, "--max_iters, of which the phases then keep their shares,")
 
