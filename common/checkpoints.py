@@ -165,6 +165,8 @@ WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataPa
 def load_weights(network: nn.Module, state: Any, what: str) -> None:
     """Give a network its weights, also those of one that was compiled or trained on several cards.
 
+    They must be exactly those that it has, in names and shapes; else the network stays as it was.
+
     Args:
         state: {name: tensor}.
         what: names the file in error messages.
@@ -176,7 +178,7 @@ def load_weights(network: nn.Module, state: Any, what: str) -> None:
         raise ValueError(f"{what}: holds no weights, {{name: tensor}} was expected")
     own = network.state_dict()
     if set(state) != set(own):
-        state = {_without_wrappers(str(name)): value for name, value in state.items()}
+        state = {without_wrappers(str(name)): value for name, value in state.items()}
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or surplus:
         examples = [
@@ -201,7 +203,8 @@ def load_weights(network: nn.Module, state: Any, what: str) -> None:
     network.load_state_dict(state)
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """The name of a weight as it is in the network itself: module.encoder.bias is encoder.bias."""
     for wrapper in WRAPPERS * 2:
         name = name.removeprefix(wrapper)
     return name.replace("._orig_mod.", ".")  # of parts that were compiled by themselves

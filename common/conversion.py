@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.files import make_folder, read_json, refuse_raw_data, write_json
+from common.files import check_keys, make_folder, read_json, refuse_raw_data, write_json
 from common.hdf5 import CaseFile
 from common.metrics import write_table
 from common.splits import natural_key
@@ -127,21 +127,24 @@ def finished_entries(
     out: Path,
     stamps: Mapping[str, list],
     settings: Mapping[str, dict],
+    noted: Mapping[str, Any] | None = None,
 ) -> dict[str, dict]:
     """{name: entry} of an earlier, perhaps interrupted conversion that still hold; tells how many they are.
 
-    An entry holds if it has the settings and the stamp of now and what was written of it is there.
+    An entry holds if it has the settings and the stamp of now, what was written of it is there, and what was
+    noted of it is `noted`.
 
     Args:
         stamps: {name: `file_stamp` of its files} of every case that is to be converted.
         settings: {name: what decides how the case comes out}, plain values.
+        noted: {key: type} of an entry, as `expected` of `check_keys`.
     """
     known = {entry["name"]: entry for entry in _earlier_notes(out)["cases"]}
     done, num_changed = {}, 0
     for name, stamp in stamps.items():
         entry = known.get(name)
         is_same = entry and entry.get("settings") == settings[name] and entry.get("stamp") == stamp
-        if is_same and _whole(out, entry):
+        if is_same and _whole(out, entry, noted or {}):
             done[name] = entry
         else:
             num_changed += "files" in (entry or {}) or (out / "cases" / f"{name}.h5").is_file()
@@ -177,7 +180,11 @@ def _are_texts(value: object) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def _whole(out: Path, entry: dict) -> bool:
+def _whole(out: Path, entry: dict, noted: Mapping[str, Any]) -> bool:
+    try:
+        check_keys(entry, noted, entry["name"])
+    except ValueError:
+        return False
     if "files" in entry:
         return all((out / name).is_file() for name in entry["files"])
     try:
@@ -197,6 +204,7 @@ def convert_data_set(
     about_all: dict,
     workers: int,
     folders: Sequence[str] = ("cases",),
+    noted: Mapping[str, Any] | None = None,
 ) -> tuple[list[dict], dict[str, str]]:
     """Convert what is not done yet with these settings from these files, with a progress bar on a terminal.
 
@@ -213,6 +221,7 @@ def convert_data_set(
         settings: {name: what decides how the case comes out}, plain values.
         about_all: see `write_notes`.
         folders: made in `out` before the first case.
+        noted: {key: type} of what `convert` returns; an earlier entry without it is made anew.
 
     Returns:
         entries of all cases that are converted, with "stamp" and "settings", by natural order of their
@@ -222,7 +231,7 @@ def convert_data_set(
     for folder in folders:
         make_folder(out / folder)
     stamps = {name: file_stamp([path for path in paths if path]) for name, paths in files.items()}
-    done, earlier = finished_entries(out, stamps, settings), _earlier_notes(out)
+    done, earlier = finished_entries(out, stamps, settings, noted), _earlier_notes(out)
     outdated = {name for entry in earlier["cases"] for name in entry.get("files", [])}
     outdated |= set(earlier["outdated"])  # what an interrupted run had still to remove
     in_work = about_all | {"outdated": sorted(outdated)} if outdated else about_all

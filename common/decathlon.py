@@ -224,10 +224,23 @@ def label_names(notes: dict) -> dict[int, str]:
     return names
 
 
+def channel_names(notes: dict) -> dict[int, str]:
+    """{number: name} of the channels of 4-D scans, by "modality" or "channel_names" of a dataset.json.
+
+    {} if it does not tell.
+
+    Raises:
+        ValueError: something else than a number stands for a channel.
+    """
+    channels = notes.get("modality") or notes.get("channel_names") or {}
+    if wrong := [number for number in channels if not number.isdecimal()]:
+        raise ValueError(f"dataset.json: channel {wrong[0]!r}; channels have the numbers 0, 1 and so on")
+    return {int(number): str(name) for number, name in channels.items()}
+
+
 def modality_of(notes: dict) -> str | None:
     """ "ct" or "mr" as "modality" or "channel_names" of a dataset.json say; None if they say neither."""
-    channels = notes.get("modality") or notes.get("channel_names") or {}
-    text = " ".join(map(str, channels.values())).upper()
+    text = " ".join(channel_names(notes).values()).upper()
     if "CT" in text:
         return "ct"
     return "mr" if re.search("MR|T1|T2|FLAIR", text) else None

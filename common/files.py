@@ -10,9 +10,13 @@ import os
 import secrets
 import shutil
 import tempfile
+import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 JSON_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number"}
 JSON_NAMES |= {bool: "true or false", type(None): "null", tuple: "a list"}
@@ -238,6 +242,31 @@ def read_table(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     except (ValueError, csv.Error) as error:  # ValueError: also of bytes that are not UTF-8
         raise ValueError(f"{path}: not a readable table ({error}); save it as CSV in UTF-8") from error
     return columns, rows
+
+
+# What numpy raises where a .npy file, or a member of a .npz file, is damaged; MemoryError also by a header
+# that announces more than there is.
+NPY_ERRORS = (ValueError, EOFError, OverflowError, MemoryError, RecursionError, tokenize.TokenError)
+
+
+def open_npy(path: str | Path) -> "np.ndarray":
+    """The array in a .npy file, mapped into memory to be read, after its header was compared with its length.
+
+    Raises:
+        OSError: no such file, or no permission.
+        ValueError: no array of plain numbers, an empty one, or a truncated or otherwise damaged file.
+    """
+    import numpy as np
+
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except NPY_ERRORS as error:
+        detail = str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a .npy file of plain numbers ({detail})") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError(f"{path}: not a .npy file of plain numbers (it is an archive, .npz)")
+    return array
 
 
 def printable(text: str) -> str:

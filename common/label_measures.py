@@ -4,6 +4,7 @@ coarser grid leaves of it."""
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy import ndimage
 
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import Scan
+from common.pixel_labels import IGNORE
 from common.volumes import Box, resample_labels, resampled_shape
 
 
@@ -137,6 +139,45 @@ def why_not_labels(labels: np.ndarray, names: Mapping[int, str], labelled: Colle
             "correct the list of labels"
         )
     return ""
+
+
+def structure_mask(
+    labels: np.ndarray, wanted: Collection[int] | None, path: str | Path
+) -> tuple[np.ndarray, list[int]]:
+    """Where a label map shows one structure, whose parts may have several numbers.
+
+    Args:
+        labels: (z, y, x) whole numbers; 0 is the background.
+        wanted: the numbers that count; None: all above 0.
+        path: names the file in the error message.
+
+    Returns:
+        bool (z, y, x); all numbers above 0 in the map, in order.
+
+    Raises:
+        ValueError: all above 0 would count, and IGNORE is one of several numbers.
+    """
+    found = np.unique(labels[labels > 0]).tolist()
+    if wanted is None and len(found) > 1 and IGNORE in found:
+        raise ValueError(
+            f"{path}: label values {', '.join(map(str, found))}; {IGNORE} beside others often means that "
+            "nothing is known: say with --label_values which of them count"
+        )
+    return (labels > 0 if wanted is None else np.isin(labels, list(wanted))), found
+
+
+def tell_structure_labels(found: Collection[int], wanted: Collection[int] | None) -> None:
+    """Print which numbers of label maps were taken for the structure, where that is not plain.
+
+    Args:
+        found: all numbers above 0 in the label maps of a data set.
+        wanted: as of `structure_mask`.
+    """
+    shown = ", ".join(map(str, sorted(found))) or "none"
+    if wanted is None and len(found) > 1:
+        print(f"label values {shown} all count; --label_values chooses some of them")
+    elif missing := sorted(set(wanted or ()) - set(found)):
+        print(f"warning: --label_values {missing[0]} is in no label map; there are {shown}")
 
 
 # ---- statistics of a data set ----

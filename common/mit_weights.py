@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.checkpoints import load_weights, naming_damage
 from common.files import replacing
 from common.mit import BACKBONES
-from common.pretrained import first_names, load_exactly, read_weights
+from common.pretrained import first_names, read_weights
 
 PREFIXES = ("backbone.", "segformer.", "encoder.")  # that stand before the names of an encoder's weights
 HEADS = ("head.", "classifier.", "decode_head.", "decoder.", "attn_proj.", "aux_classifiers.")  # not its own
@@ -40,15 +41,18 @@ def load_encoder(network: nn.Module, path: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, refused, or not exactly the weights of the encoder.
+        ValueError: damaged, refused, or not exactly the weights of the encoder, as of `load_weights`.
     """
-    weights, heads = encoder_weights(read_weights(path))
-    try:
-        load_exactly(network.encoder, weights)
-    except ValueError as error:
+    with naming_damage(str(path)):
+        weights, heads = encoder_weights(read_weights(path))
         found = backbone_of(weights)
+    try:
+        load_weights(network.encoder, weights, str(path))
+    except ValueError as error:
+        if found and found == backbone_of(network.encoder.state_dict()):
+            raise
         advice = f"It holds MiT-{found}: choose --backbone {found}" if found else "It holds no MiT encoder"
-        raise ValueError(f"{path}: {error}. {advice}") from error
+        raise ValueError(f"{error}. {advice}") from error
     left_out = f"; not of the encoder and left out: {first_names(heads)}" if heads else ""
     return [f"Encoder from {path}: {len(weights)} tensors, none missing, none unexpected{left_out}"]
 

@@ -1,13 +1,13 @@
-"""Weights that others trained: read without running code, and loaded whole or not at all."""
+"""Weights that others trained, read without running code; `common.checkpoints.load_weights` loads them."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.checkpoints import load_tensors
+from common.checkpoints import load_tensors, without_wrappers
 
-WRAPPERS = ("state_dict", "model")  # keys under which a file may hold its weights
+HOLDERS = ("state_dict", "model")  # keys under which a file may hold its weights
+MOST_HOLDERS = 3  # one within the other; in a damaged file they may go round in a circle
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -15,7 +15,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: .safetensors, or what torch.save wrote since torch 1.6 (.pth, .pt, .bin): the weights themselves
-            or a dictionary that holds them as "state_dict" or "model". "module." before a name is left out.
+            or a dictionary that holds them as "state_dict" or "model". What `without_wrappers` takes from a
+            name is left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -34,35 +35,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: not a readable .safetensors file ({error})") from error
     else:
         found = load_tensors(path)
-    while isinstance(found, dict) and (
-        inside := [found[w] for w in WRAPPERS if isinstance(found.get(w), dict)]
-    ):
-        found = inside[0]
+    for _ in range(MOST_HOLDERS):
+        inside = [found[h] for h in HOLDERS if isinstance(found, dict) and isinstance(found.get(h), dict)]
+        found = inside[0] if inside else found
     if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path}: holds no weights by name")
-    return {name.removeprefix("module."): value for name, value in found.items() if isinstance(value, Tensor)}
-
-
-def load_exactly(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights that are exactly those of `network`, in names and shapes; otherwise it stays as it was.
-
-    Raises:
-        ValueError: some are missing, unexpected or of another shape; names the first of each.
-    """
-    own = network.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - own.keys()),
-        "of another shape": [
-            f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own
-            if name in weights and weights[name].shape != own[name].shape
-        ],
-    }
-    if any(problems.values()):
-        found = [f"{what}: {first_names(names)}" for what, names in problems.items() if names]
-        raise ValueError(f"the weights do not fit the network; {'; '.join(found)}")
-    network.load_state_dict(dict(weights))
+    return {without_wrappers(str(n)): value for n, value in found.items() if isinstance(value, Tensor)}
 
 
 def first_names(names: list[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.decathlon import find_decathlon, list_cases, read_dataset_json
+from common.decathlon import channel_names, find_decathlon, list_cases, read_dataset_json
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
 
@@ -37,11 +37,10 @@ class Record(NamedTuple):
 def read_decathlon(source: Path) -> list[Record]:
     """imagesTr, labelsTr; dataset.json names the channels of 4-D files. Patients keep their numbers."""
     root = find_decathlon(source) or source
-    notes = read_dataset_json(root)
-    channels = notes.get("modality") or notes.get("channel_names") or {"0": "image"}
+    channels = channel_names(read_dataset_json(root)) or {0: "image"}
     records = []
     for case in list_cases(root):
-        images = tuple((sequence_name(name), case.image, int(k)) for k, name in channels.items())
+        images = tuple((sequence_name(name), case.image, k) for k, name in channels.items())
         records.append(Record(last_number(case.case_id), 0, case.case_id, images, case.label))
     return records
 
@@ -133,13 +132,13 @@ def find_sequences(path: Path, wanted: Sequence[str]) -> list[tuple[Path, int | 
         ValueError: a sequence is not there.
     """
     notes = read_dataset_json(path.parent.parent) if path.parent.name.startswith("images") else {}
-    channels = notes.get("modality") or notes.get("channel_names") or {}
+    channels = channel_names(notes)
     files: dict[str, tuple[Path, int | None]] = {wanted[0]: (path, None)}
     if case := re.fullmatch(BRATS_FILE, case_name(path), re.IGNORECASE):
-        beside = [p for p in path.parent.iterdir() if is_nifti(p) and p.name.startswith(case[1])]
-        files |= {sequence_name(re.split("[_-]", case_name(p))[-1]): (p, None) for p in beside}
+        beside = {p: re.fullmatch("(.+)[_-](.+)", case_name(p)) for p in path.parent.iterdir() if is_nifti(p)}
+        files |= {sequence_name(m[2]): (p, None) for p, m in beside.items() if m and m[1] == case[1]}
     elif len(channels) > 1:
-        files = {sequence_name(name): (path, int(number)) for number, name in channels.items()}
+        files = {sequence_name(name): (path, number) for number, name in channels.items()}
     if missing := [name for name in wanted if name not in files]:
         raise ValueError(f"{path}: the model needs the sequence {missing[0]}; there is {', '.join(files)}")
     return [files[name] for name in wanted]

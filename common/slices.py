@@ -8,11 +8,29 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import replacing
+from common.files import check_keys, check_names, check_numbers, open_npy, replacing
 from common.intensity import to_grey
 from common.nifti import NiftiFile, load_nifti
 from common.nifti_checks import check_memory
 from common.nifti_forms import grid_difference
+
+# What is noted of slices so that other scans can be turned into such ones; None: somebody else's slices.
+NOTES = {"dataset": str | None, "channels": list | None, "channel_numbers": list | None}
+NOTES |= {"pixel_mm": float | int | None, "step": int | None}
+
+
+def check_slice_notes(notes: dict, where: str) -> None:
+    """Refuse NOTES, of slices or of a checkpoint, with which no scan could be turned into slices.
+
+    Raises:
+        ValueError: one has another type or no meaning; `where` stands in front.
+    """
+    check_keys(notes, NOTES, where)
+    check_names(notes["channels"] or [], f'{where}: "channels"')
+    if (pixel_mm := notes["pixel_mm"]) is not None:
+        check_numbers([pixel_mm], 1, f'{where}: "pixel_mm"')
+        if pixel_mm <= 0:
+            raise ValueError(f'{where}: "pixel_mm" is {pixel_mm}, a size above 0 is needed')
 
 
 def to_display(volume: np.ndarray) -> np.ndarray:
@@ -120,10 +138,7 @@ def robust_read_npy(file_path: str | Path) -> np.ndarray:
     Raises:
         ValueError: an object array (which could run code), another shape, or no .npy file.
     """
-    try:
-        array = np.load(file_path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file_path}: not a .npy file of plain numbers ({error})") from error
+    array = np.array(open_npy(file_path))
     shape = array.shape
     if array.ndim == 3 and shape[-1] not in (1, 3) and shape[0] in (1, 3):
         array = np.moveaxis(array, 0, -1)
@@ -140,6 +155,31 @@ def robust_read_npy(file_path: str | Path) -> np.ndarray:
     elif array.dtype != np.uint8:
         array = to_grey(array)
     return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else np.ascontiguousarray(array)
+
+
+def read_npy_mask(file_path: str | Path, shape: Sequence[int] | None = None) -> np.ndarray:
+    """A mask from a .npy file as uint8 (h, w) of 0 and 1; of 0 and 255 the latter becomes 1.
+
+    Args:
+        shape: of its slice, (h, w); None: any.
+
+    Raises:
+        OSError: no such file.
+        ValueError: no .npy file, another shape, or other values, such as several classes or one to be
+            ignored.
+    """
+    array = open_npy(file_path)
+    if array.ndim != 2 or array.dtype.kind not in "buif":
+        raise ValueError(f"{file_path}: {array.dtype} of shape {array.shape}; a mask is (h, w) of numbers")
+    if shape is not None and array.shape != tuple(shape):
+        raise ValueError(f"{file_path}: mask {array.shape} and slice {tuple(shape)} differ in shape")
+    values = np.unique(array)
+    if not any(np.isin(values, pair).all() for pair in ((0, 1), (0, 255))):
+        shown = ", ".join(f"{v:g}" for v in values[:8]) + (", ..." if len(values) > 8 else "")
+        raise ValueError(
+            f"{file_path}: mask values {shown}; expected 0 and 1, or 0 and 255: make masks of one structure"
+        )
+    return (array > 0).astype(np.uint8)
 
 
 def write_png(path: str | Path, pixels: np.ndarray) -> None:

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import distributed
-from common.files import check_numbers, public_folder, read_json
+from common.files import check_numbers, open_npy, public_folder, read_json
 from common.hu import check_window
 from common.splits import (
     check_split,
@@ -264,8 +264,8 @@ def _read_packed(folder: Path, slices: list[SliceFile], size: int) -> PackedSlic
     """A cache mapped into memory; None if there is none, or it is cut off or otherwise damaged."""
     try:
         info = read_json(folder / "info.json", {"num_unclean": int, "tumour_cut_off": float | int})
-        images, labels = (np.load(folder / name, mmap_mode="r") for name in ("images.npy", "labels.npy"))
-    except (OSError, ValueError, EOFError):
+        images, labels = map(open_npy, (folder / "images.npy", folder / "labels.npy"))
+    except (OSError, ValueError):
         return None
     if any(a.shape != (len(slices), size, size) or a.dtype != np.uint8 for a in (images, labels)):
         return None

@@ -10,6 +10,7 @@ import amos_lha.networks
 import amygdala.model
 import lung_tumor.model
 import verse_spine.networks
+import wsss_medical.model
 from common import checkpoints
 from common.hardware import choose_precision
 from common.training import Run
@@ -81,6 +82,18 @@ def test_damaged_weights_end_in_a_sentence_with_the_file(tmp_path, change, probl
     assert str(tmp_path / "best.pt") in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("change", [{"bias": torch.ones(2, 2)}, {"weight": None}, {"more": torch.ones(1)}])
+def test_a_network_gets_all_weights_or_none(change):
+    network, weights = nn.Linear(3, 2), nn.Linear(3, 2).state_dict()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    changed = {name: value for name, value in (weights | change).items() if value is not None}
+    with pytest.raises(ValueError, match="a.pt: the weights do not fit the network"):
+        checkpoints.load_weights(network, changed, "a.pt")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    checkpoints.load_weights(network, weights, "a.pt")
+    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+
+
 @pytest.mark.parametrize("error", [KeyError("width"), TypeError("no number"), RuntimeError("size\nmore")])
 def test_a_configuration_of_which_no_network_can_be_made(tmp_path, error):
     def make(checkpoint):
@@ -137,6 +150,15 @@ def head(**changes):
     return checkpoint_of(network, config=config, preprocessing=notes) | {"stage": "amygdala"}
 
 
+def atrium(**changes):
+    config = {"backbone": "tiny", "pooling": "gmp", "scales": [1.0]}
+    notes = {"dataset": "LASC", "channels": ["lge"], "pixel_mm": 1.25, "step": 1, "threshold": {"seg": 0.4}}
+    split = {"split": {"train": ["a"], "val": ["b"], "test": []}}
+    network = wsss_medical.model.get_model(config)
+    state = checkpoint_of(network, config=config, preprocessing=notes | changes)
+    return state | split | {"stage": "wsss_medical"}
+
+
 def load_spine(path):
     return verse_spine.networks.load_trained(path, CPU, FP32, "segmentation")
 
@@ -146,6 +168,7 @@ TASKS = {
     "spine": (spine, load_spine),
     "organs": (organs, lambda path: amos_lha.networks.load_trained(path, CPU, FP32)),
     "head": (head, lambda path: amygdala.model.load_trained(path, CPU, FP32)),
+    "atrium": (atrium, lambda path: wsss_medical.model.load_trained(path, CPU, FP32)),
 }
 
 
@@ -173,6 +196,10 @@ def test_a_checkpoint_loads_in_its_own_task_only(tmp_path, writer, reader):
         ("organs", {"labelled": None}, '"labelled" should be a list'),
         ("head", {"dataset": "Amygdala"}, "its localiser: holds no weights"),
         ("head", {"dataset": "Liver"}, "its dataset is 'Liver'"),
+        ("atrium", {"channels": [1]}, '"channels": expected a list of names'),
+        ("atrium", {"pixel_mm": float("nan")}, '"pixel_mm": expected 1 number(s)'),
+        ("atrium", {"pixel_mm": -1.25}, '"pixel_mm" is -1.25, a size above 0'),
+        ("atrium", {"threshold": {"seg": "0.4"}}, "threshold in it: expected 1 number(s)"),
     ],
 )
 def test_notes_of_a_checkpoint_that_cannot_be_used(tmp_path, task, change, problem):

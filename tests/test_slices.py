@@ -5,7 +5,7 @@ import pytest
 
 from common import nifti_checks
 from common.nifti import write_nifti
-from common.slices import read_scan, robust_read_npy, to_display, to_pixel_mm
+from common.slices import read_npy_mask, read_scan, robust_read_npy, to_display, to_pixel_mm
 
 GREY = np.arange(20, dtype=np.uint8).reshape(4, 5)
 
@@ -54,7 +54,7 @@ def test_16_bit_does_not_wrap(tmp_path):
 def test_what_is_no_slice_is_refused(tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, np.array([{"a": 1}], object), allow_pickle=True)
-    with pytest.raises(ValueError, match="a.npy: not a .npy file of plain numbers .*allow_pickle"):
+    with pytest.raises(ValueError, match="a.npy: not a .npy file of plain numbers .*Python objects"):
         robust_read_npy(path)
     for content in (b"", b"\x93NUMPY no header", b"text"):
         path.write_bytes(content)
@@ -70,6 +70,64 @@ def test_what_is_no_slice_is_refused(tmp_path):
         np.save(path, array)
         with pytest.raises(ValueError, match=r"a.npy: .* of shape .*; a slice is \(h, w\)"):
             robust_read_npy(path)
+
+
+def npy(header: bytes, length: int = 24) -> bytes:
+    return b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + b"\n" * length
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (4, 6)}", 23),  # truncated
+        npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (100000, 1000000)}"),  # 800 GB
+        npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1" + b"0" * 30 + b",)}"),
+        npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (4, 6"),
+        npy(b"(" * 9000),
+        npy(b"-" * 9000 + b"1"),
+        npy(b"1" + b"+1" * 4000),
+    ],
+    ids=lambda content: content[10:30].decode(),
+)
+def test_damaged_npy_files_end_in_a_sentence(tmp_path, content):
+    path = tmp_path / "a.npy"
+    path.write_bytes(npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (4, 6)}"))
+    assert robust_read_npy(path)[..., 0].tolist() == [[10] * 6] * 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.npy: not a .npy file of plain numbers") as caught:
+        robust_read_npy(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_is_no_slice(tmp_path):
+    np.savez(tmp_path / "a.npz", a=GREY)
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(ValueError, match="a.npy: not a .npy file of plain numbers .*archive"):
+        robust_read_npy(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("top", [1, 255, True, 1.0])
+def test_masks_of_one_structure(tmp_path, top):
+    np.save(tmp_path / "a.npy", np.array([[0, top, 0]]))
+    found = read_npy_mask(tmp_path / "a.npy", (1, 3))
+    assert found.tolist() == [[0, 1, 0]] and found.dtype == np.uint8
+    with pytest.raises(ValueError, match=r"a.npy: mask \(1, 3\) and slice \(3, 1\) differ in shape"):
+        read_npy_mask(tmp_path / "a.npy", (3, 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ([[0, 1, 255]], "mask values 0, 1, 255; expected 0 and 1, or 0 and 255"),
+        ([[0, 1, 2]], "mask values 0, 1, 2; expected"),
+        ([[0, 1, np.nan]], "mask values 0, 1, nan; expected"),
+        ([0, 1], r"a mask is \(h, w\)"),
+    ],
+)
+def test_masks_of_several_structures_are_refused(tmp_path, values, problem):
+    np.save(tmp_path / "a.npy", np.array(values))
+    with pytest.raises(ValueError, match="a.npy: .*" + problem):
+        read_npy_mask(tmp_path / "a.npy")
 
 
 def test_square_pixels_keep_the_field_of_view():

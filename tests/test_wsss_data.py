@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import warnings
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from wsss_medical.dataset import (
 )
 from wsss_medical.phantoms import write_wsss_phantoms
 from wsss_medical.preprocess import main
+from wsss_medical.training import open_data
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not (DATA / "left_atrium_lge").is_dir(), reason="no ../shared/data")
@@ -253,6 +255,17 @@ def test_slices_at_their_own_size(folder):
     assert second["label"].dtype == torch.float32 and second["mask"].sum() == 4 and second["mask"].max() == 1
     assert data.labels.tolist() == [0, 1] and len(data) == 2 and not data.has_masks
     assert MedicalSliceDataset(folder, ["a_001_001_1"]).has_masks
+
+
+def test_masks_as_labels_of_pixels_may_be_0_and_255(folder):
+    """Of labels of pixels 255 means unknown, of masks the structure."""
+    for names, targets in ((["a_001_001_1"], folder / "maskSlice"), (["a_001_000_0"], folder / "labels")):
+        targets.mkdir(exist_ok=True)
+        np.save(targets / f"{names[0]}.npy", np.eye(6, 4, dtype=np.uint8) * 255)
+        data = MedicalClsDataset(folder, names, 32, scale_range=(1, 1), flip=0, targets=targets)
+        top, bottom, left, right = data[0, 0]["box"].tolist()
+        inside = data[0, 0]["target"][top:bottom, left:right]
+        assert inside.max() == (1 if targets.name == "maskSlice" else 255) and (inside > 0).sum() == 4
 
 
 def test_a_training_item_is_where_its_box_says(folder):
@@ -538,6 +551,74 @@ def test_a_case_that_fails_is_named_and_costs_the_others_nothing(heart, tmp_path
     printed = capsys.readouterr().out
     assert "1 case(s) could not be converted" in printed and "la_010" in printed
     assert {patient_of(name) for name in list_names(out)} == {"HEART_003", "HEART_020"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda notes: "[" * 100_000,
+        lambda notes: notes[: len(notes) // 2],
+        lambda notes: json.dumps({"cases": [1, {"name": "la_003"}, {"name": 5}], "outdated": [7]}),
+        lambda notes: notes.replace('"slice_mm"', '"slice"'),
+    ],
+)
+def test_damaged_notes_cost_a_second_conversion(heart, tmp_path, damage):
+    out = tmp_path / "out"
+    run(heart, out)
+    wanted = read_manifest(out), (out / "slices.json").read_text()
+    (out / "preprocessing.json").write_text(damage((out / "preprocessing.json").read_text()))
+    assert run(heart, out) == 0
+    assert wanted == (read_manifest(out), (out / "slices.json").read_text())
+
+
+def test_notes_cannot_remove_what_lies_elsewhere(heart, tmp_path):
+    out, mine = tmp_path / "out", tmp_path / "mine.npy"
+    run(heart, out)
+    mine.touch()
+    notes = json.loads((out / "preprocessing.json").read_text())
+    notes["outdated"] = ["../mine.npy", str(mine)]
+    notes["cases"][0]["files"].append("imageSlice/../../mine.npy")
+    (out / "preprocessing.json").write_text(json.dumps(notes))
+    assert run(heart, out, "--step", "2") == 0 and mine.is_file() and len(list_names(out)) == 6
+
+
+def test_what_the_numbers_of_labels_mean_is_told(heart, tmp_path, capsys):
+    """255 beside others is not taken for the structure; a --label_values that no map holds is named."""
+    run(heart, tmp_path / "all")
+    assert "label values 1, 2 all count; --label_values chooses" in capsys.readouterr().out
+    run(heart, tmp_path / "one", "--label_values", "2", "4")
+    assert "warning: --label_values 4 is in no label map; there are 1, 2" in capsys.readouterr().out
+    label = load_label(heart / "labelsTr" / "la_010.nii.gz").array.copy()
+    label[label == 2] = 255
+    write_nifti(heart / "labelsTr" / "la_010.nii.gz", label, (3.0, 2.0, 1.0), orientation="LPS")
+    assert run(heart, tmp_path / "ignored") == 1
+    assert "la_010.nii.gz: label values 1, 255; 255 beside others" in capsys.readouterr().out
+    assert run(heart, tmp_path / "chosen", "--label_values", "1") == 0
+    assert read_manifest(tmp_path / "chosen")["HEART_010_002_1"]["area"] == "4"
+
+
+def test_nothing_is_converted_among_the_scans(heart, tmp_path):
+    with pytest.raises(SystemExit, match="--out .*other: holds scans .imagesTr/"):
+        run(heart, Path(shutil.copytree(heart, tmp_path / "other")))
+    root = write_files(tmp_path / "raw", ["1/BraTS_001_flair.nii", "1/BraTS_001_seg.nii"])
+    with pytest.raises(SystemExit, match="--out .*raw: holds the scans, which stay as they are"):
+        run(root, root)
+    assert sorted(path.name for path in root.iterdir()) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"channels": "lge"}, '"channels" should be a list'),
+        ({"pixel_mm": "1"}, '"pixel_mm" should be a number'),
+        ({"pixel_mm": 0}, '"pixel_mm" is 0, a size above 0 is needed'),
+        ({"dataset": ["LASC"]}, '"dataset" should be a text'),
+    ],
+)
+def test_notes_of_slices_are_checked_before_the_training(folder, change, problem):
+    (folder / "slices.json").write_text(json.dumps({"dataset": "LASC", "channels": ["lge"]} | change))
+    with pytest.raises(ValueError, match=f"slices.json: {problem}"):
+        open_data(Namespace(data_path=str(folder), dataset=None, slice_split=[0.2, 0.35]))
 
 
 def test_bad_flags_are_one_line(heart, tmp_path):

@@ -85,3 +85,8 @@ def test_checkpoints_of_something_else(tmp_path):
     torch.save(encoder, tmp_path / "mit.pth")
     with pytest.raises(ValueError, match="mit.pth: neither .* an encoder alone is for --pretrained"):
         load_trained(tmp_path / "mit.pth", CPU, FULL)
+    weights = tiny().state_dict()
+    weights["classifier.weight"] = weights["classifier.weight"] * torch.nan
+    torch.save(weights, tmp_path / "wetr.pth")
+    with pytest.raises(ValueError, match=r"wetr.pth: classifier.weight holds NaN"):
+        load_trained(tmp_path / "wetr.pth", CPU, FULL)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 
 import nibabel
 import numpy as np
@@ -427,6 +428,9 @@ def test_sequences_of_a_scan(tmp_path):
         box_scan(case / f"BraTS20_Training_001_{name}.nii.gz")
     flair, t1ce = (case / f"BraTS20_Training_001_{name}.nii.gz" for name in ("flair", "t1ce"))
     assert find_sequences(flair, ["flair", "t1ce"]) == [(flair, None), (t1ce, None)]
+    box_scan(case / "BraTS20_Training_0010_adc.nii.gz")
+    with pytest.raises(ValueError, match="needs the sequence adc"):
+        find_sequences(flair, ["flair", "adc"])  # of a patient whose name begins alike
     gli = tmp_path / "BraTS-GLI-00005-000-t2f.nii.gz"
     box_scan(gli)
     assert find_sequences(gli, ["flair"]) == [(gli, None)]
@@ -437,6 +441,19 @@ def test_sequences_of_a_scan(tmp_path):
     path = tmp_path / "imagesTs" / "BRATS_001.nii.gz"
     assert find_sequences(path, ["t1ce"]) == [(path, 1)]
     assert find_sequences(tmp_path / "mine.nrrd", ["lge"]) == [(tmp_path / "mine.nrrd", None)]
+
+
+def test_scans_called_alike_and_names_that_are_not_utf8(tmp_path, use):
+    odd = os.fsdecode(b"caf\xe9")
+    for case in ("case1", "case2", odd):
+        (tmp_path / "in" / case).mkdir(parents=True)
+        box_scan(tmp_path / "in" / case / "mr.nii.gz")
+    np.save(tmp_path / "in" / f"{odd}.npy", blob())
+    use(bright_model())
+    assert run_predict(tmp_path / "in", tmp_path / "out", "--recursive", "--overlay") == 0
+    found = {str(path.relative_to(tmp_path / "out").parent) for path in (tmp_path / "out").rglob("mr_mask.*")}
+    assert found == {"case1", "case2", odd} and (tmp_path / "out" / f"{odd}_mask.png").is_file()
+    assert sum(r"caf\udce9" in row["scan"] for row in results(tmp_path / "out")) == 2
 
 
 def fails(*_, **__):

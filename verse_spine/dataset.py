@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.files import replacing
+from common.files import NPY_ERRORS, replacing
 from common.hdf5 import CaseFile
 from common.patches import draw_patch
 from common.preprocessed import choose_split, read_cases
@@ -118,7 +118,7 @@ def _stored(
         with np.load(file) as stored:
             image, occupancy = stored["image"], stored["occupancy"]
             is_whole = stored["stamp"].tolist() == stamp and image.shape == occupancy.shape == tuple(shape)
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+    except (*NPY_ERRORS, OSError, KeyError, TypeError, zipfile.BadZipFile, zlib.error):
         return None
     kinds = image.dtype == np.int16 and occupancy.dtype == np.float16
     return (image, occupancy) if is_whole and kinds and np.isfinite(occupancy).all() else None

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import Dataset
 
 from common.augment2d import draw_move, vary_grey
+from common.files import open_npy
 from common.pixel_labels import IGNORE
-from common.slices import robust_read_npy
+from common.slices import read_npy_mask, robust_read_npy
 from common.splits import PARTS, cut_in_order, natural_key
 
 IMAGES, MASKS = "imageSlice", "maskSlice"
@@ -132,10 +133,10 @@ class MedicalSliceDataset(Dataset):
         """uint8 (h, w, 3)."""
         return robust_read_npy(self.root / IMAGES / f"{self.names[i]}.npy")
 
-    def read_mask(self, i: int) -> np.ndarray | None:
-        """uint8 (h, w) of 0 and 1; None if there is no mask."""
+    def read_mask(self, i: int, shape: Sequence[int] | None = None) -> np.ndarray | None:
+        """uint8 (h, w) of 0 and 1, as of `read_npy_mask`; None if there is no mask."""
         path = self.root / MASKS / f"{self.names[i]}.npy"
-        return (np.load(path, allow_pickle=False) > 0).astype(np.uint8) if path.is_file() else None
+        return read_npy_mask(path, shape) if path.is_file() else None
 
     def item(self, i: int, image: np.ndarray) -> dict:
         """name, image uint8 (3, h, w), label float32 (1,)."""
@@ -147,7 +148,8 @@ class MedicalClsValDataset(MedicalSliceDataset):
     """Slices at their own size: `item`, with mask uint8 (h, w) where there is one."""
 
     def __getitem__(self, i: int) -> dict:
-        item, mask = self.item(i, self.read(i)), self.read_mask(i)
+        item = self.item(i, self.read(i))
+        mask = self.read_mask(i, item["image"].shape[1:])
         return item if mask is None else item | {"mask": torch.from_numpy(mask)}
 
 
@@ -198,5 +200,8 @@ class MedicalClsDataset(MedicalSliceDataset):
         item = self.item(index, square) | {"box": torch.tensor(move.box)}
         if self.targets is None:
             return item
-        labels = np.load(self.targets / f"{self.names[index]}.npy", allow_pickle=False)
+        if self.targets == self.root / MASKS:  # in which 255 is the structure
+            labels = self.read_mask(index, image.shape[:2])
+        else:
+            labels = np.array(open_npy(self.targets / f"{self.names[index]}.npy"))
         return item | {"target": torch.from_numpy(move.applied(labels, IGNORE, is_mask=True))}

@@ -113,7 +113,7 @@ def evaluate_split(
     for i, result in zip(mine, found, strict=True):
         scores[i] = result.score
         if data.has_masks:
-            mask = data.read_mask(i)
+            mask = data.read_mask(i, result.seg.shape)
             factors = {BY_SCORE: result.score >= gate, BY_TRUTH: mask.any()}
             for (output, by), sweep in sweeps.items():
                 sweep.add(getattr(result, output) * factors[by], mask, patient_of(data.names[i]))

@@ -53,7 +53,8 @@ def generate_maps(
     pictures, cams = make_folder(output_dir, "--output_dir"), make_folder(cam_npy_dir, "--cam_npy_dir")
     scales = list(scales_of(model, scales))
     attention = make_folder(attn_npy_dir, "--attn_npy_dir") if attn_npy_dir else None
-    earlier = {path.stem.rpartition("_")[0]: path for path in pictures.glob("*.png")}  # of other scores
+    found = pictures.glob("*_[01].[0-9][0-9][0-9].png")  # of an earlier checkpoint, with other scores
+    earlier = {path.stem.rpartition("_")[0]: path for path in found}
     distributed.barrier()
 
     def write(indices: tuple[int, ...]) -> dict:

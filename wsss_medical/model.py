@@ -7,9 +7,12 @@ from torch import nn
 
 from common import checkpoints
 from common.checkpoints import TrainedModel
+from common.files import check_keys, check_numbers
 from common.hardware import Precision
 from common.mit_weights import backbone_of, encoder_weights
-from common.pretrained import load_exactly, read_weights
+from common.pretrained import read_weights
+from common.slices import check_slice_notes
+from common.splits import PARTS
 from common.wetr import WeTr
 
 # Flags that decide the shape of the weights or what they mean; a run can only be resumed with the same ones.
@@ -42,17 +45,17 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
     if isinstance(found, dict) and "config" in found:
         return checkpoints.load_trained(weights, device, precision, _network_of)
     named = read_weights(weights)
-    config = {"backbone": backbone_of(encoder_weights(named)[0]), "pooling": "gmp"}
     try:
+        config = {"backbone": backbone_of(encoder_weights(named)[0]), "pooling": "gmp"}
         config["num_classes"] = len(named["decoder.linear_pred.bias"])
         config["embedding_dim"] = len(named["decoder.linear_c1.proj.bias"])
         network = get_model(config)
-        load_exactly(network, named)
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{weights}: neither a checkpoint of wsss_medical/dist_train.py nor weights of AFA's network "
             f"({error}); an encoder alone is for --pretrained of dist_train.py"
         ) from error
+    checkpoints.load_weights(network, named, str(weights))
     preprocessing = {"dataset": None, "pixel_mm": None, "step": 1, "channels": None}
     split = {"train": [], "val": [], "test": []}
     return TrainedModel(network.to(device).eval(), config, device, precision, preprocessing, split)
@@ -61,4 +64,14 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
 def _network_of(checkpoint: dict) -> nn.Module:
     if (found := checkpoint.get("stage", "another task")) != "wsss_medical":
         raise ValueError(f"not weights of wsss_medical/dist_train.py but of {found}; swapped?")
+    notes = checkpoint["preprocessing"]
+    check_slice_notes(notes, "preprocessing")
+    check_keys(notes, {"threshold": dict | None, "data_path": str | None}, "preprocessing")
+    check_keys(checkpoint["split"], dict.fromkeys(PARTS, list), "split")
+    listed = {
+        "threshold": (notes.get("threshold") or {}).values(),
+        "scales": checkpoint["config"].get("scales"),
+    }
+    for name, values in listed.items():
+        check_numbers(list(values or []), len(values or []), f"{name} in it")
     return get_model(checkpoint["config"])

@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         sequence = (model.preprocessing["channels"] or ["image"])[0]
         name_of = partial(name_of_case, sequence=sequence)
         failed = prediction.predict_scans(
-            lambda path: predict_one(model, path, name_of(path), out, args),
+            lambda path, folder: predict_one(model, path, name_of(path), folder, args),
             args.source,
             out,
             own_names=("_mask", *endings_beside(sequence)),

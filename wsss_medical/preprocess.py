@@ -30,6 +30,7 @@ from common.config import (
 from common.conversion import convert_data_set, print_failed
 from common.files import replacing, write_json
 from common.flags import add_workers_flag
+from common.label_measures import structure_mask, tell_structure_labels
 from common.metrics import write_table
 from common.nifti import load_label
 from common.pairs import why_not_a_pair
@@ -39,6 +40,7 @@ from wsss_medical.dataset import IMAGES, MASKS, split_lines, split_slices, sugge
 
 SCAN_STEP = 1000  # the slices of a patient's second scan are numbered from here on
 COLUMNS = ("stem", "patient", "z", "label", "area", "height", "width")  # of manifest.csv
+NOTED = {"patient": str, "slice_mm": list, "label_values": list, "slices": list, "files": list}  # of a scan
 SETTINGS = ("label_values", "pixel_mm", "step", "skip_empty", "min_pixels", "below_min")
 
 
@@ -112,8 +114,7 @@ def convert_record(record: Record, out: Path, prefix: str, settings: dict) -> di
     label = load_label(record.label)
     if reason := why_not_a_pair(scan, label):
         raise ValueError(reason)
-    values = settings["label_values"]
-    mask = label.array > 0 if values is None else np.isin(label.array, values)
+    mask, found = structure_mask(label.array, settings["label_values"], record.label)
     shown = mask.any(axis=(1, 2))  # before resampling, in which a few pixels may be lost
     masks = to_pixel_mm(to_display(mask).astype(np.uint8), scan.spacing_mm, pixel_mm, is_mask=True)
     patient, rows = f"{prefix}_{record.patient:03d}", []
@@ -134,13 +135,16 @@ def convert_record(record: Record, out: Path, prefix: str, settings: dict) -> di
     side_mm = scan.spacing_mm[1:] if pixel_mm is None else (pixel_mm, pixel_mm)
     slice_mm = [round(side, 6) for side in (scan.spacing_mm[0] * settings["step"], *side_mm)]
     files = [f"{folder}/{stem}.npy" for stem, *_ in rows for folder in (IMAGES, MASKS)]
-    return {"name": record.name, "patient": patient, "slice_mm": slice_mm, "slices": rows, "files": files}
+    about = {"name": record.name, "patient": patient, "slice_mm": slice_mm, "label_values": found}
+    return about | {"slices": rows, "files": files}
 
 
 def convert(args: Namespace) -> dict[str, str]:
     """The whole conversion that the flags ask for; returns {failed scan: reason}."""
     source, out = Path(args.source), Path(args.out or f"data/{args.dataset}")
     layout = find_layout(source) if args.layout == "auto" else args.layout
+    if out.resolve() == source.resolve():
+        raise ValueError(f"--out {out}: holds the scans, which stay as they are; name another folder")
     records = list_records(source, layout, args.modality)[: args.limit]
     channels, prefix = [name for name, *_ in records[0].images], args.dataset.upper()
     if len(channels) not in (1, 3):
@@ -160,12 +164,15 @@ def convert(args: Namespace) -> dict[str, str]:
         about_all={},
         workers=args.workers,
         folders=(IMAGES, MASKS),
+        noted=NOTED,
     )
     print_failed(failed)
     rows = sorted(row for entry in entries for row in entry["slices"])
     if others := len(list((out / IMAGES).glob("[!.]*.npy"))) - len(rows):
         print(f"warning: {out / IMAGES}: {others} more file(s), which shift splits by slice numbers")
     if rows:
+        found = set().union(*(entry["label_values"] for entry in entries))
+        tell_structure_labels(found, args.label_values)
         write_table(out / "manifest.csv", [dict(zip(COLUMNS, row, strict=True)) for row in rows])
         names, positives = [row[0] for row in rows], sum(row[3] for row in rows)
         split = suggested_split(names)

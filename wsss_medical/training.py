@@ -20,6 +20,7 @@ from common.par import PAR, image01
 from common.phantoms import prepare_demo
 from common.pixel_labels import normalise_cam, zero_pixels_background
 from common.plots import save_curves
+from common.slices import NOTES, check_slice_notes
 from common.training import Run
 from common.wetr import Output, multi_scale_cam
 from wsss_medical import affinity, cam, phantoms, preprocess
@@ -44,7 +45,6 @@ LOSSES = ("class", "seg", "affinity", "negative", "contrast")  # in the order of
 HEADS_LEARN_FASTER = 10
 LABELS = "volume_labels"  # folder of a run
 REFRESH = (0.35, 0.85)  # shares of the run between which labels of pixels are made anew
-NOTES = ("dataset", "channels", "channel_numbers", "pixel_mm", "step")  # of slices.json that predict.py needs
 
 
 def demo_dataset(folder: Path = Path("data/demo/wsss_medical")) -> Path:
@@ -80,7 +80,8 @@ def open_data(args: Namespace) -> tuple[Path, dict, dict[str, list[str]]]:
     root = find_root(data_folder(args))
     path = root / "slices.json"
     found = read_json(path, dict) if path.is_file() else {}
-    notes = {name: found.get(name) for name in NOTES}  # None: somebody else's slices
+    notes = {name: found.get(name) for name in NOTES}
+    check_slice_notes(notes, str(path))
     split = split_slices(list_names(root), args.slice_split)
     return root, notes | {"data_path": str(root)}, split
 
