@@ -65,18 +65,10 @@ def add_training_flags(parser: ArgumentParser) -> None:
         metavar=("LEAST", "MOST"),
         help="factors between which the size of a training slice is drawn",
     )
-    data.add_argument(
-        "--rotate",
-        type=float,
-        default=0.0,
-        help="largest angle in degrees by which a training slice is turned to either side",
-    )
-    data.add_argument(
-        "--grey_values",
-        action=Switch,
-        default=False,
-        help="change contrast, brightness and gamma of training slices",
-    )
+    turn = "largest angle in degrees by which a training slice is turned to either side"
+    data.add_argument("--rotate", type=float, default=0.0, help=turn)
+    grey = "change contrast, brightness and gamma of training slices"
+    data.add_argument("--grey_values", action=Switch, default=False, help=grey)
     add_network_flags(parser)
     add_label_flags(parser)
     optim = parser.add_argument_group("optimisation")
@@ -88,38 +80,21 @@ def add_training_flags(parser: ArgumentParser) -> None:
         help="highest learning rate of the encoder. 6e-5 suits a pretrained one, beside which the heads "
         "learn ten times as fast; a random one needs about 6e-4",
     )
-    optim.add_argument(
-        "--warmup",
-        type=fraction,
-        default=0.05,
-        help="share of the run, 0 to 1, during which the learning rate rises",
-    )
-    optim.add_argument(
-        "--ema",
-        action=Switch,
-        help="let a moving average of the weights make the maps and labels, and keep it as the result",
-    )
-    optim.add_argument(
-        "--ema_decay",
-        type=fraction,
-        default=0.99,
-        help="share of the old average, 0 to 1, that an update leaves",
-    )
+    rise = "share of the run, 0 to 1, during which the learning rate rises"
+    optim.add_argument("--warmup", type=fraction, default=0.05, help=rise)
+    average = "let a moving average of the weights make the maps and labels, and keep it as the result"
+    optim.add_argument("--ema", action=Switch, help=average)
+    decay = "share of the old average, 0 to 1, that an update leaves"
+    optim.add_argument("--ema_decay", type=fraction, default=0.99, help=decay)
     add_length_flags(parser)
     add_training_machine_flags(parser)
     add_launch_flags(parser)
     run = parser.add_argument_group("run")
-    run.add_argument(
-        "--work_dir",
-        help="folder of the run; default: work_dir_<dataset>; a second run gets _2 behind it",
-    )
+    work_dir = "folder of the run; default: work_dir_<dataset>; a second run gets _2 behind it"
+    run.add_argument("--work_dir", help=work_dir)
     add_resume_flags(run, "--work_dir")
-    run.add_argument(
-        "--generate_only",
-        action=Switch,
-        default=False,
-        help="do not train: only write the maps of --checkpoint, or of the best.pth of --work_dir",
-    )
+    maps = "do not train: only write the maps of --checkpoint, or of the best.pth of --work_dir"
+    run.add_argument("--generate_only", action=Switch, default=False, help=maps)
     run.add_argument("--checkpoint", help="weights for --generate_only")
     flags.add_evaluate_flag(run)
 
@@ -127,13 +102,10 @@ def add_training_flags(parser: ArgumentParser) -> None:
 def add_network_flags(parser: ArgumentParser) -> None:
     """The flags that decide the network, see model.py."""
     net = parser.add_argument_group("network")
-    net.add_argument(
-        "--backbone",
-        choices=BACKBONES,
-        default="b1",
-        help="size of the MiT encoder: tiny for processors and few data, b0 (3.3 million weights) to b5 (81 "
-        "million)",
+    size = (
+        "size of the MiT encoder: tiny for processors and few data, b0 to b5 with 3.3 to 81 million weights"
     )
+    net.add_argument("--backbone", choices=BACKBONES, default="b1", help=size)
     net.add_argument(
         "--pretrained",
         help="file of encoder weights, as download_weights.py fetches it; without it the encoder starts "
@@ -153,12 +125,8 @@ def add_network_flags(parser: ArgumentParser) -> None:
         help="probability, 0 to 1, that the last block of the encoder is skipped for a slice in training; "
         "earlier blocks are skipped less often",
     )
-    net.add_argument(
-        "--seg_detach",
-        action=Switch,
-        default=False,
-        help="the segmentation head reads the encoder's features without changing them",
-    )
+    detach = "the segmentation head reads the encoder's features without changing them"
+    net.add_argument("--seg_detach", action=Switch, default=False, help=detach)
     net.add_argument(
         "--cam_stages",
         type=int,
@@ -167,13 +135,8 @@ def add_network_flags(parser: ArgumentParser) -> None:
         help="stages of the encoder whose class activation maps are added up, 4 among them; stage 2 has "
         "twice the resolution",
     )
-    net.add_argument(
-        "--checkpointing",
-        action=Switch,
-        default=False,
-        help="compute activations a second time in the backward pass instead of keeping them, which takes "
-        "less memory and about a third more time",
-    )
+    again = "compute activations twice instead of keeping them: less memory, about a third more time"
+    net.add_argument("--checkpointing", action=Switch, default=False, help=again)
 
 
 def add_label_flags(parser: ArgumentParser) -> None:
@@ -214,12 +177,8 @@ def add_label_flags(parser: ArgumentParser) -> None:
         default=[1.0, 0.5, 1.5],
         help="sizes of the slice, relative to its own, of which the class activation maps are added up",
     )
-    labels.add_argument(
-        "--low",
-        type=fraction,
-        default=0.35,
-        help="value of the map, 0 to 1, up to which a pixel is labelled as background",
-    )
+    low = "value of the map, 0 to 1, up to which a pixel is labelled as background"
+    labels.add_argument("--low", type=fraction, default=0.35, help=low)
     labels.add_argument(
         "--high",
         type=fraction,
@@ -227,23 +186,14 @@ def add_label_flags(parser: ArgumentParser) -> None:
         help="value of the map, 0 to 1, above which a pixel is labelled as foreground; between --low and "
         "this it is ignored",
     )
-    labels.add_argument(
-        "--dynamic_threshold",
-        action=Switch,
-        help="lower --high from 0.7 to 0.55 during the run, so that more pixels get a label as the maps "
-        "become better",
+    dynamic = (
+        "lower --high from 0.7 to 0.55 during the run: more pixels get a label as the maps become better"
     )
-    labels.add_argument(
-        "--zero_is_background",
-        action=Switch,
-        help="label pixels of value 0, as skull stripping and padding leave them, as background",
-    )
-    labels.add_argument(
-        "--radius",
-        type=positive_int,
-        default=8,
-        help="distance in cells of 16 pixels up to which the affinity of two cells is learned and used",
-    )
+    labels.add_argument("--dynamic_threshold", action=Switch, help=dynamic)
+    zero = "label pixels of value 0, as skull stripping and padding leave them, as background"
+    labels.add_argument("--zero_is_background", action=Switch, help=zero)
+    radius = "distance in cells of 16 pixels up to which the affinity of two cells is learned and used"
+    labels.add_argument("--radius", type=positive_int, default=8, help=radius)
     for name, what in (
         ("seg_weight", "of the segmentation"),
         ("affinity_weight", "of the affinity between cells"),
@@ -260,18 +210,10 @@ def add_label_flags(parser: ArgumentParser) -> None:
 def add_length_flags(parser: ArgumentParser) -> None:
     """How long the run lasts and when its phases begin."""
     length = parser.add_argument_group("length of the run")
-    length.add_argument(
-        "--max_iters",
-        type=positive_int,
-        default=10_000,
-        help="number of updates of the weights, rounded up to a multiple of --eval_iters",
-    )
-    length.add_argument(
-        "--cam_iters",
-        type=non_negative_int,
-        default=1000,
-        help="number of updates from the labels of slices alone, before maps are good enough to learn from",
-    )
+    updates = "number of updates of the weights, rounded up to a multiple of --eval_iters"
+    length.add_argument("--max_iters", type=positive_int, default=10_000, help=updates)
+    first = "number of updates from the labels of slices alone, before maps are good enough to learn from"
+    length.add_argument("--cam_iters", type=non_negative_int, default=1000, help=first)
     length.add_argument(
         "--aff_iters",
         type=non_negative_int,

@@ -68,10 +68,7 @@ def _network_of(checkpoint: dict) -> nn.Module:
     check_slice_notes(notes, "preprocessing")
     check_keys(notes, {"threshold": dict | None, "data_path": str | None}, "preprocessing")
     check_keys(checkpoint["split"], dict.fromkeys(PARTS, list), "split")
-    listed = {
-        "threshold": (notes.get("threshold") or {}).values(),
-        "scales": checkpoint["config"].get("scales"),
-    }
-    for name, values in listed.items():
-        check_numbers(list(values or []), len(values or []), f"{name} in it")
+    thresholds, scales = (notes.get("threshold") or {}).values(), checkpoint["config"].get("scales") or []
+    for name, values in (("threshold", list(thresholds)), ("scales", scales)):
+        check_numbers(values, len(values), f"{name} in it")
     return get_model(checkpoint["config"])
