@@ -163,9 +163,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
 def validate(trained: TrainedModel, root: Path, args: Namespace) -> dict[str, float]:
     """Scores of validation slices; notes the thresholds that suit them best, where there are masks."""
     names = trained.split["val"]
-    patients = by_patient(names)[
-        :: math.ceil(len(names) / args.val_slices)
-    ]  # whole ones, as volumes tell more
+    patients = by_patient(names)[:: math.ceil(len(names) / args.val_slices)]  # whole volumes
     chosen = [name for patient in patients for name in patient]
     evaluation = evaluate_split(trained, root, chosen, scales=args.scales, batch_size=args.batch_size)
     trained.preprocessing["threshold"] = thresholds = evaluation.thresholds()

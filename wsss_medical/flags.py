@@ -135,7 +135,7 @@ def add_network_flags(parser: ArgumentParser) -> None:
         help="stages of the encoder whose class activation maps are added up, 4 among them; stage 2 has "
         "twice the resolution",
     )
-    again = "compute activations twice instead of keeping them: less memory, about a third more time"
+    again = "compute activations a second time instead of keeping them: less memory, a third more time"
     net.add_argument("--checkpointing", action=Switch, default=False, help=again)
 
 
