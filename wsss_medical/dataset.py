@@ -19,6 +19,7 @@ from common.slices import read_npy_mask, robust_read_npy
 from common.splits import PARTS, cut_in_order, natural_key
 
 IMAGES, MASKS = "imageSlice", "maskSlice"
+DEMO = Path("data/demo/wsss_medical")  # what --data_path demo means: volumes/ and slices/
 PUBLISHED = " (LASC as published has 6776 slices, BraTS 75020)"
 SUGGESTED = (0.2, 0.35)  # of the patients: where the test part and the validation part end
 

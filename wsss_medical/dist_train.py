@@ -38,6 +38,7 @@ from wsss_medical.flags import add_training_flags, resolve_flags
 from wsss_medical.maps import generate_maps
 from wsss_medical.medical_utils import cal_eta
 from wsss_medical.model import ARCHITECTURE, get_model, load_trained
+from wsss_medical.segment import part_of
 from wsss_medical.volume import by_patient
 
 UNCHANGEABLE = [*ARCHITECTURE, "crop_size", "recipe"]  # flags that a resumed run keeps
@@ -186,16 +187,16 @@ def finish(run: Run, trained: TrainedModel, root: Path, args: Namespace) -> None
             title = f"{part} slices of {root}"
             thresholds = best.preprocessing["threshold"]
             write_evaluation(run.folder / f"evaluation_{part}", title, evaluation, thresholds)
-    write_maps(best, root, run.folder, args)
+    write_maps(best, root, best.split["val"], run.folder, args)
     checkpoint = run.folder / "checkpoints" / "best.pth"
     run.log(f"written: {run.folder}/ with log.txt, metrics.csv, checkpoints/, attention_maps/, cam_npy/ ...")
     predict = shlex.join(["python", "wsss_medical/predict.py", "--weights", str(checkpoint)])
     run.log(f"next: {predict} --source <scan or folder> --out <folder>")
 
 
-def write_maps(model: TrainedModel, root: Path, folder: Path, args: Namespace) -> None:
-    """Maps of the validation slices, as gen_attn.py writes them."""
-    slices = MedicalSliceDataset(root, model.split["val"])
+def write_maps(model: TrainedModel, root: Path, names: list[str], folder: Path, args: Namespace) -> None:
+    """Maps of the slices `names`, as gen_attn.py writes them."""
+    slices = MedicalSliceDataset(root, names)
     generate_maps(model, slices, folder / "attention_maps", folder / "cam_npy", scales=args.scales)
 
 
@@ -205,7 +206,7 @@ def generate(args: Namespace) -> None:
     device = hardware.start_device(args.device, distributed.local_rank())
     weights = Path(args.checkpoint) if args.checkpoint else folder / "checkpoints" / "best.pth"
     model = load_trained(weights, device, hardware.choose_precision(args.amp, device))
-    write_maps(model, Path(args.data_path or model.preprocessing["data_path"]), folder, args)
+    write_maps(model, *part_of(model, args.data_path, "val"), folder, args)
     if distributed.is_main():
         print(f"written: {folder / 'attention_maps'} and {folder / 'cam_npy'}")
 

@@ -100,23 +100,19 @@ def evaluate_split(
     """
     data, was_training = MedicalSliceDataset(root, names), model.network.training
     model.network.eval()
-    patients = [
-        list(of_patient) for _, of_patient in groupby(range(len(data)), lambda i: patient_of(names[i]))
-    ]
-    mine, found = [], []
-    for own in distributed.my_share(patients):
-        mine += own
-        slices = [data.read(i) for i in own]
-        found += segment_patient(model, slices, scales=scales, batch_size=batch_size)
     scores: dict[int, float] = {}
     sweeps = {key: Sweep() for key in product(OUTPUTS, (BY_SCORE, BY_TRUTH))}
-    for i, result in zip(mine, found, strict=True):
-        scores[i] = result.score
-        if data.has_masks:
-            mask = data.read_mask(i, result.seg.shape)
-            factors = {BY_SCORE: result.score >= gate, BY_TRUTH: mask.any()}
-            for (output, by), sweep in sweeps.items():
-                sweep.add(getattr(result, output) * factors[by], mask, patient_of(data.names[i]))
+    patients = groupby(range(len(data)), lambda i: patient_of(data.names[i]))
+    for own in distributed.my_share([list(of_patient) for _, of_patient in patients]):
+        slices = [data.read(i) for i in own]  # of one patient at a time: maps of all would fill the memory
+        results = segment_patient(model, slices, scales=scales, batch_size=batch_size)
+        for i, result in zip(own, results, strict=True):
+            scores[i] = result.score
+            if data.has_masks:
+                mask = data.read_mask(i, result.seg.shape)
+                factors = {BY_SCORE: result.score >= gate, BY_TRUTH: mask.any()}
+                for (output, by), sweep in sweeps.items():
+                    sweep.add(getattr(result, output) * factors[by], mask, patient_of(data.names[i]))
     model.network.train(was_training)
     merged = {key: Sweep() for key in sweeps}
     for of_process, parts in distributed.gather((scores, sweeps)):

@@ -3,8 +3,9 @@
     python wsss_medical/gen_attn.py --checkpoint work_dir_lasc/checkpoints/best.pth
     python wsss_medical/gen_attn.py --config wsss_medical/lasc.yaml --split test --save_attn --device cpu
 
-Data set, split and scales are those of the checkpoint; of a --config for training only work_dir and data_path
-count. Writes attention_maps/, cam_npy/ and attn_npy/ to the folder of the run; maps.py tells what they hold.
+Data set, split and scales are those of the checkpoint; of a --config for training only dataset, work_dir and
+data_path count. Writes attention_maps/, cam_npy/ and attn_npy/ to the folder of the run; maps.py tells what
+they hold.
 """
 
 import sys
@@ -28,8 +29,10 @@ from wsss_medical.segment import add_slice_flags, part_of
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", help="trained model; default: checkpoints/best.pth in --work_dir")
-    parser.add_argument("--work_dir", help="folder of the run; default: that of --checkpoint")
-    parser.add_argument("--dataset", help="name of the data set; the checkpoint knows it, too")
+    parser.add_argument(
+        "--work_dir", help="folder of the run; default: that of --checkpoint, else work_dir_<dataset>"
+    )
+    parser.add_argument("--dataset", help="name of the data set, for --work_dir")
     final = "take the last wetr_iter_<N>.pth of the run instead of its best checkpoint"
     parser.add_argument("--use_final", action=Switch, default=False, help=final)
     data_path = "folder that preprocess.py wrote; default: the one that the model was trained on"
@@ -49,7 +52,7 @@ def build_parser() -> ArgumentParser:
 def find_checkpoint(checkpoint: str | None, work_dir: str | None, use_final: bool) -> Path:
     """The file that the flags mean."""
     if not checkpoint and not work_dir:
-        raise ValueError("name a model: --checkpoint, or --work_dir, or a --config file with work_dir")
+        raise ValueError("name a model: --checkpoint, or --work_dir, or a --config file with dataset")
     best = Path(checkpoint or Path(work_dir) / "checkpoints" / "best.pth")
     final = sorted(best.parent.glob("wetr_iter_*.pth"), key=lambda path: natural_key(path.name))
     if use_final and not final:
@@ -63,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         if str(args.dataset).lower().startswith(("voc", "coco")):
             raise ValueError("VOC and COCO have 20 and 80 classes; this task knows slices with one structure")
         device = start_device(args.device, distributed.local_rank())
+        if args.dataset and not (args.checkpoint or args.work_dir):
+            args.work_dir = f"work_dir_{args.dataset.lower()}"  # as dist_train.py names it
         checkpoint = find_checkpoint(args.checkpoint, args.work_dir, args.use_final)
         model = load_trained(checkpoint, device, choose_precision(args.amp, device))
         if args.pooling not in (None, model.config["pooling"]):

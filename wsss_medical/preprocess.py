@@ -183,7 +183,8 @@ def convert(args: Namespace) -> dict[str, str]:
         write_json(out / "slices.json", notes)
         print(f"{len(rows)} slices in {out}, {100 * positives / len(rows):.0f} % of them positive")
         print(f"suggested slice_split: {split or 'none, as there are too few patients'}")
-        print("\n".join(split_lines(split_slices(names, split)) if split else []))
+        for line in split_lines(split_slices(names, split)) if split else []:
+            print(line)
     return failed
 
 

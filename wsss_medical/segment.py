@@ -17,7 +17,7 @@ from common.mit import to_network_input
 from common.pixel_labels import normalise_cam, resize, slice_peaks_at_1
 from common.wetr import multi_scale_cam
 from wsss_medical.affinity import propagated_cam
-from wsss_medical.dataset import list_names
+from wsss_medical.dataset import DEMO, list_names
 
 SCALES = (1.0, 0.5, 1.5)  # of the class activation map
 OUTPUTS = ("seg", "cam", "affinity")  # maps of a SliceResult that a mask can be made of
@@ -137,7 +137,7 @@ def part_of(model: TrainedModel, data_path: str | None, part: str) -> tuple[Path
         data_path: None = the folder that the model was trained on. Of a folder without any of the slices of
             that one all are taken.
     """
-    root = data_path or model.preprocessing.get("data_path")
+    root = DEMO / "slices" if data_path == "demo" else data_path or model.preprocessing.get("data_path")
     if not root:
         raise ValueError("the weights do not tell which slices they are for; name them with --data_path")
     there = list_names(root)

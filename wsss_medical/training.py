@@ -25,6 +25,7 @@ from common.training import Run
 from common.wetr import Output, multi_scale_cam
 from wsss_medical import affinity, cam, phantoms, preprocess
 from wsss_medical.dataset import (
+    DEMO,
     MASKS,
     MedicalClsDataset,
     MedicalSliceDataset,
@@ -47,7 +48,7 @@ LABELS = "volume_labels"  # folder of a run
 REFRESH = (0.35, 0.85)  # shares of the run between which labels of pixels are made anew
 
 
-def demo_dataset(folder: Path = Path("data/demo/wsss_medical")) -> Path:
+def demo_dataset(folder: Path = DEMO) -> Path:
     """Phantom volumes in Decathlon layout, cut into slices by the ordinary route; made once."""
     source, out = folder / "volumes", folder / "slices"
     flags = ["--dataset", "demo", "--source", str(source), "--out", str(out)]
