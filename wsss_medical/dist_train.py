@@ -41,7 +41,7 @@ from wsss_medical.model import ARCHITECTURE, get_model, load_trained
 from wsss_medical.segment import part_of
 from wsss_medical.volume import by_patient
 
-UNCHANGEABLE = [*ARCHITECTURE, "crop_size", "recipe"]  # flags that a resumed run keeps
+UNCHANGEABLE = [*ARCHITECTURE, "crop_size", "recipe", "eval_iters"]  # flags that a resumed run keeps
 
 
 def build_parser() -> ArgumentParser:
@@ -150,8 +150,9 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
             iteration = round(run.progress * args.max_iters)
             scores = {"iteration": iteration, "lr": lr} | training.mean_losses(run.counts)
             scores |= validate(trained, root, args)
-            # Not before all heads have learned: labels of slices are learned long before.
-            score = scores["val_f1"] if iteration > max(args.cam_iters, args.aff_iters) else math.nan
+            # Not before all heads have learned, long after labels of slices are; but the last one counts.
+            begun = min(max(args.cam_iters, args.aff_iters), args.max_iters - args.eval_iters)
+            score = scores["val_f1"] if iteration > begun else math.nan
             run.end_epoch(scores, score, teacher.state_dict())
             if distributed.is_main():
                 training.keep_weights(run, teacher.state_dict(), iteration)

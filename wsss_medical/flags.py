@@ -50,13 +50,8 @@ def add_training_flags(parser: ArgumentParser) -> None:
         "between A and B, the rest is for training. Below 1: shares of the patients; whole numbers: "
         "numbers of slices, such as 4400 4884 for all of LASC",
     )
-    data.add_argument(
-        "--crop_size",
-        type=positive_int,
-        default=320,
-        help="side in pixels of the squares that the network is trained on, a multiple of 32; memory grows "
-        "with its square",
-    )
+    side = "side in pixels of the squares of training, a multiple of 32; memory grows with its square"
+    data.add_argument("--crop_size", type=positive_int, default=320, help=side)
     data.add_argument(
         "--scale_range",
         type=positive_float,
@@ -102,9 +97,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
 def add_network_flags(parser: ArgumentParser) -> None:
     """The flags that decide the network, see model.py."""
     net = parser.add_argument_group("network")
-    size = (
-        "size of the MiT encoder: tiny for processors and few data, b0 to b5 with 3.3 to 81 million weights"
-    )
+    size = "size of the MiT encoder: tiny for processors and few data, b0 to b5 of 3.3 to 81 million weights"
     net.add_argument("--backbone", choices=BACKBONES, default="b1", help=size)
     net.add_argument(
         "--pretrained",
@@ -186,9 +179,7 @@ def add_label_flags(parser: ArgumentParser) -> None:
         help="value of the map, 0 to 1, above which a pixel is labelled as foreground; between --low and "
         "this it is ignored",
     )
-    dynamic = (
-        "lower --high from 0.7 to 0.55 during the run: more pixels get a label as the maps become better"
-    )
+    dynamic = "lower --high from 0.7 to 0.55 during the run, as the maps become better"
     labels.add_argument("--dynamic_threshold", action=Switch, help=dynamic)
     zero = "label pixels of value 0, as skull stripping and padding leave them, as background"
     labels.add_argument("--zero_is_background", action=Switch, help=zero)
@@ -236,12 +227,8 @@ def add_length_flags(parser: ArgumentParser) -> None:
 def add_launch_flags(parser: ArgumentParser) -> None:
     """How processes find each other."""
     launch = parser.add_argument_group("several processes")
-    launch.add_argument(
-        "--backend",
-        choices=("nccl", "gloo"),
-        help="how processes talk to each other; default: nccl between graphics cards, gloo between "
-        "processors",
-    )
+    talk = "how processes talk to each other; default: nccl between graphics cards, gloo between processors"
+    launch.add_argument("--backend", choices=("nccl", "gloo"), help=talk)
     launch.add_argument(
         "--cpu", action=Switch, default=False, help="compute on the processor; the same as --device cpu"
     )

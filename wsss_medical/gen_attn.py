@@ -3,9 +3,8 @@
     python wsss_medical/gen_attn.py --checkpoint work_dir_lasc/checkpoints/best.pth
     python wsss_medical/gen_attn.py --config wsss_medical/lasc.yaml --split test --save_attn --device cpu
 
-Data set, split and scales are those of the checkpoint; of a --config for training only dataset, work_dir and
-data_path count. Writes attention_maps/, cam_npy/ and attn_npy/ to the folder of the run; maps.py tells what
-they hold.
+Split and scales are those of the checkpoint; of a --config only dataset, work_dir and data_path count. Writes
+attention_maps/, cam_npy/ and attn_npy/ to the folder of the run; maps.py tells what they hold.
 """
 
 import sys
@@ -29,9 +28,8 @@ from wsss_medical.segment import add_slice_flags, part_of
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", help="trained model; default: checkpoints/best.pth in --work_dir")
-    parser.add_argument(
-        "--work_dir", help="folder of the run; default: that of --checkpoint, else work_dir_<dataset>"
-    )
+    work_dir = "folder of the run; default: that of --checkpoint, else work_dir_<dataset>"
+    parser.add_argument("--work_dir", help=work_dir)
     parser.add_argument("--dataset", help="name of the data set, for --work_dir")
     final = "take the last wetr_iter_<N>.pth of the run instead of its best checkpoint"
     parser.add_argument("--use_final", action=Switch, default=False, help=final)

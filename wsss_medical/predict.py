@@ -129,13 +129,6 @@ def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Nam
     }
 
 
-def told(row: dict) -> str:
-    """What the line of a scan says; of a slice nobody knows the volume."""
-    volume = "" if math.isnan(row["volume_ml"]) else f"{row['volume_ml']:.1f} mL, "
-    slices = f"{row['slices_with']} of {row['slices']} slices"
-    return f"{slices}, {volume}highest probability {row['highest_probability']:.2f}"
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     with distributed.session():
@@ -154,7 +147,10 @@ def main(argv: list[str] | None = None) -> int:
             recursive=args.recursive,
             table="results.csv",
             machine=f"{describe_device(device)}, {model.precision.name}, threshold {args.threshold:g}",
-            found=told,
+            found=lambda row: (
+                f"{row['slices_with']} of {row['slices']} slices, {row['volume_ml']:.1f} mL, "
+                f"highest probability {row['highest_probability']:.2f}"
+            ).replace(" nan mL,", ""),  # of a slice nobody knows it
             suffixes=(*NIFTI_SUFFIXES, ".npy"),
             name_of=name_of,
         )
