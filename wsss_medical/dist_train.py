@@ -147,7 +147,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
 
             # ---- validate, save, log ----
             distributed.share_buffers(teacher)  # else each process has its own BatchNorm statistics
-            iteration = round(run.progress * args.max_iters)
+            iteration = round(min(run.progress, 1) * args.max_iters)  # a time budget may be exceeded a little
             scores = {"iteration": iteration, "lr": lr} | training.mean_losses(run.counts)
             scores |= validate(trained, root, args)
             # Not before all heads have learned, long after labels of slices are; but the last one counts.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -103,7 +104,8 @@ def evaluate_split(
     scores: dict[int, float] = {}
     sweeps = {key: Sweep() for key in product(OUTPUTS, (BY_SCORE, BY_TRUTH))}
     patients = groupby(range(len(data)), lambda i: patient_of(data.names[i]))
-    for own in distributed.my_share([list(of_patient) for _, of_patient in patients]):
+    mine = distributed.my_share([list(of_patient) for _, of_patient in patients])
+    for own in tqdm(mine, "scoring", unit="patient", disable=None, leave=False):
         slices = [data.read(i) for i in own]  # of one patient at a time: maps of all would fill the memory
         results = segment_patient(model, slices, scales=scales, batch_size=batch_size)
         for i, result in zip(own, results, strict=True):

@@ -214,13 +214,8 @@ def add_length_flags(parser: ArgumentParser) -> None:
     length.add_argument(
         "--eval_iters", type=positive_int, default=1000, help="number of updates between two validations"
     )
-    length.add_argument(
-        "--val_slices",
-        type=positive_int,
-        default=1000,
-        help="number of slices, about, that a validation looks at, of whole patients; fewer are faster and "
-        "tell less",
-    )
+    some = "number of slices, about, that a validation looks at, of whole patients; fewer are faster"
+    length.add_argument("--val_slices", type=positive_int, default=1000, help=some)
     add_time_budget_flag(length, "--max_iters, of which the phases then keep their shares,")
 
 

@@ -5,7 +5,8 @@
 
 Of a scan <name> it writes <name>_mask.nii.gz on the scan's own grid, of a slice <stem>_mask.png (0 or 255),
 with --overlay also a picture, and results.csv of all. MR sequence and pixel size are those of the training:
-the right channel of a 4-D file and the right file of a BraTS case are taken. For research only.
+the right channel of a 4-D file and the right file of a BraTS case are taken. A .npy file is segmented without
+the volume that it comes from, which gives other masks than the scan. For research only.
 """
 
 import math
