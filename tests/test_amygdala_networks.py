@@ -623,8 +623,8 @@ def test_a_checkpoint_is_enough(dimension, tmp_path):
     net = built("unet", dimension)
     checkpoint = {
         "model": net.state_dict(),
-        "config": small("unet", dimension),
-        "preprocessing": {"spacing_mm": [1, 1, 1], "dataset": "Amygdala"},
+        "config": small("unet", dimension) | {"patch_size": [16, 16, 32]},
+        "preprocessing": {"spacing_mm": [1, 1, 1], "dataset": "Hippocampus", "localiser": None},
         "stage": "amygdala",
         "split": {"train": [], "val": [], "test": []},
     }

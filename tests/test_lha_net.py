@@ -361,9 +361,9 @@ def test_load_trained(tmp_path):
     network = get_model(CONFIG, SPACING)
     state = {
         "stage": "amos_lha",
-        "config": CONFIG,
+        "config": CONFIG | {"patch_size": [16, 32, 32]},
         "model": network.state_dict(),
-        "preprocessing": {"spacing_mm": [2.0, 1.5, 1.5]},
+        "preprocessing": {"spacing_mm": [2.0, 1.5, 1.5], "modality": "ct", "labelled": [1], "scaling": None},
         "split": {"train": ["amos_0001"], "val": [], "test": []},
     }
     save_checkpoint(tmp_path / "best.pt", state)

@@ -82,7 +82,10 @@ def test_gradients_lie_in_memory_as_their_weights():
     network = tiny(token_contrast=True)
     output = network(noise(2, 3, 64, 64))
     (output.seg.mean() + output.attn_pred.mean() + output.cls.mean() + output.aux_cls.mean()).backward()
-    assert not [name for name, p in network.named_parameters() if p.stride() != p.grad.stride()]
+    # Of an axis of length 1 the stride means nothing; `distributed.wrap` makes them equal.
+    assert not [
+        n for n, p in network.named_parameters() if 1 not in p.shape and p.stride() != p.grad.stride()
+    ]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
