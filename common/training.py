@@ -95,7 +95,8 @@ class Run:
     ) -> None:
         self.folder = folder
         self.last, self.best_weights = folder / "weights" / "last.pt", folder / "weights" / "best.pt"
-        self.parts, self.notes, self.device = parts, notes | {"config": config, "flags": flags}, device
+        self.parts, self.device = parts, device
+        self.notes = notes | {"config": config, "flags": flags, "epochs": epochs}
         self.accumulate, self.epochs = accumulate, epochs
         self.time_budget_s, self.patience = time_budget_s, patience
         self.resume_command = _command(resume_words or [sys.argv[0], "--resume", str(self.last)])
@@ -109,6 +110,8 @@ class Run:
         self.log = runs.start_log(folder, config, self.history)
         if resumed:
             self.log(f"resumed at epoch {self.epoch}, batch {self.batch}")
+            if not time_budget_s and self.epoch >= (before := resumed.get("epochs", math.inf)):
+                self.log(f"warning: it was over after {before} epochs; now its learning rate jumps up again")
         self.trackers = Trackers(folder, config, self.epoch, self.log, wandb_project, tensorboard)
         self._started = time.perf_counter() - self.elapsed_s
         self._validation_s, self._update_size = 0.0, 0

@@ -230,6 +230,19 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
         new_run(tmp_path, num_batches=6, resumed=state)
 
 
+def test_a_finished_run_that_goes_on_says_that_its_learning_rate_jumps(tmp_path, capsys):
+    with new_run(tmp_path) as run:
+        while run.next_epoch():
+            train_epoch(run)
+    state = load_checkpoint(tmp_path / "weights" / "last.pt")
+    capsys.readouterr()
+    new_run(tmp_path, resumed=state)
+    new_run(tmp_path, resumed=state, epochs=1)
+    assert "jumps up again" in capsys.readouterr().out.split("resumed at")[-1]
+    new_run(tmp_path, resumed=state | {"epochs": 5}, epochs=5)
+    assert "jumps up again" not in capsys.readouterr().out
+
+
 def test_optimizer_step_sets_the_rate_clips_and_averages():
     """SGD on w = (3, 4) with gradient (30, 40), clipped to norm 5: (3, 4) - 0.1 * (3, 4)."""
     network = nn.Linear(2, 1, bias=False)
