@@ -662,3 +662,9 @@ def test_masks_in_files(tmp_path):
 def test_evaluate_says_what_to_give(words):
     with pytest.raises(SystemExit, match="give --weights"):
         run_evaluate(*words)
+
+
+def test_cells_that_resemble_nothing_keep_a_finite_map():
+    """Affinities whose squares are 0 in float32, even of a cell with itself: the map is at the background."""
+    found = propagated_cam(torch.rand(1, 1, 32, 48), torch.full((1, 6, 6), 1e-30), radius=8)
+    torch.testing.assert_close(found, torch.full((1, 1, 32, 48), 0.35))

@@ -123,6 +123,9 @@ def test_a_recipe_sets_what_is_not_given():
         (["--crop_size", "16"], "such as 32 or 48|such as 32 or 32"),
         (["--low", "0.6", "--high", "0.5"], "--low 0.6 lies above --high 0.5"),
         (["--cam_stages", "3"], "stage 4 has to be among them"),
+        (["--dynamic_threshold"], "are for --pixel_labels cam only"),
+        (["--zero_is_background"], "are for --pixel_labels cam only"),
+        (["--checkpoint", "best.pth"], "--checkpoint is for --generate_only"),
         (["--max_iters", "1000", "--cam_iters", "1000"], "the segmentation would never be trained"),
     ],
 )
@@ -310,7 +313,14 @@ def test_config_yaml_repeats_the_run(unbroken, tmp_path):
 
 
 def test_what_cannot_be_resumed(slices, unbroken):
-    for flags in (["--backbone", "b0"], ["--pooling", "gap"], ["--crop_size", "96"], ["--recipe", "cam"]):
+    for flags in (
+        ["--backbone", "b0"],
+        ["--pooling", "gap"],
+        ["--crop_size", "96"],
+        ["--recipe", "cam"],
+        ["--pixel_labels", "cam"],
+        ["--eval_iters", "2"],
+    ):
         with pytest.raises(SystemExit, match="a run goes on as it began"):
             dist_train.main(["--resume", str(unbroken), *flags])
 

@@ -45,7 +45,8 @@ def propagated_cam(cam: Tensor, attn_pred: Tensor, radius: int) -> Tensor:
     size = get_down_size(cam.shape[2:])
     mask = get_mask_by_radius(*size, radius).to(cam.device)
     is_present = cam.new_ones(len(cam), 1)  # slices without the structure are told apart by their score
-    background, structure = propagate(cam, attn_pred, mask, is_present, BACKGROUND, size).split(1, dim=1)
+    shares = propagate(cam, attn_pred, mask, is_present, BACKGROUND, size).clamp(min=1e-30)  # 0: like nothing
+    background, structure = shares.split(1, dim=1)
     # The shares are a softmax over both; back to the CAM, whose range would else be from 0.41 to 0.66.
     return resize(structure.log() - background.log() + BACKGROUND, cam.shape[2:]).clamp(0, 1)
 

@@ -41,7 +41,13 @@ from wsss_medical.model import ARCHITECTURE, get_model, load_trained
 from wsss_medical.segment import part_of
 from wsss_medical.volume import by_patient
 
-UNCHANGEABLE = [*ARCHITECTURE, "crop_size", "recipe", "eval_iters"]  # flags that a resumed run keeps
+UNCHANGEABLE = [
+    *ARCHITECTURE,
+    "crop_size",
+    "recipe",
+    "pixel_labels",
+    "eval_iters",
+]  # flags that a resumed run keeps
 
 
 def build_parser() -> ArgumentParser:
@@ -184,14 +190,12 @@ def finish(run: Run, trained: TrainedModel, root: Path, args: Namespace) -> None
         evaluation = evaluate_split(
             best, root, best.split[part], scales=args.scales, batch_size=args.batch_size
         )
-        if distributed.is_main():
-            title = f"{part} slices of {root}"
-            thresholds = best.preprocessing["threshold"]
-            write_evaluation(run.folder / f"evaluation_{part}", title, evaluation, thresholds)
+        out, thresholds = run.folder / f"evaluation_{part}", best.preprocessing["threshold"]
+        write_evaluation(out, f"{part} slices of {root}", evaluation, thresholds)
     write_maps(best, root, best.split["val"], run.folder, args)
-    checkpoint = run.folder / "checkpoints" / "best.pth"
     run.log(f"written: {run.folder}/ with log.txt, metrics.csv, checkpoints/, attention_maps/, cam_npy/ ...")
-    predict = shlex.join(["python", "wsss_medical/predict.py", "--weights", str(checkpoint)])
+    weights = str(run.folder / "checkpoints" / "best.pth")
+    predict = shlex.join(["python", "wsss_medical/predict.py", "--weights", weights])
     run.log(f"next: {predict} --source <scan or folder> --out <folder>")
 
 

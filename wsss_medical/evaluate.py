@@ -12,7 +12,7 @@ slice the structure lies. With --pred: masks on the scans' own grids, of which a
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from common.sweep import Sweep, overlap_lines, write_sweeps
 from wsss_medical.dataset import PARTS, MedicalSliceDataset, patient_of
 from wsss_medical.model import load_trained
 from wsss_medical.segment import GATE, OUTPUTS, THRESHOLD, add_slice_flags, part_of
-from wsss_medical.volume import segment_patient
+from wsss_medical.volume import by_patient, segment_patient
 
 STRUCTURES = Structures({1: "structure"}, np.array([[0, 0, 0], [230, 30, 30]], np.uint8))
 BY_SCORE, BY_TRUTH = "gated by score", "gated by truth"  # what says in which slices a map counts as empty
@@ -101,36 +101,32 @@ def evaluate_split(
     """
     data, was_training = MedicalSliceDataset(root, names), model.network.training
     model.network.eval()
-    scores: dict[int, float] = {}
+    scores: dict[str, float] = {}
     sweeps = {key: Sweep() for key in product(OUTPUTS, (BY_SCORE, BY_TRUTH))}
-    patients = groupby(range(len(data)), lambda i: patient_of(data.names[i]))
-    mine = distributed.my_share([list(of_patient) for _, of_patient in patients])
-    for own in tqdm(mine, "scoring", unit="patient", disable=None, leave=False):
-        slices = [data.read(i) for i in own]  # of one patient at a time: maps of all would fill the memory
+    mine = distributed.my_share(by_patient(names))  # one at a time: maps of all would fill the memory
+    for patient in tqdm(mine, "scoring", unit="patient", disable=None, leave=False):
+        own = MedicalSliceDataset(root, patient)
+        slices = [own.read(i) for i in range(len(own))]
         results = segment_patient(model, slices, scales=scales, batch_size=batch_size)
-        for i, result in zip(own, results, strict=True):
-            scores[i] = result.score
+        for i, (name, result) in enumerate(zip(patient, results, strict=True)):
+            scores[name] = result.score
             if data.has_masks:
-                mask = data.read_mask(i, result.seg.shape)
+                mask = own.read_mask(i, result.seg.shape)
                 factors = {BY_SCORE: result.score >= gate, BY_TRUTH: mask.any()}
                 for (output, by), sweep in sweeps.items():
-                    sweep.add(getattr(result, output) * factors[by], mask, patient_of(data.names[i]))
+                    sweep.add(getattr(result, output) * factors[by], mask, patient_of(name))
     model.network.train(was_training)
     merged = {key: Sweep() for key in sweeps}
     for of_process, parts in distributed.gather((scores, sweeps)):
         scores |= of_process
         for key, sweep in parts.items():
             merged[key].merge(sweep)
-    probs = [scores[i] for i in range(len(data))]
+    probs = [scores[name] for name in data.names]
     return Evaluation(classification_scores(probs, data.labels, gate), merged if data.has_masks else {})
 
 
 def write_evaluation(out: Path, title: str, evaluation: Evaluation, thresholds: dict[str, float]) -> None:
-    """Write the tables and, where there are masks, the picture of an evaluation; print the summary.
-
-    Args:
-        thresholds: {output: threshold}, 0.5 where there is none.
-    """
+    """Write tables and, where there are masks, the picture; `thresholds` are 0.5 for outputs without one."""
     clear_report(out, FILES)
     if not distributed.is_main():
         return

@@ -177,7 +177,7 @@ def add_label_flags(parser: ArgumentParser) -> None:
         type=fraction,
         default=0.55,
         help="value of the map, 0 to 1, above which a pixel is labelled as foreground; between --low and "
-        "this it is ignored",
+        "this it is ignored; like --low and --scales for --pixel_labels cam",
     )
     dynamic = "lower --high from 0.7 to 0.55 during the run, as the maps become better"
     labels.add_argument("--dynamic_threshold", action=Switch, help=dynamic)
@@ -245,15 +245,19 @@ def resolve_flags(args: Namespace) -> None:
     if args.cpu:
         args.device = "cpu"
     if args.crop_size % 32:
-        wrong = args.crop_size
-        below = wrong // 32 * 32
-        raise ValueError(f"--crop_size {wrong}: use a multiple of 32, such as {below or 32} or {below + 32}")
+        below = args.crop_size // 32 * 32
+        near = f"{below or 32} or {below + 32}"
+        raise ValueError(f"--crop_size {args.crop_size}: use a multiple of 32, such as {near}")
     if not args.low <= args.high:
         raise ValueError(f"--low {args.low:g} lies above --high {args.high:g}")
     if 4 not in args.cam_stages:
         raise ValueError("--cam_stages: stage 4 has to be among them, such as 4 3")
-    if args.cam_iters >= args.max_iters and args.seg_weight:
+    if args.pixel_labels != "cam" and (args.dynamic_threshold or args.zero_is_background):
+        raise ValueError("--dynamic_threshold and --zero_is_background are for --pixel_labels cam only")
+    if args.checkpoint and not args.generate_only:
         raise ValueError(
-            f"--cam_iters {args.cam_iters}: the segmentation would never be trained in {args.max_iters} "
-            "updates; lower it, or use --recipe cam"
+            "--checkpoint is for --generate_only; --pretrained starts from weights of an encoder"
         )
+    if args.cam_iters >= args.max_iters and args.seg_weight:
+        never = f"the segmentation would never be trained in {args.max_iters} updates"
+        raise ValueError(f"--cam_iters {args.cam_iters}: {never}; lower it, or use --recipe cam")

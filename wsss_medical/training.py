@@ -61,11 +61,7 @@ def demo_dataset(folder: Path = DEMO) -> Path:
 
 
 def data_folder(args: Namespace) -> Path:
-    """The folder of slices that the flags name.
-
-    Raises:
-        ValueError: they name none.
-    """
+    """The folder of slices that the flags name."""
     if args.data_path == "demo":
         return demo_dataset()
     if args.data_path is None and args.dataset is None:
