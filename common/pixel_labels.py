@@ -117,6 +117,17 @@ def label_from_shares(
     return label if boxes is None else label.masked_fill(~in_boxes(boxes, (height, width)), IGNORE)
 
 
+def refined_label(
+    par: PAR, image01: Tensor, cam: Tensor, cls_label: Tensor, boxes: Tensor | None, low: float, high: float
+) -> Tensor:
+    """Pixel label (N, H, W) int64 of a normalised CAM (N, C, H, W) that PAR moves to the image's edges.
+
+    `low` and `high` are values of the background, 0 to 1; the rest is as of `label_from_shares`.
+    """
+    shares = [class_shares(cam, cls_label, background) for background in (low, high)]
+    return label_from_shares(par, image01, *shares, cls_label, boxes)
+
+
 def _winner(margin: Tensor) -> Tensor:
     value, label = margin.max(dim=1)
     return torch.where(value > 0, label + 1, 0)

@@ -6,11 +6,10 @@ import torch
 from torch import nn
 
 from common import weak_losses as losses
-from common.cells import get_mask_by_radius
+from common.cells import get_mask_by_radius, propagate, propagated_label
 from common.par import PAR
-from common.pixel_labels import class_shares, normalise_cam
+from common.pixel_labels import class_shares, normalise_cam, refined_label
 from common.wetr import multi_scale_cam
-from wsss_medical import affinity, cam
 
 POSITIVE = torch.tensor([[1.0]])
 
@@ -132,7 +131,7 @@ def test_refined_label_is_undecided_between_the_two_thresholds():
     image, par = random(3, 3, 16, 48), RecordingPAR()
     values = torch.cat([blocks(0.3, 0.5, 0.6), blocks(0.9, 0.9, 0.9), blocks(0.6, 0.3, 0.3)])
     cls_label, boxes = torch.tensor([[1], [0], [1]]), torch.tensor([[2, 16, 0, 48]] * 3)
-    found = cam.refined_label(par, image, values, cls_label, boxes, 0.35, 0.55)
+    found = refined_label(par, image, values, cls_label, boxes, 0.35, 0.55)
     assert found.dtype == torch.int64 and found.shape == (3, 16, 48)
     assert (found[:, :2] == 255).all() and (found[1, 2:] == 0).all()
     middles = found[:, 8, [4, 24, 44]]  # away from the edges, which halving blurs
@@ -142,7 +141,7 @@ def test_refined_label_is_undecided_between_the_two_thresholds():
 
 def test_refined_label_of_negative_slices_needs_no_refinement():
     par = RecordingPAR()
-    found = cam.refined_label(
+    found = refined_label(
         par, random(2, 3, 16, 16), random(2, 1, 16, 16), torch.zeros(2, 1), None, 0.35, 0.55
     )
     assert (found == 0).all() and par.shapes == []
@@ -151,7 +150,7 @@ def test_refined_label_of_negative_slices_needs_no_refinement():
 def test_refined_label_chooses_among_the_classes_in_the_slice():
     values = torch.cat([blocks(0.9, 0.6, 0.1), blocks(0.7, 0.8, 0.1)], dim=1).expand(2, 2, 16, 48)
     cls_label = torch.tensor([[1, 1], [0, 1]])
-    found = cam.refined_label(RecordingPAR(), random(2, 3, 16, 48), values, cls_label, None, 0.35, 0.55)
+    found = refined_label(RecordingPAR(), random(2, 3, 16, 48), values, cls_label, None, 0.35, 0.55)
     assert found[:, 8, [4, 24, 44]].tolist() == [[1, 2, 0], [2, 2, 0]]
 
 
@@ -168,7 +167,7 @@ def test_refined_label_agrees_with_refining_all_shares():
     low, high = winners
     assert 0 < (low - high).sum() < low.numel()
     expected = torch.where(high > 0, 1, torch.where(low == 0, 0, 255))
-    assert torch.equal(cam.refined_label(par, image, values, POSITIVE, None, 0.45, 0.55), expected)
+    assert torch.equal(refined_label(par, image, values, POSITIVE, None, 0.45, 0.55), expected)
 
 
 # ---- affinity ----
@@ -180,7 +179,7 @@ ALL_PAIRS = torch.ones(12, 12, dtype=torch.bool)
 def test_propagation_to_oneself_changes_no_label():
     values = random(2, 1, 3, 4)
     cls_label = torch.tensor([[1], [0]])
-    found = affinity.propagate(values, torch.eye(12).expand(2, 12, 12), ALL_PAIRS, cls_label, 0.4, (3, 4))
+    found = propagate(values, torch.eye(12).expand(2, 12, 12), ALL_PAIRS, cls_label, 0.4, (3, 4))
     assert torch.allclose(found, class_shares(values, cls_label, 0.4) / 1.1)
     assert torch.equal(found.argmax(1) == 1, (values[:, 0] > 0.4) & (cls_label[:, :, None] == 1))
 
@@ -188,7 +187,7 @@ def test_propagation_to_oneself_changes_no_label():
 def test_propagation_by_hand():
     """Two cells; column sums of the squares 1 + 0.16 and 0.25 + 0.81, columns are where shares go to."""
     values, attn = torch.tensor([[[[0.9, 0.1]]]]), torch.tensor([[[1.0, 0.5], [0.4, 0.9]]])
-    found = affinity.propagate(values, attn, torch.ones(2, 2, dtype=torch.bool), POSITIVE, 0.5, (1, 2))
+    found = propagate(values, attn, torch.ones(2, 2, dtype=torch.bool), POSITIVE, 0.5, (1, 2))
     left, right = (1 / (1 + np.exp(0.5 - v)) for v in (0.9, 0.1))
     expected = [(left + 0.16 * right) / 1.26, (0.25 * left + 0.81 * right) / 1.16]
     assert found[0, 1, 0].tolist() == pytest.approx(expected, abs=1e-6)
@@ -202,16 +201,14 @@ def test_propagation_does_not_leak():
     values, other = random(1, 1, 3, 4, seed=2), random(1, 1, 3, 4, seed=3)
     other[:, :, 0] = values[:, :, 0]
     copy = attn.clone()
-    first, second = (affinity.propagate(v, attn, ALL_PAIRS, POSITIVE, 0.4, (3, 4)) for v in (values, other))
+    first, second = (propagate(v, attn, ALL_PAIRS, POSITIVE, 0.4, (3, 4)) for v in (values, other))
     assert torch.equal(first[:, :, 0], second[:, :, 0]) and not torch.equal(first, second)
     assert torch.equal(attn, copy)
     near = get_mask_by_radius(3, 4, 1)
-    masked = affinity.propagate(values, random(1, 12, 12), near, POSITIVE, 0.4, (3, 4))
+    masked = propagate(values, random(1, 12, 12), near, POSITIVE, 0.4, (3, 4))
     far = values.clone()
     far[..., 2:] += 0.5
-    assert torch.equal(
-        affinity.propagate(far, random(1, 12, 12), near, POSITIVE, 0.4, (3, 4))[..., 0], masked[..., 0]
-    )
+    assert torch.equal(propagate(far, random(1, 12, 12), near, POSITIVE, 0.4, (3, 4))[..., 0], masked[..., 0])
 
 
 def test_propagated_label():
@@ -220,7 +217,7 @@ def test_propagated_label():
     attn = torch.eye(4)[None] * 0.5
     attn[:, 2:, 2:] = 0.9
     cls_label, boxes = torch.tensor([[1], [0]]), torch.tensor([[0, 16, 0, 64], [0, 12, 0, 64]])
-    found = affinity.propagated_label(
+    found = propagated_label(
         RecordingPAR(),
         random(2, 3, 16, 64),
         values.expand(2, 1, 16, 64),
@@ -232,7 +229,7 @@ def test_propagated_label():
         0.55,
         (1, 4),
     )
-    alone = cam.refined_label(RecordingPAR(), random(1, 3, 16, 64), values, POSITIVE, None, 0.35, 0.55)
+    alone = refined_label(RecordingPAR(), random(1, 3, 16, 64), values, POSITIVE, None, 0.35, 0.55)
     assert alone[0, 8, [8, 24, 40, 56]].tolist() == [0, 0, 255, 1]
     assert found[0, 8, [8, 24, 40, 56]].tolist() == [0, 0, 1, 1]
     assert (found[1, :12] == 0).all() and (found[1, 12:] == 255).all()
@@ -243,9 +240,7 @@ def test_a_higher_background_leaves_less_foreground():
     inside = []
     for background in (0.35, 0.45, 0.55):
         same = (background, background)
-        label = affinity.propagated_label(
-            PAR(), image, values, attn, ALL_PAIRS, POSITIVE, None, *same, size=(4, 3)
-        )
+        label = propagated_label(PAR(), image, values, attn, ALL_PAIRS, POSITIVE, None, *same, size=(4, 3))
         inside.append(label == 1)
     sizes = [int(found.sum()) for found in inside]
     assert sizes[0] > sizes[2]
@@ -262,7 +257,7 @@ def test_all_is_float32_whatever_autocast_says():
 
     def compute():
         return [
-            affinity.propagate(values, attn, ALL_PAIRS, POSITIVE, 0.4, (3, 4)),
+            propagate(values, attn, ALL_PAIRS, POSITIVE, 0.4, (3, 4)),
             losses.token_contrast_loss(tokens, values, POSITIVE, ALL_PAIRS),
             losses.get_seg_loss(pred, label),
             losses.affinity_loss(attn, ALL_PAIRS[None].int()),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import nifti_checks
+from common.cells import propagated_cam
 from common.checkpoints import TrainedModel, save_checkpoint
 from common.hardware import Precision
 from common.mit import MEAN, SD
@@ -21,7 +22,6 @@ from common.raw_layouts import find_sequences
 from common.slices import volume_to_slices
 from common.wetr import Output
 from wsss_medical import evaluate, gen_attn, maps, predict
-from wsss_medical.affinity import propagated_cam
 from wsss_medical.dataset import MedicalSliceDataset
 from wsss_medical.evaluate import BY_SCORE, BY_TRUTH, evaluate_split
 from wsss_medical.maps import generate_maps

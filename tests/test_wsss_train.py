@@ -211,7 +211,7 @@ def test_what_a_run_leaves_behind(unbroken):
 def test_labels_of_pixels_begin_with_their_phases(slices, tmp_path, monkeypatch):
     """Two updates without, two with labels drawn to edges, two with labels spread by the affinity."""
     made, spread = [], []
-    make, propagate = training.make_labels, training.affinity.propagated_label
+    make, propagate = training.make_labels, training.propagated_label
 
     def counted(*args):
         made.append(args[-1])
@@ -219,7 +219,7 @@ def test_labels_of_pixels_begin_with_their_phases(slices, tmp_path, monkeypatch)
 
     monkeypatch.setattr(training, "make_labels", counted)
     monkeypatch.setattr(
-        training.affinity, "propagated_label", lambda *a, **k: spread.append(made[-1]) or propagate(*a, **k)
+        training, "propagated_label", lambda *a, **k: spread.append(made[-1]) or propagate(*a, **k)
     )
     start(slices, tmp_path / "run", "--recipe", "afa")
     assert made == [2, 3, 4, 5] and spread == [4, 5]
@@ -279,7 +279,7 @@ def test_a_time_budget_keeps_the_shares_of_the_phases(slices, tmp_path, monkeypa
 # ---- stop and resume ----
 
 
-@pytest.mark.parametrize("update", [1, 5])
+@pytest.mark.parametrize("update", [1, 3, 5])
 def test_stopped_and_resumed_equals_unbroken(update, slices, unbroken, tmp_path, monkeypatch):
     calls, step = [], dist_train.optimizer_step
 
@@ -294,7 +294,7 @@ def test_stopped_and_resumed_equals_unbroken(update, slices, unbroken, tmp_path,
         start(slices, tmp_path / "run")
     assert stopped.value.code == 130
     monkeypatch.setattr(dist_train, "optimizer_step", step)
-    assert last_of(tmp_path / "run")["position"]["batch"] == (update if update < 3 else update - 3)
+    assert last_of(tmp_path / "run")["position"]["batch"] == (update if update <= 3 else update - 3)
     dist_train.main(["--resume", str(tmp_path / "run")])
     assert_same_run(unbroken, tmp_path / "run")
 

@@ -41,13 +41,7 @@ from wsss_medical.model import ARCHITECTURE, get_model, load_trained
 from wsss_medical.segment import part_of
 from wsss_medical.volume import by_patient
 
-UNCHANGEABLE = [
-    *ARCHITECTURE,
-    "crop_size",
-    "recipe",
-    "pixel_labels",
-    "eval_iters",
-]  # flags that a resumed run keeps
+UNCHANGEABLE = [*ARCHITECTURE, "crop_size", "recipe", "pixel_labels", "eval_iters"]  # by a resumed run
 
 
 def build_parser() -> ArgumentParser:
@@ -154,7 +148,9 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
             # ---- validate, save, log ----
             distributed.share_buffers(teacher)  # else each process has its own BatchNorm statistics
             iteration = round(min(run.progress, 1) * args.max_iters)  # a time budget may be exceeded a little
-            scores = {"iteration": iteration, "lr": lr} | training.mean_losses(run.counts)
+            scores = {"iteration": iteration, "lr": optimizer.param_groups[0]["lr"]} | training.mean_losses(
+                run.counts
+            )
             scores |= validate(trained, root, args)
             # Not before all heads have learned, long after labels of slices are; but the last one counts.
             begun = min(max(args.cam_iters, args.aff_iters), args.max_iters - args.eval_iters)

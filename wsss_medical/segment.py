@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.cells import propagated_cam
 from common.checkpoints import TrainedModel
 from common.config import positive_float, positive_int
 from common.hardware import autocast
 from common.mit import to_network_input
 from common.pixel_labels import normalise_cam, resize, slice_peaks_at_1
 from common.wetr import multi_scale_cam
-from wsss_medical.affinity import propagated_cam
 from wsss_medical.dataset import DEMO, list_names
 
 SCALES = (1.0, 0.5, 1.5)  # of the class activation map
@@ -72,7 +72,7 @@ def segment_slices(
             yield from _segment(model, image, scales_of(model, scales), gate, cams, attention)
 
 
-@torch.no_grad()  # not inference_mode: training must be able to use the masks that affinity.py keeps
+@torch.no_grad()  # not inference_mode: training must be able to use the masks that cells.py keeps
 def _segment(
     model: TrainedModel, image: Tensor, scales: Sequence[float], gate: float, cams: bool, attention: bool
 ) -> list[SliceResult]:

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from common import distributed, hardware
 from common import weak_losses as losses
-from common.cells import affinity_target
+from common.cells import affinity_target, get_down_size, get_mask_by_radius, propagated_label
 from common.checkpoints import TrainedModel, save_checkpoint
 from common.config import parse_args
 from common.files import link_file, make_folder, read_json
 from common.mit import to_network_input
 from common.par import PAR, image01
 from common.phantoms import prepare_demo
-from common.pixel_labels import normalise_cam, zero_pixels_background
+from common.pixel_labels import normalise_cam, refined_label, zero_pixels_background
 from common.plots import save_curves
 from common.slices import NOTES, check_slice_notes
 from common.training import Run
 from common.wetr import Output, multi_scale_cam
-from wsss_medical import affinity, cam, phantoms, preprocess
+from wsss_medical import phantoms, preprocess
 from wsss_medical.dataset import (
     DEMO,
     MASKS,
@@ -137,8 +137,8 @@ class PixelLabels(NamedTuple):
 
 def known_labels(target: Tensor, radius: int) -> PixelLabels:
     """Labels of pixels (N, H, W) uint8 that were there before the training, 255 = unknown."""
-    cells = affinity.get_down_size(target.shape[1:])
-    near = affinity.get_mask_by_radius(*cells, radius)
+    cells = get_down_size(target.shape[1:])
+    near = get_mask_by_radius(*cells, radius)
     return PixelLabels(target.long(), affinity_target(target.long(), near, cells))
 
 
@@ -167,17 +167,17 @@ def make_labels(
     with hardware.autocast(pixels.device, precision):
         raw, attn_pred, cells = multi_scale_cam(teacher, to_network_input(pixels), args.scales)
     maps, image = normalise_cam(raw.float()), image01(pixels)
-    refined = cam.refined_label(par, image, maps, classes, boxes, **thresholds)
+    refined = refined_label(par, image, maps, classes, boxes, **thresholds)
     seg = refined
     if iteration >= args.aff_iters:
-        near = affinity.get_mask_by_radius(*cells, args.radius)
-        seg = affinity.propagated_label(
+        near = get_mask_by_radius(*cells, args.radius)
+        seg = propagated_label(
             par, image, maps, attn_pred.float(), near, classes, boxes, size=cells, **thresholds
         )
     if args.zero_is_background:
         refined, seg = (zero_pixels_background(label, image, boxes) for label in (refined, seg))
-    cells = affinity.get_down_size(pixels.shape[2:])
-    near = affinity.get_mask_by_radius(*cells, args.radius)
+    cells = get_down_size(pixels.shape[2:])
+    near = get_mask_by_radius(*cells, args.radius)
     return PixelLabels(seg, affinity_target(refined, near, cells))
 
 
@@ -208,7 +208,7 @@ def all_losses(
         found["negative"] = args.negative_weight * losses.negative_cam_loss(output.cam, classes)
     if args.contrast_weight:
         cells = output.tokens.shape[2:]
-        near = affinity.get_mask_by_radius(*cells, args.radius)
+        near = get_mask_by_radius(*cells, args.radius)
         contrast = losses.token_contrast_loss(output.tokens, output.aux_cam, classes, near)
         found["contrast"] = args.contrast_weight * contrast
     return found
