@@ -1,10 +1,13 @@
-"""Curves of a run outside of its folder: Weights & Biases, TensorBoard; both are imported on use."""
+"""Curves and pictures of a run elsewhere: Weights & Biases, TensorBoard; both are imported on use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import distributed
+from common.plots import costs_the_picture
 
 
 def open_wandb(project: str, name: str, config: dict) -> Any:
@@ -62,6 +65,21 @@ class Trackers:
             for name, value in row.items():
                 self.tensorboard.add_scalar(name, value, row["epoch"])
             self.tensorboard.flush()
+
+    def add_images(self, name: str, rows: Iterable[Sequence[np.ndarray]], epoch: int) -> None:
+        """A grid of pictures for TensorBoard, which is all that shows them.
+
+        Args:
+            rows: from the top down, each with pictures uint8 (h, w, 3) from left to right, all of one shape.
+                It is only gone through if TensorBoard is there: pictures that a generator makes on the way
+                cost nothing without it. None at all: nothing is written.
+        """
+        if not self.tensorboard:
+            return
+        with costs_the_picture(f"{name} for TensorBoard"):
+            if lines := [np.concatenate(list(row), axis=1) for row in rows]:
+                self.tensorboard.add_image(name, np.concatenate(lines), epoch, dataformats="HWC")
+                self.tensorboard.flush()
 
     def close(self) -> None:
         if self.wandb:

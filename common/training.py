@@ -67,6 +67,7 @@ class Run:
         epoch, batch: the epoch under way, and how many of its batches are done.
         counts: {name: number} of this epoch, free for the script; kept when the run stops, emptied when the
             epoch ends.
+        stop: whether Ctrl-C or SIGTERM has come to this process, `stop.requested`.
         best, best_epoch: highest score so far (-inf: none) and its epoch (-1: none).
         history: one row for each finished epoch, as in metrics.csv.
 
@@ -117,15 +118,15 @@ class Run:
         self._validation_s, self._update_size = 0.0, 0
         self._losses: list[Tensor] = []  # of the update under way, still on their device
         self._bar = tqdm(disable=True)
-        self._stop = runs.StopRequest()
+        self.stop = runs.StopRequest()
 
     def __enter__(self) -> "Run":
-        self._stop.__enter__()
+        self.stop.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._bar.close()
-        self._stop.__exit__(*exc)
+        self.stop.__exit__(*exc)
         self.trackers.close()
 
     @property
@@ -142,7 +143,7 @@ class Run:
 
     def next_epoch(self) -> bool:
         """Begin the epoch `epoch`; False when the run is over: its length, its time or its patience."""
-        self._exit_if_asked()
+        self.exit_if_asked()
         if self.time_budget_s:
             is_over = self.elapsed_s >= self.time_budget_s
         else:
@@ -189,7 +190,7 @@ class Run:
         0 ends the epoch, or its training for lack of time. Between two updates is the one place where Ctrl-C
         and SIGTERM save last.pt and end the program.
         """
-        self._exit_if_asked()
+        self.exit_if_asked()
         if self.time_budget_s:
             self.elapsed_s = self._seconds()
         self._update_size = min(self.accumulate, self.num_batches - self.batch)
@@ -233,8 +234,7 @@ class Run:
         seconds = time.perf_counter() - self._epoch_began
         self.elapsed_s = self._seconds()
         self._validation_s = self.elapsed_s - self._training_ended_s
-        row = {"epoch": self.epoch, "train_loss": self.loss_sum / self.batch}
-        row |= scores
+        row = {"epoch": self.epoch, "train_loss": self.loss_sum / self.batch} | scores
         row |= {"seconds": seconds, "data_wait": self._wait_s / seconds}
         row["peak_mib"] = peak_memory_mib(self.device)
         score = distributed.from_main(score)  # lest processes disagree by a rounding error on when to end
@@ -302,8 +302,9 @@ class Run:
             return False
         return self.elapsed_s + self._validation_s >= self.time_budget_s
 
-    def _exit_if_asked(self) -> None:
-        if not distributed.any_true(self._stop.requested, self.device):
+    def exit_if_asked(self) -> None:
+        """After Ctrl-C or SIGTERM in any process: save last.pt and end the program. All have to call it."""
+        if not distributed.any_true(self.stop.requested, self.device):
             return
         if self.batch or not self.last.exists():  # else the end of the last epoch has saved it
             self.elapsed_s = time.perf_counter() - self._started

@@ -1,6 +1,7 @@
 """common/training.py, and what it promises of every train script: the contract, one test for all of them."""
 
 import csv
+import io
 import math
 import os
 import shlex
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, TINY_AMOS, TINY_AMYGDALA, TINY_HEATMAP, TINY_SEGMENTATION
+from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -339,11 +342,29 @@ def test_tensorboard_gets_every_epoch_once_also_after_a_resume(tmp_path):
     assert [event.value for event in found.Scalars("train_loss")] == pytest.approx(expected)
 
 
-def test_without_tensorboard_a_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_without_tensorboard_a_line_says_what_to_install_and_no_picture_is_made(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # import then raises ImportError
-    with new_run(tmp_path, tensorboard=tmp_path / "curves"):
-        pass
+    with new_run(tmp_path, tensorboard=tmp_path / "curves") as run:
+        run.trackers.add_images("labels", (pytest.fail("made in vain") for _ in range(1)), 0)
     assert "pip install tensorboard" in capsys.readouterr().out
+
+
+def test_images_for_tensorboard_are_a_grid_and_failing_ones_cost_nothing_else(tmp_path, capsys):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with new_run(tmp_path / "run", tensorboard=tmp_path / "curves") as run:
+        run.trackers.add_images("none", [], 0)
+        run.trackers.add_images("odd", [[np.zeros((4, 5, 3), np.uint8)], [np.zeros((4, 6, 3), np.uint8)]], 0)
+        run.trackers.add_images("grid", ([np.full((4, 5, 3), k, np.uint8)] * 3 for k in (10, 200)), 7)
+    assert "warning: odd for TensorBoard is left out" in capsys.readouterr().out
+    found = accumulator.EventAccumulator(str(tmp_path / "curves"))
+    found.Reload()
+    assert found.Tags()["images"] == ["grid"]
+    (event,) = found.Images("grid")
+    picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert event.step == 7 and picture.shape == (8, 15, 3)
+    assert picture[3, 14].tolist() == [10] * 3 and picture[4, 0].tolist() == [200] * 3
 
 
 # ---- the contract of every train script ----

@@ -22,7 +22,7 @@ from common.config import parse_args
 from common.wetr import Output
 from wsss_medical import dist_train, medical_utils, training
 from wsss_medical.flags import RECIPES, resolve_flags
-from wsss_medical.model import get_model
+from wsss_medical.model import get_model, parameter_groups
 
 TIMES = ("seconds", "data_wait", "peak_mib")
 # Six updates, two of each phase, validated after three and six.
@@ -144,11 +144,11 @@ def test_without_flags_it_says_what_is_missing():
 
 def test_heads_that_learn_faster_and_norms_that_do_not_learn():
     network = get_model({"backbone": "tiny", "num_classes": 2, "pooling": "gmp"})
-    groups = training.parameter_groups(network, 0.01, pretrained=False)
+    groups = parameter_groups(network, 0.01, pretrained=False)
     assert [group.get("lr_scale", 1) for group in groups] == [1, 1, 1]
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01]
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
-    encoder, heads = training.parameter_groups(network, 0.01, pretrained=True)
+    encoder, heads = parameter_groups(network, 0.01, pretrained=True)
     assert heads["lr_scale"] == 10 and "lr_scale" not in encoder
     frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
     assert frozen and all("norm" in name and name.startswith("encoder.") for name in frozen)
@@ -195,6 +195,7 @@ def test_what_a_run_leaves_behind(unbroken):
     rows = rows_of(unbroken)
     assert [row["iteration"] for row in rows] == ["3", "6"]
     assert float(rows[0]["loss_affinity"]) > 0, "the second phase began after two updates"
+    assert [row["updates"] for row in rows] == ["3", "6"]
     best = load_checkpoint(unbroken / "checkpoints" / "best.pth")
     final = load_checkpoint(unbroken / "checkpoints" / "wetr_iter_6.pth")
     assert last_of(unbroken)["position"]["best_epoch"] == 1, "before the last phase no validation counts"
@@ -206,6 +207,32 @@ def test_what_a_run_leaves_behind(unbroken):
     split = best["split"]
     patients = [{name.rsplit("_", 2)[0] for name in split[part]} for part in ("train", "val", "test")]
     assert [len(part) for part in patients] == [4, 1, 1] and not patients[0] & patients[1]
+
+
+def test_counts_and_pictures_of_the_labels(slices, tmp_path):
+    """n+ and n-: means over the batches of a round, of two squares each. TensorBoard's pictures: two slices of
+    64 x 64, each with its map, its labels and what the segmentation says."""
+    run = start(slices, tmp_path / "run", "--pixel_labels", "masks", "--scale_range", "1", "1")
+    for row in rows_of(run):
+        positive, negative = (float(row[f"pixels_{name}"]) for name in ("positive", "negative"))
+        assert positive > 0 and positive + negative == pytest.approx(2 * 64 * 64), "no pixel is unknown"
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(run / "tb_logger"))
+    found.Reload()
+    pictures = found.Images("labels")
+    assert [picture.step for picture in pictures] == [0, 1]
+    assert {(picture.height, picture.width) for picture in pictures} == {(128, 256)}
+    assert found.Scalars("pixels_positive")[1].value == pytest.approx(positive, rel=1e-5)
+
+
+def test_the_log_of_a_run_by_the_clock_says_what_an_iteration_is():
+    scores = {"iteration": 150, "updates": 7, "val_f1": 0.5, "val_accuracy": 0.75, "val_dice_seg": 0.25}
+    args = flag_values("--max_iters", "300", "--eval_iters", "100", "--cam_iters", "100")
+    plain = "F1 0.500, accuracy 0.750, Dice of seg 0.250"
+    assert training.scores_text(scores, args) == f"iteration 150  {plain}"
+    args.time_budget = 60.0
+    clock = "iteration 150 of 300 by the clock (50% of the time, 7 updates)"
+    assert training.scores_text(scores, args) == f"{clock}  {plain}"
 
 
 def test_labels_of_pixels_begin_with_their_phases(slices, tmp_path, monkeypatch):
@@ -274,6 +301,10 @@ def test_a_time_budget_keeps_the_shares_of_the_phases(slices, tmp_path, monkeypa
         "3",
     )
     assert made == [100, 150, 200, 250]
+    assert [(row["iteration"], row["updates"]) for row in rows_of(tmp_path / "run")] == [
+        ("150", "3"),
+        ("300", "6"),
+    ]
 
 
 # ---- stop and resume ----
@@ -296,6 +327,29 @@ def test_stopped_and_resumed_equals_unbroken(update, slices, unbroken, tmp_path,
     monkeypatch.setattr(dist_train, "optimizer_step", step)
     assert last_of(tmp_path / "run")["position"]["batch"] == (update if update <= 3 else update - 3)
     dist_train.main(["--resume", str(tmp_path / "run")])
+    assert_same_run(unbroken, tmp_path / "run")
+
+
+@pytest.mark.parametrize("patient", [2, 6])
+def test_a_run_stops_at_the_next_patient_while_labels_are_made(
+    patient, slices, unbroken, tmp_path, monkeypatch, capsys
+):
+    """Four patients are labelled before the first round, four again before the second, from the maps too."""
+    calls, label_pixels = [], training.label_pixels
+
+    def counted(*args, **options):
+        calls.append(1)
+        label_pixels(*args, **options)
+        if len(calls) == patient:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training, "label_pixels", counted)
+    with pytest.raises(SystemExit) as stopped:
+        start(slices, tmp_path / "run")
+    assert stopped.value.code == 130 and len(calls) == patient
+    assert f"stopped in epoch {patient // 4}; go on with: " in capsys.readouterr().out
+    dist_train.main(["--resume", str(tmp_path / "run")])
+    assert len(calls) == patient + (8 if patient == 2 else 4), "it began with the first patient"
     assert_same_run(unbroken, tmp_path / "run")
 
 

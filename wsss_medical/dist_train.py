@@ -37,7 +37,7 @@ from wsss_medical.evaluate import BY_SCORE, evaluate_split, write_evaluation
 from wsss_medical.flags import add_training_flags, resolve_flags
 from wsss_medical.maps import generate_maps
 from wsss_medical.medical_utils import cal_eta
-from wsss_medical.model import ARCHITECTURE, get_model, load_trained
+from wsss_medical.model import ARCHITECTURE, get_model, load_trained, parameter_groups
 from wsss_medical.segment import part_of
 from wsss_medical.volume import by_patient
 
@@ -76,7 +76,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
     )
     config |= setup.config
     precision, plan = setup.precision, setup.plan
-    groups = training.parameter_groups(network, args.weight_decay, pretrained=bool(args.pretrained))
+    groups = parameter_groups(network, args.weight_decay, pretrained=bool(args.pretrained))
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     teacher, average = network, None  # what makes the labels, and what best.pth keeps
@@ -116,9 +116,10 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
     # ---- train ----
     with run:  # Ctrl-C and SIGTERM: the update is finished, last.pt saved
         while run.next_epoch():
-            training.renew_labels(run, trained, root, args)
+            training.renew_labels(run, trained, root)
             batches = run.batches(loader)
             model.train()
+            pixels = labels = None  # of the last batch, for the pictures
             while size := run.next_update():  # of the weights, from the gradients of `size` batches
                 lr = learning_rate("warmup_poly", run.progress, args.lr, 1e-6 * args.lr, args.warmup)
                 iteration = round(run.progress * args.max_iters)
@@ -142,25 +143,22 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
                         loss = sum(losses.values())
                         scaler.scale(loss / size).backward()
                     run.count(loss)
-                    training.count_losses(run.counts, losses)
+                    training.count_batch(run.counts, losses, labels)
                 optimizer_step(network, optimizer, scaler, lr, args.grad_clip, average)
 
             # ---- validate, save, log ----
             distributed.share_buffers(teacher)  # else each process has its own BatchNorm statistics
             iteration = round(min(run.progress, 1) * args.max_iters)  # a time budget may be exceeded a little
-            scores = {"iteration": iteration, "lr": optimizer.param_groups[0]["lr"]} | training.mean_losses(
-                run.counts
-            )
+            scores = training.means_of_round(run, iteration) | {"lr": optimizer.param_groups[0]["lr"]}
             scores |= validate(trained, root, args)
             # Not before all heads have learned, long after labels of slices are; but the last one counts.
             begun = min(max(args.cam_iters, args.aff_iters), args.max_iters - args.eval_iters)
             score = scores["val_f1"] if iteration > begun else math.nan
             run.end_epoch(scores, score, teacher.state_dict())
-            if distributed.is_main():
-                training.keep_weights(run, teacher.state_dict(), iteration)
-                training.draw_curves(run.folder / "training_curves.png", run.history)
+            training.keep_round(run, teacher.state_dict(), iteration)
+            run.trackers.add_images("labels", training.label_pictures(trained, pixels, labels), run.epoch - 1)
             elapsed, left = cal_eta(began, iteration - first, args.max_iters - first)
-            run.log_epoch(f"{training.scores_text(scores)}  {elapsed} done, {left} to go")
+            run.log_epoch(f"{training.scores_text(scores, args)}  {elapsed} done, {left} to go")
     finish(run, trained, root, args)
 
 

@@ -2,12 +2,14 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import distributed, hardware
 from common import weak_losses as losses
@@ -18,8 +20,8 @@ from common.files import link_file, make_folder, read_json
 from common.mit import to_network_input
 from common.par import PAR, image01
 from common.phantoms import prepare_demo
-from common.pixel_labels import normalise_cam, refined_label, zero_pixels_background
-from common.plots import save_curves
+from common.pixel_labels import IGNORE, normalise_cam, refined_label, zero_pixels_background
+from common.plots import PRED_COLOR, heat_picture, outline, overlay, save_curves
 from common.slices import NOTES, check_slice_notes
 from common.training import Run
 from common.wetr import Output, multi_scale_cam
@@ -34,18 +36,21 @@ from wsss_medical.dataset import (
     split_lines,
     split_slices,
 )
-from wsss_medical.volume import label_pixels
+from wsss_medical.segment import segment_slices
+from wsss_medical.volume import by_patient, label_pixels
 
+LOSSES = [f"loss_{name}" for name in ("class", "seg", "affinity", "negative", "contrast")]
+PIXELS = ["pixels_positive", "pixels_negative"]  # of a batch that are labelled so, n+ and n-
 CURVES = {
-    "loss": ["train_loss", "loss_class", "loss_seg", "loss_affinity", "loss_negative", "loss_contrast"],
+    "loss": ["train_loss", *LOSSES],
+    "labels of pixels in a batch": PIXELS,
     "labels of slices, validation": ["val_f1", "val_accuracy", "val_auroc"],
     "Dice of positive slices, validation": ["val_dice_cam", "val_dice_seg"],
     "learning rate of the encoder": ["lr"],
 }
-LOSSES = ("class", "seg", "affinity", "negative", "contrast")  # in the order of the table
-HEADS_LEARN_FASTER = 10
 LABELS = "volume_labels"  # folder of a run
 REFRESH = (0.35, 0.85)  # shares of the run between which labels of pixels are made anew
+UNKNOWN = (60, 120, 255)  # RGB of pixels without a label
 
 
 def demo_dataset(folder: Path = DEMO) -> Path:
@@ -91,28 +96,6 @@ def data_lines(root: Path, split: dict[str, list[str]], num_batches: int, effect
         *(f"  {line}" for line in split_lines(split)),
         f"{num_batches} batches between two validations in each process, effective batch {effective_batch}",
     ]
-
-
-def parameter_groups(network: nn.Module, weight_decay: float, *, pretrained: bool) -> list[dict]:
-    """Parameters in groups for AdamW: encoder, its norms (no decay), heads.
-
-    Beside a pretrained encoder, whose norms stay as they are, the heads learn ten times as fast, as in AFA.
-    """
-    groups = [
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-        {"params": [], "weight_decay": weight_decay, "lr_scale": HEADS_LEARN_FASTER if pretrained else 1},
-    ]
-    for name, parameter in network.named_parameters():
-        if not name.startswith("encoder."):
-            groups[2]["params"].append(parameter)
-        elif "norm" not in name:
-            groups[0]["params"].append(parameter)
-        elif pretrained:
-            parameter.requires_grad_(False)
-        else:
-            groups[1]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
 
 
 def step_loss(output: Output, target: Tensor) -> Tensor:
@@ -247,48 +230,87 @@ def training_slices(
     )
 
 
-def renew_labels(run: Run, trained: TrainedModel, root: Path, args: Namespace) -> None:
+def renew_labels(run: Run, model: TrainedModel, root: Path) -> None:
     """Before a round of --pixel_labels escape: write its labels, unless it is a round that was broken off.
 
     Those of the first round come from the volumes alone; later ones, in the middle of the run, also from what
-    the network has learned.
+    the network has learned. Ctrl-C ends the run at the next patient; --resume then begins with the first.
     """
     done = run.folder / LABELS / "round.txt"
-    if args.pixel_labels != "escape" or (done.is_file() and done.read_text() == f"{run.epoch}"):
+    if model.config["pixel_labels"] != "escape" or (done.is_file() and done.read_text() == f"{run.epoch}"):
         return
     in_the_middle = REFRESH[0] <= run.progress <= REFRESH[1]
     if run.epoch == 0 or in_the_middle:
-        names = trained.split["train"]
-        trained.network.eval()
-        label_pixels(trained, root, names, run.folder / LABELS, by_model=in_the_middle)
+        model.network.eval()
+        patients = distributed.my_share(by_patient(model.split["train"]))
+        for names in tqdm(patients, "labels of pixels", unit="patient", disable=None, leave=False):
+            if run.stop.requested:
+                break
+            label_pixels(model, root, names, run.folder / LABELS, by_model=in_the_middle)
+        distributed.barrier()
+        run.exit_if_asked()
     if distributed.is_main():
         done.write_text(f"{run.epoch}")
 
 
-def keep_weights(run: Run, weights: dict, iteration: int) -> None:
-    """checkpoints/wetr_iter_<iteration>.pth with `weights`; best.pth and last.pth beside it are second names
-    of what lies in weights/. Rank 0 only."""
+def keep_round(run: Run, weights: dict, iteration: int) -> None:
+    """The curves, and checkpoints/wetr_iter_<iteration>.pth with `weights`; best.pth and last.pth beside it
+    are second names of what lies in weights/. Rank 0 only."""
+    if not distributed.is_main():
+        return
     folder = make_folder(run.folder / "checkpoints")
     save_checkpoint(folder / f"wetr_iter_{iteration}.pth", run.notes | {"model": weights})
     for name in ("best", "last"):
         if (run.folder / "weights" / f"{name}.pt").is_file():
             link_file(folder / f"{name}.pth", f"../weights/{name}.pt")
+    draw_curves(run.folder / "training_curves.png", run.history)
 
 
-def count_losses(counts: dict[str, float], losses_of_batch: dict[str, Tensor]) -> None:
-    """Add the losses of a batch to the sums of the epoch."""
-    for name, loss in losses_of_batch.items():
-        counts[name] = counts.get(name, 0.0) + loss.item()
+def count_batch(
+    counts: dict[str, float], losses_of_batch: dict[str, Tensor], labels: PixelLabels | None
+) -> None:
+    """Add LOSSES and PIXELS of a batch to the sums of the round."""
+    values = {f"loss_{name}": loss for name, loss in losses_of_batch.items()}
+    if labels is not None:
+        values |= {name: (labels.seg == value).sum() for name, value in zip(PIXELS, (1, 0), strict=True)}
+    for name, value in values.items():
+        counts[name] = counts.get(name, 0.0) + value.item()
         counts[f"batches_{name}"] = counts.get(f"batches_{name}", 0) + 1
 
 
-def mean_losses(counts: dict[str, float]) -> dict[str, float]:
-    """{"loss_<name>": mean over the batches that had it}; NaN where none had."""
-    found = {}
-    for name in LOSSES:
-        num = counts.get(f"batches_{name}", 0)
-        found[f"loss_{name}"] = counts[name] / num if num else math.nan
+def means_of_round(run: Run, iteration: int) -> dict[str, float]:
+    """Iteration and number of updates at the end of a round, and means of LOSSES and PIXELS over the batches
+    that had them, NaN where none had.
+
+    With --time_budget an iteration is not an update but a share of the time.
+    """
+    before = run.history[-1].get("updates", 0) if run.history else 0
+    found = {"iteration": iteration, "updates": before + math.ceil(run.batch / run.accumulate)}
+    for name in (*LOSSES, *PIXELS):
+        number = run.counts.get(f"batches_{name}", 0)
+        found[name] = run.counts[name] / number if number else math.nan
     return found
+
+
+def label_pictures(
+    model: TrainedModel, pixels: Tensor | None, labels: PixelLabels | None
+) -> Iterator[list[np.ndarray]]:
+    """Of some slices of a training batch: the slice, its class activation map, its labels of pixels if there
+    are any (red: structure, blue: unknown), and what the segmentation head says.
+
+    Args:
+        pixels: uint8 (N, 3, H, W); None, as in a round that was resumed behind its last batch: no pictures.
+    """
+    if pixels is None:
+        return
+    model.network.eval()
+    images = pixels[:4].movedim(1, -1).cpu().numpy()
+    for i, (image, result) in enumerate(zip(images, segment_slices(model, images), strict=True)):
+        row = [image, heat_picture(image, result.cam)]
+        if labels:
+            label = labels.seg[i].cpu().numpy()
+            row.append(outline(overlay(image[..., 0], label == IGNORE, UNKNOWN), label == 1, PRED_COLOR))
+        yield [*row, heat_picture(image, result.seg)]
 
 
 def draw_curves(path: Path, history: list[dict]) -> None:
@@ -297,12 +319,17 @@ def draw_curves(path: Path, history: list[dict]) -> None:
     save_curves(path, history, panels, only_above_0=True, x="iteration")
 
 
-def scores_text(scores: dict[str, float]) -> str:
-    """The scores of a validation in one line."""
-    text = (
-        f"iteration {scores['iteration']}  F1 {scores['val_f1']:.3f}, accuracy {scores['val_accuracy']:.3f}"
-    )
+def scores_text(scores: dict[str, float], args: Namespace) -> str:
+    """The scores of a validation in one line.
+
+    With --time_budget an iteration is not an update but a share of the time, which the line says.
+    """
+    where = f"iteration {scores['iteration']}"
+    if args.time_budget:
+        share = f"{scores['iteration'] / args.max_iters:.0%} of the time, {scores['updates']} updates"
+        where = f"{where} of {args.max_iters} by the clock ({share})"
     dice = [
         f"{kind} {scores[f'val_dice_{kind}']:.3f}" for kind in ("cam", "seg") if f"val_dice_{kind}" in scores
     ]
+    text = f"{where}  F1 {scores['val_f1']:.3f}, accuracy {scores['val_accuracy']:.3f}"
     return f"{text}, Dice of {', '.join(dice)}" if dice else text

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import uniform_filter1d
-from tqdm import tqdm
 
-from common import distributed
 from common.checkpoints import TrainedModel
 from common.escape import escape_map
 from common.files import make_folder, replacing
@@ -40,34 +38,30 @@ def label_pixels(
     by_model: bool,
     batch_size: int = 8,
 ) -> None:
-    """Write labels of pixels of training slices, uint8 with 0, 1 and 255 = unknown, to <name>.npy.
+    """Write labels of pixels of a patient's slices, uint8 with 0, 1 and 255 = unknown, to <name>.npy.
 
     By the escape map alone or, `by_model`, by its geometric mean with what the model has learned, which is
-    right where single volumes are not. Processes share the patients.
+    right where single volumes are not.
     """
     make_folder(folder)
-    for own in tqdm(
-        distributed.my_share(by_patient(names)), "labels of pixels", unit="patient", disable=None, leave=False
-    ):
-        data = MedicalSliceDataset(root, own)
-        slices, is_positive = [data.read(i) for i in range(len(data))], data.labels > 0
-        if not are_alike(slices):
-            raise ValueError(
-                f"--pixel_labels escape: {own[0]} and other slices of its patient differ in size, so they "
-                "are no volume; use --pixel_labels cam"
-            )
-        found, shares = escape_map(grey_volume(slices), is_positive, model.config["dark"])
-        (low, high), is_unsure = FIRST, is_positive & (shares < LEAST_SHARE)
-        if by_model:
-            results = segment_slices(model, slices, batch_size=batch_size, cams=False)
-            found = np.sqrt(found * np.stack([result.seg for result in results]))
-            (low, high), is_unsure = LATER, np.zeros_like(is_positive)
-        label = np.select([found > high, found < low], [np.uint8(1), np.uint8(0)], np.uint8(IGNORE))
-        label[is_unsure] = IGNORE
-        for name, of_slice in zip(own, label, strict=True):
-            with replacing(folder / f"{name}.npy") as partial:
-                np.save(partial, of_slice)
-    distributed.barrier()
+    data = MedicalSliceDataset(root, names)
+    slices, is_positive = [data.read(i) for i in range(len(data))], data.labels > 0
+    if not are_alike(slices):
+        raise ValueError(
+            f"--pixel_labels escape: {names[0]} and other slices of its patient differ in size, so they "
+            "are no volume; use --pixel_labels cam"
+        )
+    found, shares = escape_map(grey_volume(slices), is_positive, model.config["dark"])
+    (low, high), is_unsure = FIRST, is_positive & (shares < LEAST_SHARE)
+    if by_model:
+        results = segment_slices(model, slices, batch_size=batch_size, cams=False)
+        found = np.sqrt(found * np.stack([result.seg for result in results]))
+        (low, high), is_unsure = LATER, np.zeros_like(is_positive)
+    label = np.select([found > high, found < low], [np.uint8(1), np.uint8(0)], np.uint8(IGNORE))
+    label[is_unsure] = IGNORE
+    for name, of_slice in zip(names, label, strict=True):
+        with replacing(folder / f"{name}.npy") as partial:
+            np.save(partial, of_slice)
 
 
 def are_alike(slices: Sequence[np.ndarray]) -> bool:
