@@ -178,7 +178,8 @@ def resume(
 ) -> tuple[Namespace, dict | None, Path | None]:
     """Flag values of a train script, and the checkpoint and folder of the run that --resume goes on with.
 
-    A run goes on with its own flags; those of the command line win over them.
+    A run goes on with its own flags. Those of the command line win over them; those of a --config file, which
+    may have changed since, do not. Lines tell which flags are others now, and which would be by the file.
 
     Args:
         parser: with the flags of `run_flags.add_run_flags`.
@@ -223,12 +224,21 @@ def resume(
     for name, values in (("config", config), ("flags", checkpoint["flags"])):
         if missing := [key for key in same if key not in values]:
             raise ValueError(f"--resume {path}: {name} lacks {missing[0]}; start the run again")
-    args = parse_args(parser, argv, base=config)
+    args = parse_args(parser, argv, base=config, from_file=())
     for key in same:
         asked = getattr(args, key)
         if asked not in (config[key], checkpoint["flags"][key]):  # --vram may have made less of it
             raise ValueError(f"--resume: its {key} is {config[key]}, not {asked}; a run goes on as it began")
         setattr(args, key, config[key])
+    if distributed.is_main():
+        with_file = parse_args(parser, argv, base=config)
+        for key in sorted(config.keys() & vars(args)):
+            known = _plain(config[key]), _plain(checkpoint["flags"].get(key))
+            now, in_file = _plain(getattr(args, key)), _plain(getattr(with_file, key))
+            if now not in known:
+                print(f"--resume: --{key} is {now} from here on, so far it was {known[0]}")
+            elif in_file not in known:
+                print(f"--resume: --{key} stays {now}; to make it {in_file}, as in --config, use the flag")
     return args, checkpoint, folder
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from amos_lha import train as train_amos
 from amygdala import train as train_amygdala
-from common import distributed, hardware, trackers, training
+from common import distributed, hardware, runs, trackers, training
 from common.checkpoints import load_checkpoint
 from common.distributed import make_loader
 from common.ema import WeightAverage
@@ -717,6 +717,23 @@ def test_what_cannot_be_resumed(script, unbroken, tmp_path):
         )
     with pytest.raises(SystemExit, match="none.pt: no such checkpoint"):
         script.module.main(["--resume", str(tmp_path / "none.pt")])
+
+
+def test_a_resumed_run_keeps_its_flags_whatever_a_yaml_file_says(script, unbroken, tmp_path, capsys):
+    """Only the command line changes them; lines say what is new, and what would be by the file."""
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    seed, workers = (last_of(run)["config"][key] for key in ("seed", "workers"))
+    (tmp_path / "new.yaml").write_text(f"seed: {seed + 1}\nworkers: {workers + 2}\nuse_wandb: false\n")
+    flags = ["--resume", str(run), "--config", str(tmp_path / "new.yaml"), "--workers", str(workers + 1)]
+    parser = script.module.build_parser()
+    args, _, _ = runs.resume(parser, flags, same=[], stage=last_of(run).get("stage"))
+    assert (args.seed, args.workers) == (seed, workers + 1)
+    assert capsys.readouterr().out.splitlines() == [
+        f"--resume: --seed stays {seed}; to make it {seed + 1}, as in --config, use the flag",
+        f"--resume: --workers is {workers + 1} from here on, so far it was {workers}",
+    ]
+    runs.resume(parser, ["--resume", str(run)], same=[], stage=last_of(run).get("stage"))
+    assert not capsys.readouterr().out
 
 
 def test_resuming_the_run_of_another_script(unbroken, script):

@@ -210,8 +210,8 @@ def test_what_a_run_leaves_behind(unbroken):
 
 
 def test_counts_and_pictures_of_the_labels(slices, tmp_path):
-    """n+ and n-: means over the batches of a round, of two squares each. TensorBoard's pictures: two slices of
-    64 x 64, each with its map, its labels and what the segmentation says."""
+    """n+ and n-: means over the batches of a round, of two slices of 64 x 64 each. Pictures for TensorBoard:
+    both slices, each with its map, its labels and what the segmentation says."""
     run = start(slices, tmp_path / "run", "--pixel_labels", "masks", "--scale_range", "1", "1")
     for row in rows_of(run):
         positive, negative = (float(row[f"pixels_{name}"]) for name in ("positive", "negative"))
