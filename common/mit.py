@@ -32,7 +32,7 @@ BACKBONES = {
 STRIDES = (4, 2, 2, 1)  # SegFormer has (4, 2, 2, 2); with 1 the stages 3 and 4 lie on the same grid
 MEAN, SD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of the pixels of ImageNet
 SMALLEST = 32  # side of an image in pixels, of which the first stage's keys are the mean
-HANDED_OUT = 2  # blocks at the end of stage 4 whose attention is part of the result
+HANDED_OUT = 2  # blocks at the end, all of stage 4, whose attention is part of the result
 
 
 class PatchEmbedding(nn.Module):
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int, reduction: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.reduction = heads, reduction
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(channels, 2 * channels)
         self.proj = nn.Linear(channels, channels)
@@ -166,14 +166,22 @@ class MixTransformer(nn.Module):
         self.apply(init_weights)
 
     def forward(
-        self, image: Tensor, run: Callable = lambda block, *inputs: block(*inputs)
+        self,
+        image: Tensor,
+        run: Callable = lambda block, *inputs: block(*inputs),
+        handed_out: int = HANDED_OUT,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """image (N, 3, H, W) -> features and attention; `run(block, *inputs)` calls each block.
+        """image (N, 3, H, W) -> features and attention.
+
+        Args:
+            run: `run(block, *inputs)` calls each block.
+            handed_out: number of blocks, counted from the last one, whose attention is wanted.
 
         Returns:
-            Features of the four stages, (N, C, h, w) with h = H / stride rounded up; and, for each of the
-            last two blocks, the product of queries (axis 2) and keys (axis 3), float32 (N, heads, n, n) with
-            n = h * w of stage 4, as in Attention.
+            Features of the four stages, (N, C, h, w) with h = H / stride rounded up; and, for each of these
+            blocks, the product of queries (axis 2) and keys (axis 3), float32 (N, heads, n, n), as in
+            Attention. In stage 4 n = h * w; where the grid of the keys is coarser, n is the number of its
+            cells, and that of a cell is the mean over the queries in it.
         """
         check_image(image, 3, ndim=2)
         if min(image.shape[2:]) < SMALLEST:
@@ -182,13 +190,14 @@ class MixTransformer(nn.Module):
                 f"takes {SMALLEST} x {SMALLEST} or more; enlarge it, or leave out the smallest of --scales"
             )
         x, features, products = image, [], []
+        still_to_come = sum(len(getattr(self, f"block{stage}")) for stage in "1234")
         for stage in "1234":
             x, grid = getattr(self, f"patch_embed{stage}")(x)
-            blocks = getattr(self, f"block{stage}")
-            for number, block in enumerate(blocks):
-                hand_out = stage == "4" and number >= len(blocks) - HANDED_OUT
+            for block in getattr(self, f"block{stage}"):
+                hand_out = still_to_come <= handed_out
                 x, product = run(block, x, grid, hand_out)
-                products += [product] if hand_out else []
+                products += [_square(product, grid, block.attn.reduction)] if hand_out else []
+                still_to_come -= 1
             x = _image(getattr(self, f"norm{stage}")(x), grid)
             features.append(x)
         return features, products
@@ -233,6 +242,14 @@ def to_network_input(image: Tensor) -> Tensor:
     """uint8 (n, 3, h, w) -> float32 with mean and deviation of ImageNet, which encoders are trained on."""
     mean, sd = (torch.tensor(v, device=image.device).reshape(1, 3, 1, 1) for v in (MEAN, SD))
     return (image.float() - mean) / sd
+
+
+def _square(product: Tensor, grid: tuple[int, int], reduction: int) -> Tensor:
+    """(N, heads, h * w queries, keys) -> (N, heads, keys, keys): means over the queries in a cell of keys."""
+    if reduction == 1:
+        return product
+    per_key = product.transpose(2, 3).flatten(1, 2).unflatten(2, grid)
+    return F.avg_pool2d(per_key, reduction).flatten(2).unflatten(1, (product.shape[1], -1)).transpose(2, 3)
 
 
 def _image(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -124,6 +124,11 @@ class WeTr(nn.Module):
         features, attentions = self.encoder(image, stage_runner(self))
         return self._cam(features), self._affinity(attentions), attentions
 
+    @torch.no_grad()
+    def last_attention(self, image: Tensor, blocks: int = 4) -> list[Tensor]:
+        """Attention of the last `blocks` blocks of the encoder, in their order, as of MixTransformer."""
+        return self.encoder(image, handed_out=blocks)[1]
+
     def _cam(self, features: list[Tensor]) -> Tensor:
         cams = [self._cam_of_stage(stage, features) for stage in self.cam_stages]
         return sum(resize_linear(cam, cams[-1].shape[2:]) for cam in cams)

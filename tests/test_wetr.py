@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_mit import noise, randomised
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.mit import BACKBONES
+from common.mit import BACKBONES, Attention
 from common.wetr import WeTr
 
 
@@ -171,6 +171,29 @@ def test_cam_only_says_the_same_without_the_decoder(network, monkeypatch):
         cam, attn_pred, attentions = network.cam_only(image)
     assert torch.equal(cam, output.cam) and torch.equal(attn_pred, output.attn_pred)
     assert all(torch.equal(a, b) for a, b in zip(attentions, output.attentions, strict=True))
+
+
+def test_attention_of_more_blocks(network, monkeypatch):
+    """That of the last two is what the affinity is made of. The two before lie in stage 3, whose keys are
+    means over 2 x 2 cells: their queries are averaged likewise, here by hand."""
+    image, products = noise(1, 3, 64, 80), []
+    forward = Attention.forward
+
+    def kept(self, x, grid, hand_out):
+        mixed, product = forward(self, x, grid, hand_out)
+        products.append(product)
+        return mixed, product
+
+    with torch.no_grad():
+        output = network(image)
+        monkeypatch.setattr(Attention, "forward", kept)
+        found = network.last_attention(image)
+    assert [a.shape for a in found] == [(1, 4, 4, 4)] * 2 + [(1, 8, 20, 20)] * 2
+    torch.testing.assert_close(found[2:], output.attentions, rtol=1e-4, atol=1e-4)
+    assert products[-5] is None, "the fifth last is not handed out"
+    queries = products[-4][0, 1].unflatten(0, (4, 5))  # of the second head
+    expected = [queries[y : y + 2, x : x + 2].mean((0, 1)) for y in (0, 2) for x in (0, 2)]
+    torch.testing.assert_close(found[0][0, 1], torch.stack(expected))
 
 
 def test_auxiliary_classifiers():

@@ -48,7 +48,7 @@ class BrightIsIt(torch.nn.Module):
             cls=margin.amax((2, 3)),
             seg=torch.cat([-margin, margin], 1),
             attn_pred=torch.maximum(torch.eye(n), is_dark.expand(-1, n, n)),
-            attentions=[torch.full((len(image), 8, n, n), float(k)) for k in range(2)],
+            attentions=[],
             tokens=cells,
             aux_cls=None,
             aux_cam=None,
@@ -58,6 +58,10 @@ class BrightIsIt(torch.nn.Module):
     def cam_only(self, image):
         output = self(image)
         return output.cam, output.attn_pred, output.attentions
+
+    def last_attention(self, image):
+        n = self(image).attn_pred.shape[1]
+        return [torch.full((len(image), 8, n, n), float(k)) for k in range(4)]
 
 
 class LeftIsIt(BrightIsIt):
@@ -254,7 +258,7 @@ def test_every_file_of_the_maps(folder, tmp_path):
     twin = np.load(folders[1] / f"{NAMES[3]}.npz", allow_pickle=False)
     assert all(np.array_equal(twin[key], found[key]) for key in found)
     attention = np.load(folders[2] / f"{NAMES[0]}.npy", allow_pickle=True).item()
-    assert attention["num_attn_layers"] == 2 and attention["attn_layer_1"].dtype == np.float32
+    assert attention["num_attn_layers"] == 4 and attention["attn_layer_1"].dtype == np.float32
     assert attention["attn_pred"].shape == (4, 4)
 
 

@@ -39,7 +39,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--output_dir", help="folder of the pictures; default: attention_maps/ of the run")
     parser.add_argument("--cam_npy_dir", help="folder of the maps; default: cam_npy/ of the run")
     parser.add_argument("--attn_npy_dir", help="folder of the attention; default: attn_npy/ of the run")
-    layers = "also write the affinities and the attention of the last blocks, 32 MB a layer at 512 x 512"
+    layers = "also write affinities and attention of the last four blocks, up to 32 MB each at 512 x 512"
     parser.add_argument("--save_attn", action=Switch, default=False, help=layers)
     parser.add_argument("--pooling", choices=POOLINGS, help="refuse a model trained with another pooling")
     add_slice_flags(parser, batch_size=1)

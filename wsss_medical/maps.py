@@ -45,7 +45,7 @@ def generate_maps(
     """Write the files of all slices of `dataset`, shared over the processes.
 
     Args:
-        attn_npy_dir: None writes no attention, which takes 32 MB a layer at 512 x 512 pixels.
+        attn_npy_dir: None writes no attention, which takes up to 32 MB a layer at 512 x 512 pixels.
 
     Returns:
         ({"slices", "positives": those with a score of at least 0.5}, {slice that failed: reason}).

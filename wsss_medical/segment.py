@@ -34,7 +34,8 @@ class SliceResult(NamedTuple):
         cam: class activation map, its minimum 0 and its maximum just below 1, however weak it is.
         affinity: that map after it was propagated along the affinities, on the same scale.
         cam_raw: the map as it was summed over the scales.
-        attention: {"attn_pred": (n, n), "attn_layer_0": (heads, n, n) raw logits, ...}.
+        attention: {"attn_pred": (n, n), "attn_layer_0" to "attn_layer_3": (heads, n, n) raw logits of the
+            last four blocks; of blocks with coarser keys n is smaller}.
     """
 
     score: float
@@ -97,8 +98,11 @@ def _segment(
         maps["cam_raw"][shown], maps["cam"][shown] = cam_raw, cam
         maps["affinity"][shown] = propagated_cam(cam, affinity, model.config.get("radius", RADIUS))
     arrays = {name: values[:, 0].cpu().numpy() for name, values in maps.items()}
-    layers = {"attn_pred": output.attn_pred} if attention else {}
-    layers |= {f"attn_layer_{k}": layer for k, layer in enumerate(output.attentions) if attention}
+    layers = {}
+    if attention:
+        with autocast(model.device, model.precision):
+            last = model.network.last_attention(inputs)
+        layers = {"attn_pred": output.attn_pred} | {f"attn_layer_{k}": a for k, a in enumerate(last)}
     results = []
     for i, score in enumerate(scores.tolist()):
         found = {name: layer[i].float().cpu().numpy() for name, layer in layers.items()}
