@@ -121,6 +121,7 @@ def save_planes(
     title: str = "",
     legend: Mapping[str, Sequence[int]] | None = None,
     margin_mm: float | None = None,
+    names: Sequence[str] = PLANES,
 ) -> None:
     """Three planes through the labels: the scan, the prediction, with a target also that and the error.
 
@@ -134,6 +135,7 @@ def save_planes(
         title: stands above the first picture, behind the name of the plane.
         legend: {name: RGB}, on the right.
         margin_mm: a close-up of the labels with so much around them; None: the whole image.
+        names: of the planes across z, y and x, where the file may not tell rightly how the patient lay.
     """
     if margin_mm is not None:
         box = close_up_box(pred > 0 if target is None else (pred > 0) | (target > 0), spacing_mm, margin_mm)
@@ -141,21 +143,21 @@ def save_planes(
     labels = pred if target is None or not target.any() else target
     centre = middle(labels) if margin_mm is None else fullest(labels)
     rows, titles = [], []
-    for axis, name in enumerate(PLANES):
+    for axis, name in enumerate(names):
         grey = grey_picture(true_plane(image, axis, centre[axis], spacing_mm, voxel_mm), value_range)
         pred_plane = true_plane(pred, axis, centre[axis], spacing_mm, voxel_mm, labels=True)
-        row, names = [grey], [f"{name} {title}" if axis == 0 else name]
+        row, row_titles = [grey], [f"{name} {title}" if axis == 0 else name]
         if target is not None:
             target_plane = true_plane(target, axis, centre[axis], spacing_mm, voxel_mm, labels=True)
             row.append(color_overlay(grey, target_plane, palette))
-            names.append("truth")
+            row_titles.append("truth")
         row.append(color_overlay(grey, pred_plane, palette))
-        names.append("prediction")
+        row_titles.append("prediction")
         if target is not None:
             row.append(error_picture(grey, pred_plane, target_plane))
-            names.append(ERROR_TITLE)
+            row_titles.append(ERROR_TITLE)
         rows.append(row)
-        titles.append(names)
+        titles.append(row_titles)
     save_panels(path, rows, titles, legend=legend)
 
 

@@ -9,6 +9,7 @@ from common.metrics import dice_from_counts, iou_from_counts, write_table
 from common.plots import costs_the_picture, save_curves
 
 THRESHOLDS = np.arange(1, 50) / 50
+SIZES = ("small", "medium", "large")
 
 
 class Sweep:
@@ -24,6 +25,7 @@ class Sweep:
         self.volumes: dict[str, np.ndarray] = {}  # of each patient (tp, fp, fn) at each threshold
         self.slices = {name: np.zeros(len(self.thresholds)) for name in ("dice", "iou", "alarms")}  # sums
         self.num_positive = self.num_negative = 0  # slices with and without tissue in their mask
+        self.positive: list[tuple[int, np.ndarray]] = []  # of each slice with tissue: its pixels, its Dice
 
     def add(self, score_map: np.ndarray, mask: np.ndarray, patient: str) -> None:
         """Count a slice: scores (H, W), mask (H, W) of 0 and 1."""
@@ -35,7 +37,9 @@ class Sweep:
         self.volumes[patient] = self.volumes.get(patient, 0) + counts
         if tp[0] + fn[0]:
             self.num_positive += 1
-            self.slices["dice"] += 2 * tp / (2 * tp + fp + fn)
+            dice = 2 * tp / (2 * tp + fp + fn)
+            self.positive.append((int(tp[0] + fn[0]), dice.astype(np.float32)))
+            self.slices["dice"] += dice
             self.slices["iou"] += tp / (tp + fp + fn)
         else:
             self.num_negative += 1
@@ -47,6 +51,7 @@ class Sweep:
             self.volumes[patient] = self.volumes.get(patient, 0) + counts
         for name, sums in other.slices.items():
             self.slices[name] = self.slices[name] + sums
+        self.positive += other.positive
         self.num_positive += other.num_positive
         self.num_negative += other.num_negative
 
@@ -85,6 +90,26 @@ class Sweep:
         counts = {"positive_slices": self.num_positive, "negative_slices": self.num_negative}
         return self.rows()[self.index_of(threshold)] | counts
 
+    def rows_by_size(self, threshold: float) -> list[dict]:
+        """Dice of the slices with tissue in thirds, by how many pixels of it they have.
+
+        Slices with the same number may come to lie in two thirds; fewer than three slices give fewer rows.
+
+        Returns:
+            rows of size (small, medium, large), pixels_from, pixels_to, slices (their number), dice_slices,
+            and missed (share of the slices in which nothing of the tissue is found).
+        """
+        k = self.index_of(threshold)
+        in_order = sorted(((pixels, dice[k]) for pixels, dice in self.positive), key=lambda pair: pair[0])
+        rows = []
+        for size, part in zip(SIZES, np.array_split(in_order, len(SIZES)), strict=True):
+            if len(part):
+                pixels, dice = part.T
+                row = {"size": size, "pixels_from": int(pixels[0]), "pixels_to": int(pixels[-1])}
+                row |= {"slices": len(part), "dice_slices": float(dice.mean())}
+                rows.append(row | {"missed": float((dice == 0).mean())})
+        return rows
+
     def index_of(self, threshold: float) -> int:
         """Of the nearest one of the thresholds."""
         return int(np.abs(self.thresholds - threshold).argmin())
@@ -107,11 +132,12 @@ def counts_at(thresholds: np.ndarray, scores: np.ndarray, mask: np.ndarray) -> n
 
 
 def write_sweeps(out: Path, sweeps: Mapping[str, Sweep], thresholds: Mapping[str, float]) -> None:
-    """sweep.csv and sweep.png: overlap at each threshold; volumes.csv: Dice of each patient at one of them.
+    """sweep.csv and sweep.png: overlap at each threshold; volumes.csv and sizes.csv: Dice of each patient and
+    of slices with little and much tissue, at one of them.
 
     Args:
         sweeps: {kind of map: overlap}, all with the same thresholds.
-        thresholds: {kind of map: threshold of volumes.csv}.
+        thresholds: {kind of map: threshold of volumes.csv and sizes.csv}.
     """
     table: list[dict] = [{"threshold": row["threshold"]} for row in next(iter(sweeps.values())).rows()]
     volumes: dict[str, dict] = {}
@@ -124,6 +150,9 @@ def write_sweeps(out: Path, sweeps: Mapping[str, Sweep], thresholds: Mapping[str
             row[f"{kind} dice"] = dice_from_counts(*counts[:, i].tolist())
     write_table(out / "sweep.csv", table)
     write_table(out / "volumes.csv", list(volumes.values()))
+    by_size = {kind: sweep.rows_by_size(thresholds[kind]) for kind, sweep in sweeps.items()}
+    if rows := [{"output": kind} | row for kind, of_kind in by_size.items() for row in of_kind]:
+        write_table(out / "sizes.csv", rows)
     panels = {f"Dice, {c}": [f"{kind} dice_{c}" for kind in sweeps] for c in ("slices", "volumes")}
     names = {f"{kind} dice_{c}": kind for kind in sweeps for c in ("slices", "volumes")}
     with costs_the_picture("sweep.png"):
@@ -139,6 +168,16 @@ def overlap_lines(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
             f"{row['false_alarms']:>14.3f}"
         )
     return lines
+
+
+def size_line(rows: Sequence[Mapping]) -> str:
+    """A line to print of `Sweep.rows_by_size`."""
+    parts = [
+        f"{row['size']} ({row['pixels_from']} to {row['pixels_to']} pixels) {row['dice_slices']:.3f}, "
+        f"{row['missed']:.0%} missed"
+        for row in rows
+    ]
+    return f"slices by size: {'; '.join(parts)}"
 
 
 def _mean(total: float, number: int) -> float:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.sweep import Sweep
+from common.sweep import Sweep, size_line
 
 
 def test_sweep_by_hand():
@@ -47,6 +47,30 @@ def test_sweep_against_counting_at_each_threshold():
         tp = (above & (mask == 1)).sum()
         assert row["threshold"] == threshold
         assert row["dice_volumes"] == pytest.approx(2 * tp / (above.sum() + mask.sum()))
+
+
+def test_dice_by_size_by_hand():
+    """Slices of 8 pixels with 4, 1, 8, 2 pixels of tissue: the small third is the two smallest."""
+    sweep, other = Sweep([0.5]), Sweep([0.5])
+    for part, pixels, found in ((sweep, 4, 4), (sweep, 1, 0), (other, 8, 2), (other, 2, 1)):
+        mask, scores = np.zeros((2, 8)), np.zeros((2, 8))
+        mask[0, :pixels] = scores[0, :found] = 1
+        part.add(scores, mask, "a")
+    sweep.add(np.ones((2, 8)), np.zeros((2, 8)), "a")
+    sweep.merge(other)
+    small, medium, large = sweep.rows_by_size(0.5)
+    assert small == {
+        "size": "small",
+        "pixels_from": 1,
+        "pixels_to": 2,
+        "slices": 2,
+        "dice_slices": pytest.approx((0 + 2 / 3) / 2),
+        "missed": 0.5,
+    }
+    assert (medium["pixels_from"], medium["dice_slices"], medium["missed"]) == (4, 1, 0)
+    assert (large["pixels_to"], large["slices"], large["dice_slices"]) == (8, 1, pytest.approx(0.4))
+    assert size_line([small]) == "slices by size: small (1 to 2 pixels) 0.333, 50% missed"
+    assert Sweep().rows_by_size(0.5) == []
 
 
 def test_sweeps_of_two_processes_are_merged():

@@ -32,7 +32,7 @@ from common.metrics import classification_scores, write_table
 from common.report import clear_report
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
-from common.sweep import Sweep, overlap_lines, write_sweeps
+from common.sweep import Sweep, overlap_lines, size_line, write_sweeps
 from wsss_medical.dataset import PARTS, MedicalSliceDataset, patient_of
 from wsss_medical.model import load_trained
 from wsss_medical.segment import GATE, OUTPUTS, THRESHOLD, add_slice_flags, part_of
@@ -40,7 +40,7 @@ from wsss_medical.volume import by_patient, segment_patient
 
 STRUCTURES = Structures({1: "structure"}, np.array([[0, 0, 0], [230, 30, 30]], np.uint8))
 BY_SCORE, BY_TRUTH = "gated by score", "gated by truth"  # what says in which slices a map counts as empty
-FILES = ("classification.csv", "overlap.csv", "sweep.csv", "volumes.csv", "sweep.png")
+FILES = ("classification.csv", "overlap.csv", "sweep.csv", "volumes.csv", "sizes.csv", "sweep.png")
 
 
 def build_parser() -> ArgumentParser:
@@ -138,6 +138,7 @@ def write_evaluation(out: Path, title: str, evaluation: Evaluation, thresholds: 
         by_score = {output: sweep for (output, by), sweep in evaluation.sweeps.items() if by == BY_SCORE}
         write_sweeps(out, by_score, dict.fromkeys(OUTPUTS, THRESHOLD) | thresholds)
         lines += overlap_lines({f"{row['output']}, {row['group']}": row for row in rows})
+        lines.append(size_line(by_score["seg"].rows_by_size(thresholds.get("seg", THRESHOLD))))
     else:
         lines.append("there are no masks, so nothing can be said of where the structure was found")
     print("\n".join([*lines, f"written to {out}"]))
