@@ -93,16 +93,18 @@ def escape_map(
     Computed at half the resolution, where noise is lower.
 
     Args:
-        slices: uint8 (z, row, column), neighbours of a patient.
+        slices: uint8 (z, row, column[, 3]), neighbours of a patient; of colours the mean counts.
         is_positive: (z,) bool, whether the structure is seen in the slice.
         dark: surroundings are what is darker than this times Otsu's threshold; above 1 for structures that
             are brighter than most of the tissue.
 
     Returns:
-        Float32 of the shape of `slices`, 0 to 1, 0 in negative slices; and (z,) the longest time of each
+        Float32 (z, row, column), 0 to 1, 0 in negative slices; and (z,) the longest time of each
         slice as a share of that of the volume. All is 0 where nothing is closed in.
     """
     is_positive = np.asarray(is_positive, bool)
+    if slices.ndim == 4:
+        slices = slices.mean(axis=-1).astype(np.uint8)
     found, shares = np.zeros(slices.shape, np.float32), np.zeros(len(slices), np.float32)
     if not is_positive.any():
         return found, shares

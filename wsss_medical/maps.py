@@ -19,8 +19,9 @@ from common.checkpoints import TrainedModel
 from common.files import make_folder, replacing
 from common.plots import costs_the_picture, heat_picture
 from common.slices import write_png
-from wsss_medical.dataset import MedicalSliceDataset
+from wsss_medical.dataset import MedicalSliceDataset, patient_of
 from wsss_medical.segment import GATE, scales_of, segment_slices
+from wsss_medical.volume import by_patient, patient_scores
 
 
 def write_picture(folder: Path, stem: str, image: np.ndarray, score: float, cam: np.ndarray) -> None:
@@ -42,13 +43,14 @@ def generate_maps(
     scales: Sequence[float] | None = None,
     batch_size: int = 1,
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Write the files of all slices of `dataset`, shared over the processes.
+    """Write the files of all slices of `dataset`, patient by patient, shared over the processes.
 
     Args:
         attn_npy_dir: None writes no attention, which takes up to 32 MB a layer at 512 x 512 pixels.
+        batch_size: number of slices that are computed at a time.
 
     Returns:
-        ({"slices", "positives": those with a score of at least 0.5}, {slice that failed: reason}).
+        ({"slices", "positives": those with a score of at least 0.5}, {patient that failed: reason}).
     """
     pictures, cams = make_folder(output_dir, "--output_dir"), make_folder(cam_npy_dir, "--cam_npy_dir")
     scales = list(scales_of(model, scales))
@@ -56,29 +58,31 @@ def generate_maps(
     found = pictures.glob("*_[01].[0-9][0-9][0-9].png")  # of an earlier checkpoint, with other scores
     earlier = {path.stem.rpartition("_")[0]: path for path in found}
     distributed.barrier()
+    patients = {patient_of(names[0]): names for names in by_patient(dataset.names)}
 
-    def write(indices: tuple[int, ...]) -> dict:
-        images = [dataset.read(i) for i in indices]
+    def write(patient: str) -> dict:
+        data = MedicalSliceDataset(dataset.root, patients[patient])
+        images, results = [data.read(i) for i in range(len(data))], []
         options = {"scales": scales, "batch_size": batch_size, "attention": attention is not None}
-        results = list(segment_slices(model, images, **options))
-        for i, image, result in zip(indices, images, results, strict=True):
-            stem = dataset.names[i]
+        for stem, result in zip(data.names, segment_slices(model, images, **options), strict=True):
+            if attention:  # at once: that of all slices would fill the memory
+                layers = {"num_attn_layers": len(result.attention) - 1}  # the other one is attn_pred
+                save_dictionary(attention / f"{stem}.npy", result.attention | layers)
+            results.append(result._replace(attention=None))
+        scores = patient_scores(model, images, results)
+        for stem, label, image, score, result in zip(
+            data.names, data.labels, images, scores, results, strict=True
+        ):
             if stem in earlier:
                 earlier[stem].unlink()
             with costs_the_picture(f"the picture of {stem}"):
-                write_picture(pictures, stem, image, result.score, result.cam)
-            content = {"cam": result.cam, "cam_raw": result.cam_raw, "pred_score": result.score}
-            content |= {"cls_label": np.array([dataset.labels[i]], np.uint8), "scales": scales}
+                write_picture(pictures, stem, image, score, result.cam)
+            content = {"cam": result.cam, "cam_raw": result.cam_raw, "pred_score": score}
+            content |= {"cls_label": np.array([label], np.uint8), "scales": scales}
             save_dictionary(cams / f"{stem}.npy", content)
             with replacing(cams / f"{stem}.npz") as partial:
                 np.savez_compressed(partial, **content)
-            if attention:
-                layers = {"num_attn_layers": len(result.attention) - 1}  # the other one is attn_pred
-                save_dictionary(attention / f"{stem}.npy", result.attention | layers)
-        return {"slices": len(results), "positives": sum(result.score >= GATE for result in results)}
+        return {"slices": len(scores), "positives": sum(score >= GATE for score in scores)}
 
-    count = len(dataset.names)
-    parts = [tuple(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
-    rows, failed = batch.each(write, parts, unit="batch")
-    counts = {key: sum(row[key] for row in rows) for key in ("slices", "positives")}
-    return counts, {dataset.names[i]: reason for part, reason in failed.items() for i in part}
+    rows, failed = batch.each(write, list(patients), unit="patient")
+    return {key: sum(row[key] for row in rows) for key in ("slices", "positives")}, failed

@@ -5,15 +5,18 @@
 
 Of a scan <name> it writes <name>_mask.nii.gz on the scan's own grid, of a slice <stem>_mask.png (0 or 255),
 with --overlay also a picture, and results.csv of all. MR sequence and pixel size are those of the training:
-the right channel of a 4-D file and the right file of a BraTS case are taken. A .npy file is segmented without
-the volume that it comes from, which gives other masks than the scan. For research only.
+the right channel of a 4-D file and the right file of a BraTS case are taken. Slices of a patient that lie in
+one folder under the names that preprocess.py gives are segmented as a volume; a .npy file of another name is
+segmented by itself, which gives another mask. For research only.
 """
 
 import math
+import re
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +38,15 @@ from common.raw_layouts import endings_beside, find_sequences, name_of_case
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.slices import read_scan, robust_read_npy, to_scan_grid, write_png
+from common.splits import natural_key
+from wsss_medical.dataset import patient_of
 from wsss_medical.maps import write_picture
 from wsss_medical.model import load_trained
-from wsss_medical.segment import GATE, OUTPUTS, add_slice_flags, threshold_of
+from wsss_medical.segment import GATE, OUTPUTS, SliceResult, add_slice_flags, threshold_of
 from wsss_medical.volume import segment_patient
+
+# Titles of the pictures. Headers may be wrong about how the patient lay: the Decathlon's hearts are sagittal.
+PLANES = ("as sliced", "across the rows", "across the columns")
 
 
 def build_parser() -> ArgumentParser:
@@ -71,29 +79,51 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Namespace) -> dict:
-    """Write the mask, and the picture, of a scan or slice; returns its row of results.csv."""
-    started, volume_ml = time.perf_counter(), float("nan")
-    if is_nifti(path):
-        images = find_sequences(path, model.preprocessing["channels"] or ["image"])
-        slices, scan = read_scan(images, model.preprocessing["pixel_mm"])
-    else:
-        slices = robust_read_npy(path)[None]
+def segment(
+    model: TrainedModel, slices: Sequence[np.ndarray], path: Path, args: Namespace
+) -> list[SliceResult]:
+    """Results of the slices of a volume; `path` is for the message if they would not fit into memory."""
     is_seg = args.output == "seg"
     num_maps = 2 if is_seg else 5  # of SliceResult, and once more those that the mask is made of
     check_memory(
         f"{path}: predicting it",
-        4 * num_maps * math.prod(slices.shape[:3]),  # they are float32
+        4 * num_maps * sum(math.prod(image.shape[:2]) for image in slices),  # they are float32
         f"it needs {'' if is_seg else '--output seg, or '}a scan cut to the part that matters",
     )
-    results = segment_patient(
-        model,
-        slices,
-        scales=args.scales,
-        batch_size=args.batch_size,
-        gate=args.gate,
-        cams=not is_seg,
-    )
+    options = {"scales": args.scales, "batch_size": args.batch_size, "gate": args.gate}
+    return segment_patient(model, slices, cams=not is_seg, **options)
+
+
+def slices_beside(path: Path) -> tuple[Path, ...]:
+    """All slices of the patient in the folder of the slice `path`, in their order; only itself if its name
+    is not <patient>_<number>_<0 or 1>, as preprocess.py writes it."""
+
+    def patient(stem: str) -> str | None:
+        return patient_of(stem) if re.fullmatch(r".+_\d+_[01]", stem) else None
+
+    if (own := patient(path.stem)) is None:
+        return (path,)
+    found = [p for p in path.parent.glob("[!.]*.npy") if patient(p.stem) == own]
+    return tuple(sorted(found, key=lambda p: natural_key(p.name)))
+
+
+def predict_one(
+    model: TrainedModel, path: Path, name: str, out: Path, args: Namespace, segment_files: Callable
+) -> dict:
+    """Write the mask, and the picture, of a scan or slice; returns its row of results.csv.
+
+    Args:
+        segment_files: slices in files -> {file: (slice, result)}.
+    """
+    started, volume_ml = time.perf_counter(), float("nan")
+    if is_nifti(path):
+        images = find_sequences(path, model.preprocessing["channels"] or ["image"])
+        slices, scan = read_scan(images, model.preprocessing["pixel_mm"])
+        results = segment(model, slices, path, args)
+    else:
+        is_of_volume = model.config.get("pixel_labels") == "escape"
+        image, result = segment_files(slices_beside(path) if is_of_volume else (path,))[path]
+        results = [result]
     probs = np.stack([getattr(result, args.output) for result in results])
     scores = [result.score for result in results]
     if is_nifti(path):
@@ -112,15 +142,16 @@ def predict_one(model: TrainedModel, path: Path, name: str, out: Path, args: Nam
                     palette=np.array([PRED_COLOR]),
                     value_range=shown_range(scan.array),
                     title=name,
+                    names=PLANES,
                 )
     else:
         write_png(out / f"{name}_mask.png", (probs[0] > args.threshold) * np.uint8(255))
         if args.overlay:
             with costs_the_picture(f"the picture of {name}"):
-                write_picture(out, name, slices[0], scores[0], probs[0])
+                write_picture(out, name, image, scores[0], probs[0])
     return {
         "scan": str(path),
-        "slices": len(slices),
+        "slices": len(results),
         "slices_with": sum(score >= args.gate for score in scores),
         "lowest_score": min(scores),
         "highest_score": max(scores),
@@ -140,8 +171,15 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
         sequence = (model.preprocessing["channels"] or ["image"])[0]
         name_of = partial(name_of_case, sequence=sequence)
+
+        @lru_cache(maxsize=1)  # slices of a patient follow each other
+        def segment_files(paths: tuple[Path, ...]) -> dict[Path, tuple[np.ndarray, SliceResult]]:
+            slices = [robust_read_npy(path) for path in paths]
+            results = segment(model, slices, paths[0], args)
+            return dict(zip(paths, zip(slices, results, strict=True), strict=True))
+
         failed = prediction.predict_scans(
-            lambda path, folder: predict_one(model, path, name_of(path), folder, args),
+            lambda path, folder: predict_one(model, path, name_of(path), folder, args, segment_files),
             args.source,
             out,
             own_names=("_mask", *endings_beside(sequence)),

@@ -119,7 +119,7 @@ class PixelLabels(NamedTuple):
 
 
 def known_labels(target: Tensor, radius: int) -> PixelLabels:
-    """Labels of pixels (N, H, W) uint8 that were there before the training, 255 = unknown."""
+    """Labels of pixels (N, H, W), 255 = unknown, and what follows from them for the affinity of cells."""
     cells = get_down_size(target.shape[1:])
     near = get_mask_by_radius(*cells, radius)
     return PixelLabels(target.long(), affinity_target(target.long(), near, cells))
@@ -159,9 +159,7 @@ def make_labels(
         )
     if args.zero_is_background:
         refined, seg = (zero_pixels_background(label, image, boxes) for label in (refined, seg))
-    cells = get_down_size(pixels.shape[2:])
-    near = get_mask_by_radius(*cells, args.radius)
-    return PixelLabels(seg, affinity_target(refined, near, cells))
+    return known_labels(refined, args.radius)._replace(seg=seg)
 
 
 def all_losses(

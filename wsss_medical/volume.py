@@ -5,7 +5,6 @@ are predicted.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,16 @@ from wsss_medical.segment import GATE, SliceResult, segment_slices
 FIRST = (0.57, 0.69)  # values of the escape map up to which and above which a pixel is labelled
 LATER = (0.53, 0.65)  # the same of its geometric mean with the network's map
 LEAST_SHARE = 0.35  # of the longest time: slices below it, often the outer ones, have no labels at first
+MAPS = ("seg", "cam", "affinity", "cam_raw")  # of a SliceResult
 NEIGHBOURS = 5  # slices whose scores are averaged
 
 
 def by_patient(names: Sequence[str]) -> list[list[str]]:
     """Names of slices in lists, one for each patient."""
-    return [list(group) for _, group in groupby(names, key=patient_of)]
+    patients: dict[str, list[str]] = {}
+    for name in names:
+        patients.setdefault(patient_of(name), []).append(name)
+    return list(patients.values())
 
 
 def label_pixels(
@@ -51,7 +54,7 @@ def label_pixels(
             f"--pixel_labels escape: {names[0]} and other slices of its patient differ in size, so they "
             "are no volume; use --pixel_labels cam"
         )
-    found, shares = escape_map(grey_volume(slices), is_positive, model.config["dark"])
+    found, shares = escape_map(np.stack(slices), is_positive, model.config["dark"])
     (low, high), is_unsure = FIRST, is_positive & (shares < LEAST_SHARE)
     if by_model:
         results = segment_slices(model, slices, batch_size=batch_size, cams=False)
@@ -69,10 +72,19 @@ def are_alike(slices: Sequence[np.ndarray]) -> bool:
     return len({image.shape for image in slices}) == 1
 
 
-def grey_volume(slices: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 (z, row, column): the mean of the channels."""
-    volume = np.stack(slices)
-    return volume if volume.ndim == 3 else volume.mean(axis=-1).astype(np.uint8)
+def is_volume(model: TrainedModel, slices: Sequence[np.ndarray]) -> bool:
+    """Whether the model was trained on volumes (--pixel_labels escape) and these slices are one."""
+    return model.config.get("pixel_labels") == "escape" and len(slices) > 1 and are_alike(slices)
+
+
+def patient_scores(
+    model: TrainedModel, slices: Sequence[np.ndarray], results: Sequence[SliceResult]
+) -> list[float]:
+    """Score of each slice of a patient, in a volume the mean over its neighbours too."""
+    scores = [result.score for result in results]
+    if is_volume(model, slices):
+        return uniform_filter1d(scores, NEIGHBOURS, mode="nearest").tolist()
+    return scores
 
 
 def segment_patient(
@@ -80,23 +92,21 @@ def segment_patient(
 ) -> list[SliceResult]:
     """`segment_slices` of all slices of a patient, in their order.
 
-    If the model was trained so (--pixel_labels escape), the score of a slice is the mean over its neighbours
-    too, and `seg` the geometric mean of what the network says and the escape map by these scores.
+    In a volume the scores are those of `patient_scores`, and `seg` is the geometric mean of what the network
+    says and the escape map by these scores.
 
     Args:
         slices: uint8 (row, column) or (row, column, 3) each.
         gate, options: of `segment_slices`.
     """
-    if model.config.get("pixel_labels") != "escape" or len(slices) == 1 or not are_alike(slices):
+    if not is_volume(model, slices):
         return list(segment_slices(model, slices, gate=gate, **options))
     results = list(segment_slices(model, slices, **options))
-    scores = uniform_filter1d([result.score for result in results], NEIGHBOURS, mode="nearest")
-    found, _ = escape_map(grey_volume(slices), scores >= GATE, model.config["dark"])
+    scores = patient_scores(model, slices, results)
+    found, _ = escape_map(np.stack(slices), np.array(scores) >= GATE, model.config["dark"])
     better = []
-    for result, score, escape in zip(results, scores.tolist(), found, strict=True):
-        maps = {name: getattr(result, name) for name in ("cam", "affinity", "cam_raw")}
-        maps = {name: found for name, found in maps.items() if found is not None}
-        maps["seg"] = np.sqrt(result.seg * escape)
-        shown = {name: values * (score >= gate) for name, values in maps.items()}
+    for result, score, escape in zip(results, scores, found, strict=True):
+        maps = result._asdict() | {"seg": np.sqrt(result.seg * escape)}
+        shown = {name: maps[name] * (score >= gate) for name in MAPS if maps[name] is not None}
         better.append(result._replace(score=score, **shown))
     return better
