@@ -113,7 +113,7 @@ def add_resume_flags(group: argparse._ArgumentGroup, name_flag: str) -> None:
         nargs="?",
         const="last",
         help="go on with a run that was stopped: its folder or last.pt, or without a value the newest run of "
-        f"this {name_flag}",
+        f"this {name_flag}; it keeps its flags, whatever a --config file says, but for those given with this",
     )
     group.add_argument(
         "--use_wandb",

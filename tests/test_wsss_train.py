@@ -19,10 +19,11 @@ from conftest import ROOT
 
 from common.checkpoints import load_checkpoint
 from common.config import parse_args
+from common.optimizers import encoder_and_head_groups
 from common.wetr import Output
 from wsss_medical import dist_train, medical_utils, training
 from wsss_medical.flags import RECIPES, resolve_flags
-from wsss_medical.model import get_model, parameter_groups
+from wsss_medical.model import get_model
 
 TIMES = ("seconds", "data_wait", "peak_mib")
 # Six updates, two of each phase, validated after three and six.
@@ -144,11 +145,11 @@ def test_without_flags_it_says_what_is_missing():
 
 def test_heads_that_learn_faster_and_norms_that_do_not_learn():
     network = get_model({"backbone": "tiny", "num_classes": 2, "pooling": "gmp"})
-    groups = parameter_groups(network, 0.01, pretrained=False)
+    groups = encoder_and_head_groups(network, 0.01, pretrained=False)
     assert [group.get("lr_scale", 1) for group in groups] == [1, 1, 1]
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01]
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
-    encoder, heads = parameter_groups(network, 0.01, pretrained=True)
+    encoder, heads = encoder_and_head_groups(network, 0.01, pretrained=True)
     assert heads["lr_scale"] == 10 and "lr_scale" not in encoder
     frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
     assert frozen and all("norm" in name and name.startswith("encoder.") for name in frozen)

@@ -28,6 +28,7 @@ from common.ema import WeightAverage
 from common.memory import Plan, set_up_step
 from common.mit import to_network_input
 from common.mit_weights import load_encoder
+from common.optimizers import encoder_and_head_groups
 from common.par import PAR
 from common.schedules import learning_rate
 from common.training import Run, optimizer_step
@@ -37,7 +38,7 @@ from wsss_medical.evaluate import BY_SCORE, evaluate_split, write_evaluation
 from wsss_medical.flags import add_training_flags, resolve_flags
 from wsss_medical.maps import generate_maps
 from wsss_medical.medical_utils import cal_eta
-from wsss_medical.model import ARCHITECTURE, get_model, load_trained, parameter_groups
+from wsss_medical.model import ARCHITECTURE, get_model, load_trained
 from wsss_medical.segment import part_of
 from wsss_medical.volume import by_patient
 
@@ -76,7 +77,7 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> None:
     )
     config |= setup.config
     precision, plan = setup.precision, setup.plan
-    groups = parameter_groups(network, args.weight_decay, pretrained=bool(args.pretrained))
+    groups = encoder_and_head_groups(network, args.weight_decay, pretrained=bool(args.pretrained))
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     teacher, average = network, None  # what makes the labels, and what best.pth keeps

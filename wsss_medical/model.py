@@ -17,7 +17,6 @@ from common.wetr import WeTr
 
 # Flags that decide the shape of the weights or what they mean; a run can only be resumed with the same ones.
 ARCHITECTURE = ("backbone", "pooling", "cam_stages", "contrast_weight")
-HEADS_LEARN_FASTER = 10
 
 
 def get_model(config: dict) -> WeTr:
@@ -30,28 +29,6 @@ def get_model(config: dict) -> WeTr:
     options = {name: config[name] for name in names if config.get(name) is not None}
     contrast = bool(config.get("contrast_weight"))
     return WeTr(config["backbone"], pooling=config["pooling"], token_contrast=contrast, **options)
-
-
-def parameter_groups(network: nn.Module, weight_decay: float, *, pretrained: bool) -> list[dict]:
-    """Parameters in groups for AdamW: encoder, its norms (no decay), heads.
-
-    Beside a pretrained encoder, whose norms stay as they are, the heads learn ten times as fast, as in AFA.
-    """
-    groups = [
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-        {"params": [], "weight_decay": weight_decay, "lr_scale": HEADS_LEARN_FASTER if pretrained else 1},
-    ]
-    for name, parameter in network.named_parameters():
-        if not name.startswith("encoder."):
-            groups[2]["params"].append(parameter)
-        elif "norm" not in name:
-            groups[0]["params"].append(parameter)
-        elif pretrained:
-            parameter.requires_grad_(False)
-        else:
-            groups[1]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
 
 
 def load_trained(weights: str | Path, device: torch.device, precision: Precision) -> TrainedModel:

@@ -94,26 +94,44 @@ def segment(
     return segment_patient(model, slices, cams=not is_seg, **options)
 
 
-def slices_beside(path: Path) -> tuple[Path, ...]:
-    """All slices of the patient in the folder of the slice `path`, in their order; only itself if its name
-    is not <patient>_<number>_<0 or 1>, as preprocess.py writes it."""
+def volumes_in(folder: Path) -> dict[Path, tuple[Path, ...]]:
+    """{slice: all slices of its patient, in their order} of the files <patient>_<number>_<0 or 1>.npy, as
+    preprocess.py calls them; other names do not tell."""
+    patients: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
+        if re.fullmatch(r".+_\d+_[01]\.npy", path.name, re.IGNORECASE):
+            patients.setdefault(patient_of(path.stem), []).append(path)
+    return {path: tuple(paths) for paths in patients.values() for path in paths}
 
-    def patient(stem: str) -> str | None:
-        return patient_of(stem) if re.fullmatch(r".+_\d+_[01]", stem) else None
 
-    if (own := patient(path.stem)) is None:
-        return (path,)
-    found = [p for p in path.parent.glob("[!.]*.npy") if patient(p.stem) == own]
-    return tuple(sorted(found, key=lambda p: natural_key(p.name)))
+def slice_segmenter(model: TrainedModel, args: Namespace) -> Callable[[Path], tuple[np.ndarray, SliceResult]]:
+    """A function: slice in a .npy file -> the slice, and its result as part of its volume.
+
+    Slices of a patient should be asked for one after the other: they are all computed with the first one.
+    """
+    volumes = lru_cache(maxsize=1)(volumes_in)
+
+    @lru_cache(maxsize=1)
+    def segment_files(paths: tuple[Path, ...]) -> dict[Path, tuple[np.ndarray, SliceResult]]:
+        slices = [robust_read_npy(path) for path in paths]
+        results = segment(model, slices, paths[0], args)
+        return dict(zip(paths, zip(slices, results, strict=True), strict=True))
+
+    def segment_file(path: Path) -> tuple[np.ndarray, SliceResult]:
+        uses_volumes = model.config.get("pixel_labels") == "escape"
+        paths = volumes(path.parent).get(path, (path,)) if uses_volumes else (path,)
+        return segment_files(paths)[path]
+
+    return segment_file
 
 
 def predict_one(
-    model: TrainedModel, path: Path, name: str, out: Path, args: Namespace, segment_files: Callable
+    model: TrainedModel, path: Path, name: str, out: Path, args: Namespace, segment_file: Callable
 ) -> dict:
     """Write the mask, and the picture, of a scan or slice; returns its row of results.csv.
 
     Args:
-        segment_files: slices in files -> {file: (slice, result)}.
+        segment_file: of `slice_segmenter`.
     """
     started, volume_ml = time.perf_counter(), float("nan")
     if is_nifti(path):
@@ -121,8 +139,7 @@ def predict_one(
         slices, scan = read_scan(images, model.preprocessing["pixel_mm"])
         results = segment(model, slices, path, args)
     else:
-        is_of_volume = model.config.get("pixel_labels") == "escape"
-        image, result = segment_files(slices_beside(path) if is_of_volume else (path,))[path]
+        image, result = segment_file(path)
         results = [result]
     probs = np.stack([getattr(result, args.output) for result in results])
     scores = [result.score for result in results]
@@ -171,15 +188,9 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
         sequence = (model.preprocessing["channels"] or ["image"])[0]
         name_of = partial(name_of_case, sequence=sequence)
-
-        @lru_cache(maxsize=1)  # slices of a patient follow each other
-        def segment_files(paths: tuple[Path, ...]) -> dict[Path, tuple[np.ndarray, SliceResult]]:
-            slices = [robust_read_npy(path) for path in paths]
-            results = segment(model, slices, paths[0], args)
-            return dict(zip(paths, zip(slices, results, strict=True), strict=True))
-
+        segment_file = slice_segmenter(model, args)
         failed = prediction.predict_scans(
-            lambda path, folder: predict_one(model, path, name_of(path), folder, args, segment_files),
+            lambda path, folder: predict_one(model, path, name_of(path), folder, args, segment_file),
             args.source,
             out,
             own_names=("_mask", *endings_beside(sequence)),
