@@ -170,14 +170,14 @@ def overlap_lines(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
-def size_line(rows: Sequence[Mapping]) -> str:
-    """A line to print of `Sweep.rows_by_size`."""
+def size_line(kind: str, rows: Sequence[Mapping]) -> str:
+    """A line to print of `Sweep.rows_by_size` of this kind of map."""
     parts = [
-        f"{row['size']} ({row['pixels_from']} to {row['pixels_to']} pixels) {row['dice_slices']:.3f}, "
+        f"{row['size']} ({row['pixels_from']} to {row['pixels_to']}) {row['dice_slices']:.3f}, "
         f"{row['missed']:.0%} missed"
         for row in rows
     ]
-    return f"slices by size: {'; '.join(parts)}"
+    return f"Dice of {kind} by pixels of tissue in the slice: {'; '.join(parts)}"
 
 
 def _mean(total: float, number: int) -> float:

@@ -69,7 +69,10 @@ def test_dice_by_size_by_hand():
     }
     assert (medium["pixels_from"], medium["dice_slices"], medium["missed"]) == (4, 1, 0)
     assert (large["pixels_to"], large["slices"], large["dice_slices"]) == (8, 1, pytest.approx(0.4))
-    assert size_line([small]) == "slices by size: small (1 to 2 pixels) 0.333, 50% missed"
+    assert (
+        size_line("seg", [small])
+        == "Dice of seg by pixels of tissue in the slice: small (1 to 2) 0.333, 50% missed"
+    )
     assert Sweep().rows_by_size(0.5) == []
 
 

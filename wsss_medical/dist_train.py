@@ -197,7 +197,8 @@ def finish(run: Run, trained: TrainedModel, root: Path, args: Namespace) -> None
 def write_maps(model: TrainedModel, root: Path, names: list[str], folder: Path, args: Namespace) -> None:
     """Maps of the slices `names`, as gen_attn.py writes them."""
     slices = MedicalSliceDataset(root, names)
-    generate_maps(model, slices, folder / "attention_maps", folder / "cam_npy", scales=args.scales)
+    options = {"scales": args.scales, "batch_size": args.batch_size}
+    generate_maps(model, slices, folder / "attention_maps", folder / "cam_npy", **options)
 
 
 def generate(args: Namespace) -> None:

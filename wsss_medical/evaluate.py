@@ -104,7 +104,8 @@ def evaluate_split(
     scores: dict[str, float] = {}
     sweeps = {key: Sweep() for key in product(OUTPUTS, (BY_SCORE, BY_TRUTH))}
     mine = distributed.my_share(by_patient(names))  # one at a time: maps of all would fill the memory
-    for patient in tqdm(mine, "scoring", unit="patient", disable=None, leave=False):
+    no_bar = None if distributed.is_main() else True  # None: only on a terminal
+    for patient in tqdm(mine, "scoring", unit="patient", disable=no_bar, leave=False):
         own = MedicalSliceDataset(root, patient)
         slices = [own.read(i) for i in range(len(own))]
         results = segment_patient(model, slices, scales=scales, batch_size=batch_size)
@@ -138,7 +139,7 @@ def write_evaluation(out: Path, title: str, evaluation: Evaluation, thresholds: 
         by_score = {output: sweep for (output, by), sweep in evaluation.sweeps.items() if by == BY_SCORE}
         write_sweeps(out, by_score, dict.fromkeys(OUTPUTS, THRESHOLD) | thresholds)
         lines += overlap_lines({f"{row['output']}, {row['group']}": row for row in rows})
-        lines.append(size_line(by_score["seg"].rows_by_size(thresholds.get("seg", THRESHOLD))))
+        lines.append(size_line("seg", by_score["seg"].rows_by_size(thresholds.get("seg", THRESHOLD))))
     else:
         lines.append("there are no masks, so nothing can be said of where the structure was found")
     print("\n".join([*lines, f"written to {out}"]))

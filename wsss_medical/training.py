@@ -241,7 +241,8 @@ def renew_labels(run: Run, model: TrainedModel, root: Path) -> None:
     if run.epoch == 0 or in_the_middle:
         model.network.eval()
         patients = distributed.my_share(by_patient(model.split["train"]))
-        for names in tqdm(patients, "labels of pixels", unit="patient", disable=None, leave=False):
+        no_bar = None if distributed.is_main() else True  # None: only on a terminal
+        for names in tqdm(patients, "labels of pixels", unit="patient", disable=no_bar, leave=False):
             if run.stop.requested:
                 break
             label_pixels(model, root, names, run.folder / LABELS, by_model=in_the_middle)
