@@ -21,7 +21,7 @@ from common.mit import to_network_input
 from common.par import PAR, image01
 from common.phantoms import prepare_demo
 from common.pixel_labels import IGNORE, normalise_cam, refined_label, zero_pixels_background
-from common.plots import PRED_COLOR, heat_picture, outline, overlay, save_curves
+from common.plots import PRED_COLOR, costs_the_picture, heat_picture, outline, overlay, save_curves
 from common.slices import NOTES, check_slice_notes
 from common.training import Run
 from common.wetr import Output, multi_scale_cam
@@ -262,7 +262,8 @@ def keep_round(run: Run, weights: dict, iteration: int) -> None:
     for name in ("best", "last"):
         if (run.folder / "weights" / f"{name}.pt").is_file():
             link_file(folder / f"{name}.pth", f"../weights/{name}.pt")
-    draw_curves(run.folder / "training_curves.png", run.history)
+    with costs_the_picture("training_curves.png"):
+        draw_curves(run.folder / "training_curves.png", run.history)
 
 
 def count_batch(
@@ -272,8 +273,9 @@ def count_batch(
     values = {f"loss_{name}": loss for name, loss in losses_of_batch.items()}
     if labels is not None:
         values |= {name: (labels.seg == value).sum() for name, value in zip(PIXELS, (1, 0), strict=True)}
-    for name, value in values.items():
-        counts[name] = counts.get(name, 0.0) + value.item()
+    numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()  # read together
+    for name, number in zip(values, numbers, strict=True):
+        counts[name] = counts.get(name, 0.0) + number
         counts[f"batches_{name}"] = counts.get(f"batches_{name}", 0) + 1
 
 
@@ -306,7 +308,7 @@ def label_pictures(
     images = pixels[:4].movedim(1, -1).cpu().numpy()
     for i, (image, result) in enumerate(zip(images, segment_slices(model, images), strict=True)):
         row = [image, heat_picture(image, result.cam)]
-        if labels:
+        if labels is not None:
             label = labels.seg[i].cpu().numpy()
             row.append(outline(overlay(image[..., 0], label == IGNORE, UNKNOWN), label == 1, PRED_COLOR))
         yield [*row, heat_picture(image, result.seg)]
