@@ -15,6 +15,7 @@ import numpy as np
 from amygdala.labels import map_labels
 from amygdala.structures import NUM_CLASSES, DataSet
 from common.decathlon import find_decathlon, list_parts
+from common.foreign import foreign_hint
 from common.label_measures import label_counts
 from common.nifti import Scan
 from common.pairs import load_pair
@@ -66,11 +67,11 @@ def list_data_set(
     if root is None:
         raise FileNotFoundError(
             f"--source {source}: no folder imagesTr in it; expected imagesTr/, labelsTr/ and, if there are "
-            "any, imagesTs/ and labelsTs/"
+            f"any, imagesTs/ and labelsTs/{foreign_hint(source)}"
         )
     files, warnings = list_parts(root, PARTS)
     if not files:
-        raise ValueError(f"--source {source}: no scan (.nii.gz, .nii, .mgz) in imagesTr or imagesTs")
+        raise ValueError(f"--source {source}: no scan (.nii.gz, .nii, .mgz) in it{foreign_hint(root)}")
     has_bids_table = table is None and (root / "participants.tsv").is_file()
     path = root / "participants.tsv" if has_bids_table else table
     people = {} if path is None else read_subjects(path)

@@ -11,8 +11,10 @@ from tqdm import tqdm
 
 from common import distributed
 from common.conversion import failure_reason
+from common.dicom_headers import DICOM_ENDINGS
 from common.files import read_table
-from common.mask_files import PROBABILITIES
+from common.foreign import foreign_files, why_foreign
+from common.mask_files import CONVERTED, NO_MASKS
 from common.metrics import write_table
 from common.nifti import case_name
 from common.runs import append_row
@@ -42,22 +44,29 @@ def find_sources(
 
     Raises:
         FileNotFoundError: no such file or folder, or nothing to take in it.
+        ValueError: a file in a format that is known and not read.
     """
     source = Path(source)
     if source.is_file():
+        if not source.name.lower().endswith(suffixes) and (reason := why_foreign(source)):
+            raise ValueError(f"--source {reason}")
         return [source]
     if not source.is_dir():
         raise FileNotFoundError(f"--source {source}: no such file or folder")
     results = None
     if source.resolve() in out.resolve().parents:
         results = out.resolve().relative_to(source.resolve())
-    found, left_out = [], 0
+    found, foreign, left_out = [], [], 0
     for path in source.rglob("*") if recursive else source.iterdir():
         inside = path.relative_to(source)
         is_hidden = any(part.startswith(".") for part in inside.parts)
-        if is_hidden or not path.name.lower().endswith(suffixes) or not path.is_file():
+        if is_hidden or not path.is_file():
             continue
-        is_result = case_name(path).lower().endswith(own_names) or PROBABILITIES in inside.parts[:-1]
+        if not path.name.lower().endswith(suffixes):
+            if results not in inside.parents and not path.name.lower().endswith(DICOM_ENDINGS):
+                foreign.append(path)
+            continue
+        is_result = case_name(path).lower().endswith(own_names) or NO_MASKS.intersection(inside.parts[:-1])
         if is_result or results in inside.parents:
             left_out += 1
         else:
@@ -68,20 +77,29 @@ def find_sources(
             hint += f"; {left_out} file(s) are left out as results ({', '.join(own_names)} or in {out})"
         if not recursive:
             hint += "; --recursive also looks into subfolders"
+        if others := foreign_files(foreign):
+            hint += f". There are {others}"
         raise FileNotFoundError(f"--source {source}: no {what} in it{hint}")
+    if (others := foreign_files(foreign)) and distributed.is_main():
+        tqdm.write(f"left out: {others}")
     return sorted(found, key=lambda path: natural_key(str(path)))
 
 
-def result_folders(names: Mapping[Path, str], source: str | Path, out: Path) -> dict[Path, Path]:
+def result_folders(
+    names: Mapping[Path, str], source: str | Path, out: Path, *, mirrored: bool = False
+) -> dict[Path, Path]:
     """{scan: folder of its results}: `out`; of scans below `source` that are called alike, as case1/ct.nii.gz
     and case2/ct.nii.gz, the like subfolders of `out`.
 
     Args:
         names: {scan: its name}.
+        mirrored: results of all scans in subfolders of `source` lie in like subfolders.
     """
     count = Counter(names.values())
     return {
-        path: out / path.parent.relative_to(source) if count[name] > 1 else out
+        path: out / path.parent.relative_to(source)
+        if (mirrored or count[name] > 1) and path.parent != out / CONVERTED  # of DICOM files, in `out` itself
+        else out
         for path, name in names.items()
     }
 

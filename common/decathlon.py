@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import read_json
+from common.foreign import foreign_files, foreign_hint
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
 
@@ -96,7 +97,8 @@ def list_files(folder: str | Path, part: str) -> tuple[list[Case], list[str]]:
 
     Returns:
         cases in the natural order of their names, with None for the file that a case lacks; problems: a
-        sentence for each file that is left out because it is one case with another file.
+        sentence for each file that is left out because it is one case with another file, and one for files in
+        formats that are not read.
     """
     folders = {kind: Path(folder) / f"{kind}s{part}" for kind in ("image", "label")}
     paths = {
@@ -108,6 +110,8 @@ def list_files(folder: str | Path, part: str) -> tuple[list[Case], list[str]]:
     files: dict[str, dict[str, Path]] = {}
     problems = []
     for kind, inside in folders.items():
+        if foreign := foreign_files(inside.glob("[!.]*")):
+            problems.append(f"{inside}: holds {foreign}")
         for path in paths[kind]:
             name = case_name(path)
             short = name.removesuffix(CHANNEL)
@@ -175,7 +179,7 @@ def list_labelled(
         others = ", ".join(f"{kind}s{end}/" for end in parts if end != "Tr" for kind in ("image", "label"))
         raise FileNotFoundError(
             f"--data_path {folder}: no folder imagesTr in it; expected {data_set}'s layout imagesTr/, "
-            f"labelsTr/ and, if there are any, {others} and dataset.json"
+            f"labelsTr/ and, if there are any, {others} and dataset.json{foreign_hint(folder)}"
         )
     notes, path = read_dataset_json(root), root / "dataset.json"
     check_label_names(notes, names, spellings, data_set, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.foreign import foreign_hint
 from common.nifti import Scan, case_name, is_nifti, load_label
 from common.nifti_forms import grid_difference
 from common.splits import natural_key
@@ -16,6 +17,8 @@ ENDINGS += ("_seg-vert",)  # of VerSe's masks, ..._seg-vert_msk
 # channel of nnU-Net, the kind of scan.
 SCAN_ENDINGS = ("_0000", "_ct", "_mr", "_t1", "_t1w")
 PROBABILITIES = "probabilities"  # folder of the maps that predict.py writes, which are no masks
+CONVERTED = "from_dicom"  # folder of the scans that it makes of DICOM files
+NO_MASKS = {PROBABILITIES, CONVERTED}
 
 
 def label_files(folder: str | Path, endings: Sequence[str] = ENDINGS) -> dict[str, Path]:
@@ -34,7 +37,7 @@ def label_files(folder: str | Path, endings: Sequence[str] = ENDINGS) -> dict[st
     paths = sorted(filter(is_nifti, folder.iterdir()))
     if not paths:
         below = [path for path in sorted(folder.rglob("*")) if is_nifti(path) and path.is_file()]
-        paths = [path for path in below if PROBABILITIES not in path.relative_to(folder).parts]
+        paths = [path for path in below if not NO_MASKS & {*path.relative_to(folder).parts}]
     cases = {path: _without(case_name(path), endings) for path in paths}
     parents = {path.parent for path in paths}
     if len(set(cases.values())) < len(paths) == len(parents):
@@ -45,7 +48,7 @@ def label_files(folder: str | Path, endings: Sequence[str] = ENDINGS) -> dict[st
             names = (other.relative_to(folder), path.relative_to(folder))
             raise ValueError(f"{folder}: {names[0]} and {names[1]} are the same case; move one away")
     if not files:
-        raise ValueError(f"{folder}: no .nii or .nii.gz file")
+        raise ValueError(f"{folder}: no .nii or .nii.gz file{foreign_hint(folder)}")
     return {case: files[case] for case in sorted(files, key=natural_key)}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from common.foreign import why_foreign
 from common.nifti_forms import by
 
 HEADER_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}  # NIfTI-1 and 2
@@ -29,10 +30,13 @@ def check_file(path: Path) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an empty file, a Git-LFS pointer, or a name that does not tell whether it is compressed.
+        ValueError: another format, an empty file, a Git-LFS pointer, or a name that does not tell whether it
+            is compressed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if reason := why_foreign(path):
+        raise ValueError(reason)
     with path.open("rb") as file:
         start = file.read(64)
     name = path.name.lower()

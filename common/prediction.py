@@ -16,6 +16,7 @@ from tqdm import tqdm
 from common import batch, distributed
 from common.checkpoints import TrainedModel
 from common.components import lies_left_of
+from common.dicom import find_scans
 from common.files import make_folder
 from common.hardware import describe_device, peak_memory_mib
 from common.inference import predict_labels, warn_of_memory
@@ -310,7 +311,7 @@ def predict_scans(
     Args:
         predict: writes the results of a scan to its folder of `batch.result_folders`, with the scan's name in
             front, and returns its row with at least "scan" (its path) and "seconds".
-        own_names: as of `find_sources`.
+        source, own_names: as of `find_scans`.
         table: name of the CSV file of the rows in `out`.
         machine: what it runs on, for the line that is printed first.
         found: row -> what was found, for the scan's line; only 20 lines are printed.
@@ -323,7 +324,7 @@ def predict_scans(
     Raises:
         FileNotFoundError: no scan.
     """
-    scans = batch.find_sources(
+    scans, unconverted = find_scans(
         source, suffixes, out=out, own_names=own_names, recursive=recursive, what="NIfTI scan"
     )
     make_folder(out)
@@ -337,13 +338,13 @@ def predict_scans(
     rows, failed = batch.each(
         lambda path: predict(path, make_folder(folders[path])), todo, unit="scan", table=out / table
     )
-    failed = clashes | failed
+    failed = unconverted | clashes | failed
     if distributed.is_main():
         for row in rows[:ROWS_PRINTED]:
             print(f"  {Path(row['scan']).name}: {found(row)}, {row['seconds']:.1f} s")
         if len(rows) > ROWS_PRINTED:
             print(f"  ... {len(rows) - ROWS_PRINTED} more in {table}")
-        print(f"{len(rows)} of {len(scans)} scan(s) written to {out}")
+        print(f"{len(rows)} of {len(scans) + len(unconverted)} scan(s) written to {out}")
         for line in batch.failed_lines(failed):
             print(line)
     return failed

@@ -35,7 +35,8 @@ def add_scan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         required=True,
-        help="what to predict: a scan (NIfTI, .nrrd, or .mgz of FreeSurfer), or a folder with scans",
+        help="what to predict: a scan (NIfTI, .nrrd, or .mgz of FreeSurfer), or a folder with scans or with "
+        "DICOM files, which dcm2niix converts",
     )
     parser.add_argument(
         "--out", help="folder that the results are written to; default: predictions/ in the run's folder"

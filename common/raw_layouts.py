@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.decathlon import channel_names, find_decathlon, list_cases, read_dataset_json
+from common.foreign import foreign_hint
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
 
@@ -92,7 +93,7 @@ def find_layout(source: Path) -> str:
             return layout
     raise FileNotFoundError(
         f"--source {source}: there is neither imagesTr/ (Decathlon), nor <patient>/lgemri.nrrd (LASC), nor "
-        "<case>_seg.nii.gz (BraTS) in it; README.md tells how to add another layout"
+        f"<case>_seg.nii.gz (BraTS) in it; README.md tells how to add another layout{foreign_hint(source)}"
     )
 
 
@@ -118,7 +119,8 @@ def list_records(source: Path, layout: str, modality: Sequence[str]) -> list[Rec
             raise ValueError(f"--modality {' '.join(wanted)}: {record.name} only has {', '.join(there)}")
         records[i] = record._replace(images=images)
     if not records:
-        raise ValueError(f"--source {source}: no scan with labels in the layout {layout}")
+        hint = foreign_hint(source)
+        raise ValueError(f"--source {source}: no scan with labels in the layout {layout}{hint}")
     return records
 
 

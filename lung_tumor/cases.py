@@ -9,6 +9,7 @@ import numpy as np
 
 from common.conversion import file_stamp
 from common.decathlon import Case, find_decathlon, list_cases
+from common.foreign import foreign_hint
 from common.nifti import Scan, load_label, load_nifti, open_nifti, to_ras
 from common.pairs import why_not_a_pair
 from lung_tumor.kaggle import (
@@ -42,6 +43,7 @@ def find_cases(source: str | Path, task: str = "Task006_Lung") -> list:
         return list_kaggle_cases(find_task(source, task))
     raise FileNotFoundError(
         f"{source}: neither imagesTr/ and labelsTr/ (Decathlon) nor TaskXXX_Name/CT.zip (Kaggle) in it"
+        f"{foreign_hint(source)}"
     )
 
 

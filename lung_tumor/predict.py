@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batch, distributed
 from common.config import Switch, fraction, make_parser, parse_args, positive_float, positive_int, run_script
+from common.dicom import find_scans
 from common.files import make_folder
 from common.hardware import choose_precision, describe_device, start_device
 from common.hu import why_not_hu
@@ -45,7 +46,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--source",
         required=True,
-        help="what to predict: a NIfTI scan, an image file, or a folder with scans and images",
+        help="what to predict: a NIfTI scan, an image file, or a folder with scans and images or with DICOM "
+        "files, which dcm2niix converts",
     )
     parser.add_argument(
         "--out", help="folder that the results are written to; default: predictions/ in the run's folder"
@@ -183,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         device = start_device(args.device, distributed.local_rank())
         model = load_trained(args.weights, device, choose_precision(args.amp, device))
         out = Path(args.out) if args.out else run_dir_of(args.weights) / "predictions"
-        sources = batch.find_sources(
+        sources, unconverted = find_scans(
             args.source,
             (*NIFTI_SUFFIXES, *IMAGE_SUFFIXES),
             out=out,
@@ -195,8 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         if distributed.is_main():
             print(f"{len(sources)} file(s) on {describe_device(device)}, {model.precision.name}")
         root = Path(args.source) if Path(args.source).is_dir() else Path(args.source).parent
-        folders = {path: out / path.parent.relative_to(root) for path in sources}  # mirrors the subfolders
-        clashes = batch.name_clashes({path: folders[path] / case_name(path) for path in sources})
+        names = {path: case_name(path) for path in sources}
+        folders = batch.result_folders(names, root, out, mirrored=True)
+        clashes = batch.name_clashes({path: folders[path] / name for path, name in names.items()})
 
         def predict(path: Path) -> dict:
             folders[path].mkdir(parents=True, exist_ok=True)
@@ -206,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         started = time.perf_counter()
         todo = [path for path in sources if path not in clashes]
         rows, failed = batch.each(predict, todo, unit="file", table=out / "results.csv")
-        failed = clashes | failed
+        failed = unconverted | clashes | failed
         if distributed.is_main():
             report(rows, failed, out, time.perf_counter() - started)
         return batch.exit_code(failed)

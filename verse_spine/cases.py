@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.foreign import foreign_hint
 from common.splits import natural_key
 
 PARTS = ("training", "validation", "test")
@@ -72,7 +73,7 @@ def find_cases(folder: str | Path, editions: tuple[int, ...] = (19, 20)) -> list
     if not any(by_edition.values()):
         raise FileNotFoundError(
             f"{folder}: no scan rawdata/sub-*/*_ct.nii.gz in it or in its dataset-... folders; give the "
-            "folder above dataset-01training, or that above verse19 and verse20"
+            f"folder above dataset-01training, or that above verse19 and verse20{foreign_hint(folder)}"
         )
     for cases in by_edition.values():
         _check(cases, folder)
@@ -139,6 +140,7 @@ def _cases_of(root: Path, edition: int | None) -> list[Case]:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(
             f"{root}: {'; '.join(problems[:10])}{more}. Fetch what is missing or move the files away"
+            f"{foreign_hint(root)}"
         )
     return [
         Case(name.split("_")[0], name, part=_part(root), edition=edition, **of)
