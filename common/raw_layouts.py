@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.decathlon import channel_names, find_decathlon, list_cases, read_dataset_json
-from common.foreign import foreign_hint
+from common.foreign import foreign_files, foreign_hint
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
 
@@ -121,6 +121,8 @@ def list_records(source: Path, layout: str, modality: Sequence[str]) -> list[Rec
     if not records:
         hint = foreign_hint(source)
         raise ValueError(f"--source {source}: no scan with labels in the layout {layout}{hint}")
+    if foreign := foreign_files(source.rglob("[!.]*")):
+        print(f"left out: {foreign}")
     return records
 
 

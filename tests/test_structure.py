@@ -163,7 +163,7 @@ def test_the_readme_lists_every_module_of_common():
 def test_requirements_name_what_is_imported():
     """Nothing is imported, lazily or not, that requirements.txt or that of the benchmarks does not bring."""
     names = {"cv2": "opencv-python-headless", "yaml": "PyYAML", "PIL": "pillow", "nrrd": "pynrrd"}
-    optional = {"wandb", "kagglehub", "huggingface_hub"}
+    optional = {"wandb", "kagglehub", "huggingface_hub", "dcm2niix"}
     core = set(re.findall(r"^([A-Za-z][\w-]*)", (ROOT / "requirements.txt").read_text(), re.M))
     peers = set(re.findall(r"^([A-Za-z][\w-]*)", (ROOT / "benchmarks/requirements.txt").read_text(), re.M))
     for path in MODULES:
@@ -177,6 +177,7 @@ def test_requirements_name_what_is_imported():
 def test_heavy_packages_are_imported_on_use():
     """Importing the modules must not need albumentations, OpenCV, matplotlib, kagglehub or nibabel."""
     lazy = {"albumentations", "cv2", "matplotlib", "kagglehub", "nibabel", "nrrd", "wandb", "monai", "PIL"}
+    lazy |= {"dcm2niix"}
     for path in MODULES:
         if path.parent.name == "benchmarks":
             continue

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.foreign import foreign_hint
+from common.foreign import foreign_files, foreign_hint
 from common.splits import natural_key
 
 PARTS = ("training", "validation", "test")
@@ -124,6 +124,8 @@ def _cases_of(root: Path, edition: int | None) -> list[Case]:
     files: dict[str, dict[str, Path]] = {}
     problems = []
     for folder, kinds in (("rawdata", ("image",)), ("derivatives", ("mask", "centroids"))):
+        if foreign := foreign_files((root / folder).rglob("[!.]*")):
+            problems.append(f"{folder} holds {foreign}")
         for path in sorted((root / folder).rglob("*")):
             for kind in kinds:
                 match = re.search(KINDS[kind], path.name, re.IGNORECASE)
@@ -140,7 +142,6 @@ def _cases_of(root: Path, edition: int | None) -> list[Case]:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(
             f"{root}: {'; '.join(problems[:10])}{more}. Fetch what is missing or move the files away"
-            f"{foreign_hint(root)}"
         )
     return [
         Case(name.split("_")[0], name, part=_part(root), edition=edition, **of)
