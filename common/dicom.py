@@ -52,8 +52,11 @@ def find_scans(
             nothing = error
         if source.is_file():
             return scans, {}
-    in_subfolders = recursive or nothing is not None
-    converted, failed, left_out = distributed.on_main(lambda: _convert_all(source, out, in_subfolders))
+    series, failed = find_series(source, out, recursive or nothing is not None)
+    converted, left_out = [], []
+    if series:
+        converted, not_converted, left_out = distributed.on_main(lambda: _convert_all(series, source, out))
+        failed |= not_converted
     if not scans and not converted:
         if failed:
             raise ValueError("; ".join(failed.values()))
@@ -68,11 +71,11 @@ def _is_dicom_file(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 
 def _convert_all(
-    source: Path, out: Path, in_subfolders: bool
+    series: list[Series], source: Path, out: Path
 ) -> tuple[list[Path], dict[Path, str], list[str]]:
-    """(NIfTI files, {file or folder that failed: reason}, what is left out with the reason)."""
-    series, failed = find_series(source, out, in_subfolders)
+    """(NIfTI files, {file that could not be made: reason}, what is left out with the reason)."""
     converted: list[Path] = []
+    failed: dict[Path, str] = {}
     left_out: list[str] = []
 
     def leave_out(one: Series, reason: str) -> None:
@@ -90,7 +93,7 @@ def _convert_all(
     program = find_program()
     if program is None:
         reason = f"{source}: converting DICOM files needs the program dcm2niix; pip install dcm2niix"
-        return converted, failed | {source: reason}, left_out
+        return converted, {source: reason}, left_out
     folder = make_folder(make_folder(out) / CONVERTED)
     for one in tqdm(volumes, "DICOM series", unit="series", leave=False, disable=None):
         try:

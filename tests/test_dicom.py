@@ -292,7 +292,7 @@ def test_left_out_is_printed(tmp_path, use_program, capsys):
         ('echo "$in"/000002.dcm is odd; exit 1', r"\(.*im2.dcm is odd\)"),
         ('echo x > "$out"/scan.nii.gz', "no volume among its DICOM series .*not a readable|damaged"),
         ("kill -9 $$", "failed with exit code -9"),
-        ("sleep 600", "dcm2niix did not end within 0 s and was stopped"),
+        ("exec sleep 600", "dcm2niix did not end within 0 s and was stopped"),
     ],
 )
 def test_faults_of_the_program_are_one_sentence(tmp_path, use_program, monkeypatch, script, reason):

@@ -752,7 +752,7 @@ REFUSED = {
     "gzipped text": ("a.nii.gz", lambda p: p.write_bytes(gzip.compress(b"x" * 999)),
                      "not a readable NIfTI file"),
     "other format": ("a.img", lambda p: nib.save(nib.AnalyzeImage(random_volume(), np.eye(4)), p),
-                     r"Spm2AnalyzeImage, not a NIfTI file; convert it to \.nii\.gz"),
+                     r"an \.hdr/\.img pair \(Analyze or NIfTI\), which is not read; convert it to \.nii\.gz"),
     "4-D mgz": ("a.mgz", lambda p: nib.save(nib.MGHImage(random_volume(shape=(4, 5, 3, 2)), np.eye(4)), p),
                 r"4-D with shape \(4, 5, 3, 2\); each file must hold one 3-D scan"),
     "plain named .mgz": ("a.mgz", lambda p: write_mgh(p, compressed=False),
