@@ -72,7 +72,7 @@ def list_data_set(
     files, warnings = list_parts(root, PARTS)
     if not files:
         raise ValueError(
-            f"--source {source}: no scan (.nii.gz, .mgz) in imagesTr or imagesTs{foreign_hint(root)}"
+            f"--source {source}: no scan (.nii.gz, .nii, .mgz) in imagesTr or imagesTs{foreign_hint(root)}"
         )
     has_bids_table = table is None and (root / "participants.tsv").is_file()
     path = root / "participants.tsv" if has_bids_table else table

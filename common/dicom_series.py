@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from common.dicom_headers import DICOM_ENDINGS, Header, read_dicom_header
 from common.foreign import FORMATS
-from common.mask_files import NO_MASKS
 from common.nifti import NIFTI_SUFFIXES
 from common.splits import natural_key
 
@@ -86,8 +85,8 @@ def _candidates(root: Path, out: Path, in_subfolders: bool) -> Iterator[Path]:
     for path in sorted(paths, key=lambda path: natural_key(str(path))):
         inside = path.relative_to(root)
         is_hidden = any(part.startswith(".") for part in inside.parts)
-        is_result = NO_MASKS.intersection(inside.parts) or results in inside.parents
-        if not (is_hidden or is_result or path.name.lower().endswith(OTHERS)) and path.is_file():
+        is_other = path.name.lower().endswith(OTHERS) or results in inside.parents
+        if not (is_hidden or is_other) and path.is_file():
             yield path
 
 

@@ -38,9 +38,9 @@ FORMATS = {  # ending: what it is, what converts it
 
 
 def foreign_ending(path: Path) -> str:
-    """The longest ending of FORMATS that the name has, in lower case; "" if it has none."""
-    found = [ending for ending in FORMATS if path.name.lower().endswith(ending)]
-    return max(found, key=len, default="")
+    """The ending of FORMATS that the name has, in lower case; "" if it has none."""
+    name = path.name.lower()
+    return next((ending for ending in FORMATS if name.endswith(ending)), "")
 
 
 def why_foreign(path: Path) -> str:

@@ -51,8 +51,8 @@ def write_dicom(
 
     Args:
         number: of the image in its series.
-        other: series (its UID), series_number, patient, modality, image_type, kind, samples, tilt, in_front
-            (bytes of elements in front of the series').
+        other: series (its UID), series_number, patient, modality, image_type, kind, samples, tilt, behind
+            (bytes of elements behind the series').
     """
     series, kind = other.get("series", "1.2.3"), other.get("kind", CT_KIND)
     texts = {
@@ -84,7 +84,7 @@ def write_dicom(
         texts[0x0020, 0x0032] = ("DS", "\\".join(f"{mm:.6g}" for mm in position))
         texts[0x0020, 0x0037] = ("DS", "\\".join(f"{part:.6g}" for part in orientation))
     body = {tag: element(tag, *content, syntax=syntax) for tag, content in texts.items()}
-    body[0x0009, 0] = other.get("in_front", b"")
+    body[0x0021, 0] = other.get("behind", b"")
     meta = element((2, 2), "UI", kind) + element((2, 0x10), "UI", syntax)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(128) + b"DICM" + meta + b"".join(body[tag] for tag in sorted(body)))
@@ -121,7 +121,7 @@ def test_headers_of_all_ways_to_store_them(tmp_path, syntax):
     assert header.num_bytes == 24 * 20 * 2
 
 
-def test_sequences_in_front_are_passed_over(tmp_path):
+def test_sequences_are_passed_over(tmp_path):
     """With and without a length, one in the other, and of unknown kind, which is stored implicitly inside."""
     wrong = element((0x20, 0x0E), "UI", "9.9")
     item, ends = b"\xfe\xff\x00\xe0", b"\xfe\xff\x0d\xe0\0\0\0\0"
@@ -132,7 +132,7 @@ def test_sequences_in_front_are_passed_over(tmp_path):
     without += b"\xfe\xff\xdd\xe0\0\0\0\0"
     hidden = element((0x20, 0x0E), "UI", "8.8", syntax=IMPLICIT)
     unknown = start + b"UN\0\0" + endless + item + endless + hidden + ends + b"\xfe\xff\xdd\xe0\0\0\0\0"
-    path = write_dicom(tmp_path / "im", pixels=np.zeros((4, 4)), in_front=with_length + without + unknown)
+    path = write_dicom(tmp_path / "im", pixels=np.zeros((4, 4)), behind=with_length + without + unknown)
     assert read_dicom_header(path).series == "1.2.3"
 
 
@@ -186,7 +186,8 @@ def test_names_tell_folder_and_series(tmp_path):
     for k, name in enumerate(("a", "b")):  # one series in two folders
         write_dicom(source / "p3" / name / "1", pixels=np.ones((4, 4)), number=k, series="1.5")
     write_series(source / ".hidden", series="1.6")
-    write_series(source / "out" / "from_dicom", series="1.7")
+    write_series(source / "out" / "x", series="1.7")
+    write_dicom(source / "DICOMDIR", kind="1.2.840.10008.1.3.10", modality="", position=None)
     (source / "notes.txt").write_text("")
     found, damaged = find_series(source, source / "out", in_subfolders=True)
     names = ["export_2", "p1_CT_4", "p2_CT_4", "p2_more_CT", "p3_3"]
@@ -287,6 +288,7 @@ def test_left_out_is_printed(tmp_path, use_program, capsys):
             "echo working; echo 'Error: unsupported'; exit 1",
             r"failed with exit code 1 \(Error: unsupported\)",
         ),
+        ('echo x > "$out"/scan.nii.gz; exit 8', r"failed with exit code 8"),
         ("exit 2", r"failed with exit code 2 \(without a word\)"),
         ("echo nothing to do", r"wrote nothing \(nothing to do\)"),
         ('echo "$in"/000002.dcm is odd; exit 1', r"\(.*im2.dcm is odd\)"),
@@ -355,7 +357,8 @@ def test_results_within_the_source_are_no_sources(tmp_path, use_program):
 def test_a_single_file_stands_for_its_series(tmp_path, use_program):
     use_program(f'ls "$in" > {tmp_path}/given; cp {tmp_path}/made.nii.gz "$out"/scan.nii.gz')
     source = write_series(tmp_path / "x", series="1.1")
-    write_dicom(source / "other.dcm", pixels=np.ones((4, 4)), series="1.2")
+    for k in range(4):
+        write_dicom(source / f"other{k}", pixels=np.ones((4, 4)), series="1.2", number=k, position=(0, 0, k))
     (source / "im1.dcm").rename(source / "IM1")
     for name in ("im0.dcm", "IM1"):
         scans, failed = scans_of(source / name, tmp_path / "out")
