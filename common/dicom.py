@@ -9,10 +9,13 @@ from tqdm import tqdm
 
 from common import batch, distributed
 from common.dicom_conversion import convert_series, find_program
-from common.dicom_headers import read_dicom_header
+from common.dicom_headers import DICOM_ENDINGS, read_dicom_header
 from common.dicom_series import Series, find_series, why_no_volume
 from common.files import make_folder
+from common.foreign import foreign_files
 from common.mask_files import CONVERTED
+
+MOST_LISTED = 5  # reasons in a message
 
 
 def find_scans(
@@ -59,11 +62,19 @@ def find_scans(
         failed |= not_converted
     if not scans and not converted:
         if failed:
-            raise ValueError("; ".join(failed.values()))
+            raise ValueError(_listed(list(failed.values())))
         if left_out:
-            raise ValueError(f"--source {source}: no volume among its DICOM series ({'; '.join(left_out)})")
+            raise ValueError(f"--source {source}: no volume among its DICOM series ({_listed(left_out)})")
         raise nothing or ValueError(f"--source {source}: a DICOM directory, not an image")
+    if nothing is not None and distributed.is_main():  # else `batch.find_sources` has told it
+        if others := foreign_files(p for p in source.iterdir() if not p.name.lower().endswith(DICOM_ENDINGS)):
+            tqdm.write(f"left out: {others}")
     return [*scans, *converted], failed
+
+
+def _listed(reasons: list[str]) -> str:
+    more = f"; and {len(reasons) - MOST_LISTED} more" if len(reasons) > MOST_LISTED else ""
+    return "; ".join(reasons[:MOST_LISTED]) + more
 
 
 def _is_dicom_file(path: Path, suffixes: tuple[str, ...]) -> bool:

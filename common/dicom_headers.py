@@ -153,4 +153,7 @@ def _length(head: bytes, file: BinaryIO, order: str, is_implicit: bool) -> tuple
 def _value(name: str, data: bytes, order: str) -> str | int:
     if name in NUMBERS:
         return struct.unpack(order + "H", data[:2])[0]
-    return data.decode("latin-1").strip("\0 ")
+    text = data.decode("latin-1").strip("\0 ")
+    if name != "patient" and not text.isprintable():  # names of patients may change the alphabet
+        raise ValueError(f"its {name.replace('_', ' ')} is no text")
+    return text

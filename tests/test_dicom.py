@@ -174,6 +174,15 @@ def test_a_damaged_header_never_ends_in_another_error(tmp_path):
             assert str(error).startswith(f"{path}: a damaged")
 
 
+def test_what_should_be_a_text_is_one(tmp_path):
+    for other in ({"modality": "CT\n"}, {"series_number": "3\x01"}, {"image_type": "A\x7f"}):
+        path = write_dicom(tmp_path / "im", pixels=np.zeros((4, 4)), **other)
+        with pytest.raises(
+            ValueError, match=r"damaged or truncated DICOM file \(its \w+( \w+)? is no text\)"
+        ):
+            read_dicom_header(path)
+
+
 # ---- series ----
 
 
@@ -271,9 +280,11 @@ def test_left_out_is_printed(tmp_path, use_program, capsys):
     use_program(f'cp {tmp_path}/made.nii.gz "$out"/scan.nii.gz')
     write_series(tmp_path / "x" / "scout", series="1.1", image_type="ORIGINAL\\PRIMARY\\LOCALIZER")
     write_series(tmp_path / "x" / "ct", series="1.2")
+    (tmp_path / "x" / "a.mha").touch()
     scans, failed = scans_of(tmp_path / "x", tmp_path / "out")
     assert [scan.name for scan in scans] == ["ct_3.nii.gz"] and not failed
-    left_out, converted = capsys.readouterr().out.splitlines()
+    left_out, converted, other = capsys.readouterr().out.splitlines()
+    assert other.startswith("left out: 1 .mha file(s) (MetaImage)")
     assert left_out == f"left out: {tmp_path / 'x' / 'scout'}, series 3: a localiser, 4 image(s)"
     assert converted == f"converted: {tmp_path / 'x' / 'ct'}, series 3, 4 file(s) to from_dicom/ct_3.nii.gz"
     shutil.rmtree(tmp_path / "x" / "ct")
