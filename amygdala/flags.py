@@ -9,7 +9,16 @@ from amygdala.model import MODELS_2D, MODELS_3D, add_architecture_flags
 from amygdala.structures import add_dataset_flag
 from common import flags
 from common.checkpoints import load_checkpoint
-from common.config import Switch, fraction, make_parser, non_negative_int, positive_int, read_yaml_files
+from common.config import (
+    Switch,
+    fraction,
+    make_parser,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    read_yaml_files,
+    seed_number,
+)
 from common.files import check_keys
 from common.run_flags import add_run_flags
 from common.runs import find_checkpoint
@@ -93,7 +102,7 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
     )
     data.add_argument(
         "--split_seed",
-        type=int,
+        type=seed_number,
         default=0,
         help="number that fixes who is in which fold, whatever the --seed of the training",
     )
@@ -142,7 +151,7 @@ def add_training_flags(parser: ArgumentParser, chosen: Namespace) -> None:
     )
     learning.add_argument(
         "--boundary_weight",
-        type=float,
+        type=non_negative_float,
         default=0.0,
         help="extra weight in the cross-entropy of voxels at the boundary of a structure; 0 = all alike",
     )

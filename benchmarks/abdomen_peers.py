@@ -29,7 +29,15 @@ from amos_lha.organs import ORGANS, STRUCTURES, group_of
 from benchmarks.abdomen_training import CPU, FILE_ENDING, train_monai, train_nnunet
 from benchmarks.lung_tumor_patches import write_results
 from common.class_metrics import score_structures
-from common.config import Switch, make_parser, parse_args, positive_float, positive_int, run_script
+from common.config import (
+    Switch,
+    make_parser,
+    parse_args,
+    positive_float,
+    positive_int,
+    run_script,
+    seed_number,
+)
 from common.files import read_json
 from common.hardware import choose_precision
 from common.nifti import load_label
@@ -63,7 +71,7 @@ def build_parser() -> ArgumentParser:
         help="precision of networks: bf16, which processors with AVX512-BF16 or AMX compute fast, or off = "
         "float32",
     )
-    parser.add_argument("--seed", type=int, default=1, help="number that fixes what is random")
+    parser.add_argument("--seed", type=seed_number, default=1, help="number that fixes what is random")
     monai = parser.add_argument_group("MONAI")
     monai.add_argument(
         "--spacing",

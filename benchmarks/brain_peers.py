@@ -24,7 +24,7 @@ from amygdala.dataset import Cohort
 from amygdala.structures import DATASETS, NUM_CLASSES
 from benchmarks.lung_tumor_patches import write_results
 from common.class_metrics import mean_dice, score_structures
-from common.config import make_parser, parse_args, positive_float, positive_int, run_script
+from common.config import make_parser, parse_args, positive_float, positive_int, run_script, seed_number
 from common.files import read_json
 from common.hardware import autocast, choose_precision
 from common.hdf5 import CaseFile
@@ -51,7 +51,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--batch_size", type=positive_int, default=2, help="number of regions in an update")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="highest learning rate of AdamW")
     parser.add_argument("--amp", choices=["bf16", "off"], default="off", help="precision of the network")
-    parser.add_argument("--seed", type=int, default=1, help="number that fixes what is random")
+    parser.add_argument("--seed", type=seed_number, default=1, help="number that fixes what is random")
     parser.add_argument("--out", default="benchmarks/results", help="folder that the results are written to")
     return parser
 

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import make_parser, parse_args, positive_int, resolved_config
+from common.config import (
+    make_parser,
+    non_negative_int,
+    parse_args,
+    positive_float,
+    positive_int,
+    resolved_config,
+)
 from common.hardware import describe_device, pick_device
 from common.metrics import binary_counts, dice_from_counts
 from common.networks import AttentionUNet
@@ -64,13 +71,13 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--batch_size", type=positive_int, default=16, help="number of patches in an update")
     parser.add_argument(
         "--lr",
-        type=float,
+        type=positive_float,
         default=3e-3,
         help="highest learning rate of this project's network; it falls as a cosine",
     )
     parser.add_argument(
         "--monai_lr",
-        type=float,
+        type=positive_float,
         default=1e-2,
         help="highest learning rate of MONAI's network; it falls as a cosine",
     )
@@ -88,7 +95,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--threads",
-        type=int,
+        type=non_negative_int,
         default=0,
         help="number of processor threads of torch; 0 = as many as there are cores; take 1 on a machine "
         "that others use",

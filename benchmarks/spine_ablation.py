@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.lung_tumor_patches import write_results
-from common.config import make_parser, parse_args, positive_int, run_script
+from common.config import make_parser, parse_args, positive_int, run_script, seed_number
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
@@ -34,7 +34,7 @@ def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
         "--seeds",
-        type=int,
+        type=seed_number,
         nargs="+",
         default=[1, 2, 3],
         help="seeds; each variant is trained once with each of them",

@@ -254,6 +254,29 @@ def positive_float(text: str) -> float:
     return value
 
 
+def non_negative_float(text: str) -> float:
+    """For argparse's `type=`: a number, 0 or more."""
+    value = _number(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def finite_float(text: str) -> float:
+    """For argparse's `type=`: any number but NaN and infinity."""
+    value = _number(text)
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def seed_number(text: str) -> int:
+    """For argparse's `type=`: a whole number that every random generator takes as its seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def fraction(text: str) -> float:
     """For argparse's `type=`: a number in [0, 1]."""
     value = _number(text)

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from common.config import Switch, fraction, non_negative_int, positive_float, positive_int
+from common.config import Switch, fraction, non_negative_float, non_negative_int, positive_float, positive_int
 from common.optimizers import OPTIMIZERS
 
 
@@ -160,14 +160,14 @@ def add_update_flags(
     )
     group.add_argument(
         "--weight_decay",
-        type=float,
+        type=non_negative_float,
         default=weight_decay,
         help="share of each weight, times the learning rate, that is taken away at every update; keeps the "
         "weights small",
     )
     group.add_argument(
         "--grad_clip",
-        type=float,
+        type=non_negative_float,
         default=1.0,
         help="largest norm of the gradient of an update; a larger gradient is scaled down to it, so that "
         "one odd batch does little harm; 0 = no limit",
@@ -265,7 +265,7 @@ def add_labelled_flag(parser: argparse.ArgumentParser, whose: str) -> None:
     """
     parser.add_argument(
         "--labelled",
-        type=int,
+        type=positive_int,
         nargs="+",
         metavar="NUMBER",
         help=f"numbers of all labels that {whose} may hold, e.g. 1 2 3 6, where others were not annotated; "

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from common.config import Switch, duration_s, non_negative_int, positive_float, positive_int
+from common.config import Switch, duration_s, non_negative_int, positive_float, positive_int, seed_number
 
 
 def add_prediction_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -92,7 +92,7 @@ def add_training_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument(
         "--seed",
-        type=int,
+        type=seed_number,
         default=42,
         help="number that fixes what is random: the first weights, shuffling and augmentation; the same "
         "number gives the same run on a CPU",

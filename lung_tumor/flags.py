@@ -2,7 +2,7 @@
 
 import argparse
 
-from common.config import Switch, fraction, non_negative_int, positive_int
+from common.config import Switch, fraction, non_negative_float, non_negative_int, positive_float, positive_int
 from common.flags import (
     add_deep_supervision_flag,
     add_ema_flags,
@@ -88,7 +88,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add_update_flags(optim, "slices", batch_size=2, accumulate=16, weight_decay=1e-4)
     optim.add_argument(
         "--lr",
-        type=float,
+        type=positive_float,
         default=5e-5,
         help="highest learning rate of the run, for AdamW; the default fits an effective batch of 32",
     )
@@ -102,7 +102,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     optim.add_argument(
         "--min_lr",
-        type=float,
+        type=non_negative_float,
         default=1e-6,
         help="lowest learning rate, at the end of the cosine or after many halvings",
     )
@@ -129,13 +129,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     optim.add_argument(
         "--ce_weight",
-        type=float,
+        type=non_negative_float,
         default=1.0,
         help="factor on the cross-entropy in dice_bce; a larger one makes it count more",
     )
     optim.add_argument(
         "--dice_weight",
-        type=float,
+        type=non_negative_float,
         default=1.0,
         help="factor on the Dice loss in dice_bce; a larger one makes it count more",
     )
@@ -163,7 +163,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     augment.add_argument(
         "--rotation_limit",
-        type=float,
+        type=non_negative_float,
         default=15.0,
         help="largest angle in degrees by which a slice is rotated to either side",
     )

@@ -16,7 +16,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import fraction, make_parser, parse_args, positive_int, run_script
+from common.config import (
+    fraction,
+    make_parser,
+    non_negative_int,
+    parse_args,
+    positive_float,
+    positive_int,
+    run_script,
+    seed_number,
+)
 from common.files import make_folder
 from common.hardware import autocast, choose_precision, start_device
 from common.metrics import dice_from_counts
@@ -43,7 +52,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--min_pixels",
-        type=int,
+        type=non_negative_int,
         default=100,
         help="take only slices that show more tumour pixels than this; lower it for small tumours",
     )
@@ -58,7 +67,10 @@ def build_parser() -> ArgumentParser:
         "--target", type=fraction, default=0.8, help="Dice, 0 to 1, above which the test has passed"
     )
     parser.add_argument(
-        "--lr", type=float, default=1e-3, help="learning rate of Adam; take a tenth if the loss jumps"
+        "--lr",
+        type=positive_float,
+        default=1e-3,
+        help="learning rate of Adam; take a tenth if the loss jumps",
     )
     parser.add_argument(
         "--loss",
@@ -79,7 +91,7 @@ def build_parser() -> ArgumentParser:
         "and small tumours are lost",
     )
     parser.add_argument(
-        "--seed", type=int, default=42, help="number that fixes what is random: the first weights"
+        "--seed", type=seed_number, default=42, help="number that fixes what is random: the first weights"
     )
     parser.add_argument(
         "--out", default="runs/overfit_test", help="folder that the two pictures are written to"

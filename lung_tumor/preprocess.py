@@ -16,7 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import Switch, fraction, make_parser, parse_args, positive_float, run_script
+from common.config import (
+    Switch,
+    finite_float,
+    fraction,
+    make_parser,
+    non_negative_int,
+    parse_args,
+    positive_float,
+    run_script,
+    seed_number,
+)
 from common.decathlon import find_decathlon, read_dataset_json
 from common.files import write_json
 from common.flags import add_workers_flag
@@ -46,7 +56,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--window",
-        type=float,
+        type=finite_float,
         nargs=2,
         default=WINDOW_HU,
         metavar=("LOW", "HIGH"),
@@ -75,14 +85,14 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--min_pixels",
-        type=int,
+        type=non_negative_int,
         default=0,
         help="leave out of training the slices that show some tumour, but fewer pixels of it than this; 0 "
         "keeps all of them",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=seed_number,
         default=42,
         help="number that fixes what is random: which slices without tumour are taken, and the split",
     )

@@ -5,7 +5,18 @@ import argparse
 import pytest
 import yaml
 
-from common.config import Switch, duration_s, fraction, make_parser, parse_args, positive_int, resolved_config
+from common.config import (
+    Switch,
+    duration_s,
+    finite_float,
+    fraction,
+    make_parser,
+    non_negative_float,
+    parse_args,
+    positive_int,
+    resolved_config,
+    seed_number,
+)
 from common.run_flags import add_run_flags
 from common.runs import save_config
 
@@ -139,7 +150,7 @@ def test_required_flag_may_come_from_yaml(parser, yaml_file, capsys):
     [
         [],
         ["--ema", "--no-augment", "--deterministic"],
-        ["--window", "-1024", "325", "--shift", "-0.00001", "-2.5", "1e30", "--seed", "-1"],
+        ["--window", "-1024", "325", "--shift", "-0.00001", "-2.5", "1e30", "--seed", "7"],
         [
             "--lr",
             "1e-3",
@@ -320,6 +331,22 @@ def test_no_durations(text):
 def test_duration_in_the_parser(parser, capsys):
     assert parse_args(parser, ["--time_budget", "1h30m"]).time_budget == 5400.0
     assert "--time_budget: '-5' is not a duration" in refusal(capsys, parser, ["--time_budget", "-5"])
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (non_negative_float, {"0": 0.0, "1e-3": 0.001}, ["-1e-9", "nan", "inf", "", "one"]),
+        (finite_float, {"-1350": -1350.0, "0": 0.0}, ["nan", "inf", "-inf", "1e400", "HU"]),
+        (seed_number, {"0": 0, "4294967295": 2**32 - 1}, ["4294967296", "-1", "1.0", "nan", ""]),
+    ],
+)
+def test_numbers_of_a_range(kind, good, bad):
+    for text, value in good.items():
+        assert kind(text) == value
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a"):
+            kind(text)
 
 
 def test_positive_int_and_fraction():

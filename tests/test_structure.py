@@ -1,5 +1,6 @@
 """The house rules that a machine can check."""
 
+import argparse
 import ast
 import difflib
 import importlib
@@ -101,6 +102,20 @@ def test_scripts(path):
             assert option.startswith("-") and (
                 option == "--save-overlay" or "-" not in option.strip("-").replace("no-", "")
             )
+
+
+def test_no_flag_takes_nan_infinity_or_a_senseless_sign():
+    either_sign = {"--window"}  # densities in HU
+    for path in SCRIPTS:
+        module = importlib.import_module(name(path)[:-3].replace("/", "."))
+        for action in module.build_parser()._actions:
+            option = (action.option_strings or [action.dest])[0]
+            if action.type is None or action.choices or option == "--local_rank":  # torch's launcher gives it
+                continue
+            refused = ["nan", "inf", "-inf", "1e999", *([] if option in either_sign else ["-1", "-0.5"])]
+            for text in refused:
+                with pytest.raises(argparse.ArgumentTypeError):
+                    pytest.fail(f"{name(path)} {option} takes {action.type(text)}")
 
 
 def test_a_flag_means_the_same_in_every_script():

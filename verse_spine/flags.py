@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from common.config import Switch, fraction
+from common.config import Switch, fraction, positive_float
 from common.flags import (
     add_augmentation_flags,
     add_evaluate_flag,
@@ -71,7 +71,7 @@ def add_training_flags(parser: ArgumentParser, *, patch_size: tuple[int, int, in
     )
     optim.add_argument(
         "--lr",
-        type=float,
+        type=positive_float,
         default=1.0,
         help="highest learning rate of the run; leave it at 1.0 for prodigy, where it is a factor on the "
         "step size; with adamw 1.0 means 0.001, with sgd 0.01",

@@ -20,7 +20,7 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import make_parser, parse_args, run_script
+from common.config import make_parser, parse_args, positive_float, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
 from common.files import read_json
 from common.flags import add_workers_flag
@@ -62,7 +62,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--spacing",
-        type=float,
+        type=positive_float,
         nargs=3,
         default=[1.0, 1.0, 1.0],
         metavar=("Z", "Y", "X"),

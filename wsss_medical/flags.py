@@ -3,7 +3,7 @@
 from argparse import SUPPRESS, ArgumentParser, Namespace
 
 from common import flags
-from common.config import Switch, fraction, non_negative_int, positive_float, positive_int
+from common.config import Switch, fraction, non_negative_float, non_negative_int, positive_float, positive_int
 from common.mit import BACKBONES
 from common.run_flags import add_resume_flags, add_time_budget_flag, add_training_machine_flags
 from common.wetr import POOLINGS
@@ -61,7 +61,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
         help="factors between which the size of a training slice is drawn",
     )
     turn = "largest angle in degrees by which a training slice is turned to either side"
-    data.add_argument("--rotate", type=float, default=0.0, help=turn)
+    data.add_argument("--rotate", type=non_negative_float, default=0.0, help=turn)
     grey = "change contrast, brightness and gamma of training slices"
     data.add_argument("--grey_values", action=Switch, default=False, help=grey)
     add_network_flags(parser)
@@ -193,7 +193,7 @@ def add_label_flags(parser: ArgumentParser) -> None:
     ):
         labels.add_argument(
             f"--{name}",
-            type=float,
+            type=non_negative_float,
             help=f"weight of the loss {what}, that of the labels of slices having 1; 0 = left out",
         )
 
