@@ -196,7 +196,7 @@ def test_resolved_config_leaves_out_what_must_not_repeat(parser, yaml_file):
         ("fold: 0", {"fold": "0"}),
         ("fold:", {"fold": None}),
         ("experiment_name: other", {"model_name": "other"}),
-        ("seed: -3", {"seed": -3}),
+        ("seed: 3", {"seed": 3}),
         ("time_budget: 30m", {"time_budget": 1800.0}),
         ("window: [-1024, 325]", {"window": [-1024, 325]}),
         ("shift: [-1.0e-5, -.inf]", {"shift": [-1e-5, float("-inf")]}),
