@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common import faults
 from common.files import check_keys, make_folder, read_json, refuse_raw_data, write_json
 from common.hdf5 import CaseFile
 from common.metrics import write_table
@@ -102,14 +103,12 @@ def failure_reason(error: Exception) -> str:
     """
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which need not be loaded here
-        return f"out of GPU memory; use a smaller --batch_size, or --device cpu ({_first_line(text)})"
-    if isinstance(error, MemoryError):
-        return f"out of memory ({_first_line(text) or 'no further details'})"
-    if isinstance(error, (ValueError, OSError)) and text:
-        return text
+        return f"out of GPU memory; use a smaller --batch_size, or --device cpu ({faults.first_line(text)})"
+    if reason := faults.sentence(error):
+        return reason
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {_first_line(text)}{place}"
+    return f"{type(error).__name__}: {faults.first_line(text)}{place}"
 
 
 def file_stamp(paths: Sequence[Path]) -> list[list]:
@@ -320,7 +319,3 @@ def _end_with_parent() -> None:
     """Without this the workers of a process that was killed wait for ever for their next case."""
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def _first_line(text: str) -> str:
-    return text.split("\n")[0]

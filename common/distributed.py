@@ -7,7 +7,6 @@ Everything here is a no-op in a process that runs alone.
 
 import gc
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common import faults
 
 T = TypeVar("T")
 
@@ -46,18 +47,20 @@ def session(backend: str | None = None) -> Iterator[None]:
 
     `backend` is that of `init`.
 
-    Errors that a user can mend (ValueError, OSError, too little GPU memory) end the program with one line.
+    Errors that a user can mend (ValueError, OSError, too little memory, another process that has ended) end
+    the program with one line.
     """
-    init(backend)
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        advice = "--vram fits a training run to a card, a smaller --batch_size makes other scripts need less"
-        raise SystemExit(f"error: out of GPU memory; {advice} ({error})") from error
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        shutdown()
+        init(backend)
+        try:
+            yield
+        finally:
+            shutdown()
+    except Exception as error:
+        reason = faults.sentence(error)
+        if reason is None:
+            raise
+        raise SystemExit(f"error: {reason}") from error
 
 
 def rank() -> int:
@@ -206,15 +209,9 @@ def make_loader(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=faults.start_worker,
         generator=torch.Generator(),  # its own: else every new iterator moves the global random state
     )
-
-
-def _ignore_signals(worker_id: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach data workers too, but only the main process should act."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

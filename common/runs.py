@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import csv
-import multiprocessing
 import os
 import platform
 import random
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 import yaml
 
-from common import distributed
+from common import distributed, faults
 from common.checkpoints import load_checkpoint
 from common.config import parse_args
 from common.files import check_keys, csv_cell
@@ -106,12 +105,12 @@ def git_state() -> str:
     return f"{commit} ({'dirty: files differ from it' if changes else 'clean'})"
 
 
-def start_log(run_dir: Path, config: dict, history: list[dict]) -> Callable[[str], None]:
+def start_log(run_dir: Path, config: dict, history: list[dict]) -> Callable[..., None]:
     """Make weights/, config.yaml and metrics.csv with `history`, the epochs that a resumed run has done.
 
     Returns:
-        A function that prints a line and appends it to log.txt; silent on all ranks but 0. The first lines,
-        with command, commit and versions, are written here.
+        A function that prints a line, unless it is told show=False, and appends it to log.txt; silent on all
+        ranks but 0. The first lines, with command, commit and versions, are written here.
     """
     if distributed.is_main():
         (run_dir / "weights").mkdir(parents=True, exist_ok=True)
@@ -120,9 +119,10 @@ def start_log(run_dir: Path, config: dict, history: list[dict]) -> Callable[[str
         for row in history:
             append_row(run_dir / "metrics.csv", row)
 
-    def log(message: str) -> None:
+    def log(message: str, *, show: bool = True) -> None:
         if distributed.is_main():
-            print(message, flush=True)
+            if show:
+                print(message, flush=True)
             with (run_dir / "log.txt").open("a", encoding="utf8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
@@ -315,7 +315,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        atexit.register(_end_children)
+        atexit.register(faults.end_children)
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: signals stay as they are
                 self._previous[number] = signal.signal(number, self._handle)
@@ -335,9 +335,9 @@ class StopRequest:
                 os.write(1, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode())
 
 
-def _end_children() -> None:
-    """At exit, before multiprocessing's own handler, which waits for ever for workers that ignore SIGTERM."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
-    for child in multiprocessing.active_children():
-        child.kill()
+def resume_command(words: Sequence[str]) -> str:
+    """What the user types to go on: `words` behind python, or behind torchrun with as many processes."""
+    launcher = ["python"]
+    if distributed.world_size() > 1:
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    return shlex.join([*launcher, *words])

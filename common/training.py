@@ -1,8 +1,6 @@
 """What every training loop shares: where a run stands and when it ends, and one optimiser update."""
 
 import math
-import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import distributed, runs
+from common import distributed, faults, runs
 from common.checkpoints import load_weights, naming_damage, rng_state, save_checkpoint, set_rng_state
 from common.ema import WeightAverage
 from common.hardware import peak_memory_mib
@@ -100,7 +98,7 @@ class Run:
         self.notes = notes | {"config": config, "flags": flags, "epochs": epochs}
         self.accumulate, self.epochs = accumulate, epochs
         self.time_budget_s, self.patience = time_budget_s, patience
-        self.resume_command = _command(resume_words or [sys.argv[0], "--resume", str(self.last)])
+        self.resume_command = runs.resume_command(resume_words or [sys.argv[0], "--resume", str(self.last)])
         self.epoch, self.batch, self.loss_sum = 0, 0, 0.0
         self.counts: dict[str, float] = {}
         self.best, self.best_epoch, self.elapsed_s = -math.inf, -1, 0.0
@@ -124,9 +122,14 @@ class Run:
         self.stop.__enter__()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._bar.close()
-        self.stop.__exit__(*exc)
+        self.stop.__exit__(kind, error, trace)
+        if isinstance(error, Exception):  # neither Ctrl-C nor a stop that saved
+            why = faults.sentence(error) or f"{type(error).__name__}: {error}"
+            self.log(f"error in epoch {self.epoch}, batch {self.batch + 1}: {why}", show=False)
+            if self.last.is_file():
+                self.log(f"stopped by an error; {self.last} is whole, go on with: {self.resume_command}")
         self.trackers.close()
 
     @property
@@ -174,7 +177,7 @@ class Run:
             leave=False,
             disable=None if distributed.is_main() else True,
         )
-        batches = iter(loader)
+        batches = faults.read_batches(loader, loader.num_workers)
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -311,13 +314,6 @@ class Run:
             self.save()
         self.log(f"stopped in epoch {self.epoch}; go on with: {self.resume_command}")
         raise SystemExit(130)
-
-
-def _command(words: list[str]) -> str:
-    launcher = ["python"]
-    if distributed.world_size() > 1:
-        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    return shlex.join([*launcher, *words])
 
 
 # ---- one optimiser update ----

@@ -38,14 +38,14 @@ class NeedsTwo(Exception):
 
 ERRORS = {
     2: (ValueError("case 2: no mask; draw one"), "case 2: no mask; draw one"),
-    3: (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
-    4: (MemoryError("Unable to allocate 2 TiB"), "out of memory (Unable to allocate 2 TiB)"),
+    3: (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room where results "),
+    4: (MemoryError("Unable to allocate 2 TiB"), "out of memory; smaller batches or patches"),
     5: (KeyError("affine"), "KeyError: 'affine' (test_conversion.py, line "),
     6: (OverflowError("int too large"), "OverflowError: int too large (test_conversion.py, line "),
     7: (RuntimeError("one\ntwo"), "RuntimeError: one (test_conversion.py, line "),
     8: (TypeError("not a number"), "TypeError: not a number (test_conversion.py, line "),
     9: (NeedsTwo("x", "y"), "NeedsTwo: x and y (test_conversion.py, line "),
-    10: (MemoryError(), "out of memory (no further details)"),
+    10: (MemoryError(), "out of memory; smaller batches or patches"),
     11: (ValueError(), "ValueError:  (test_conversion.py, line "),
 }
 
