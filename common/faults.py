@@ -36,7 +36,7 @@ def sentence(error: BaseException) -> str | None:
     ValueError and OSError of this project say it themselves. The others are those of the machine: no memory,
     no room, another process that has ended.
     """
-    text, kind = first_line(str(error)), type(error).__name__
+    text, kind = re.sub(r"^\[Errno \d+\] ", "", first_line(str(error))), type(error).__name__
     if kind == "OutOfMemoryError" or NO_GPU_MEMORY.search(text):  # of torch, which need not be loaded here
         return f"out of GPU memory; {GPU_LESS} ({text})"
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:

@@ -38,7 +38,10 @@ class NeedsTwo(Exception):
 
 ERRORS = {
     2: (ValueError("case 2: no mask; draw one"), "case 2: no mask; draw one"),
-    3: (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room where results "),
+    3: (
+        OSError(errno.ENOSPC, "No space left on device"),
+        "No space left on device; make room where results ",
+    ),
     4: (MemoryError("Unable to allocate 2 TiB"), "out of memory; smaller batches or patches"),
     5: (KeyError("affine"), "KeyError: 'affine' (test_conversion.py, line "),
     6: (OverflowError("int too large"), "OverflowError: int too large (test_conversion.py, line "),
