@@ -269,6 +269,23 @@ def open_npy(path: str | Path) -> "np.ndarray":
     return array
 
 
+def read_mapped(array: "np.ndarray", index: int) -> "np.ndarray":
+    """A copy of `array[index]` of an array of `open_npy`, or of one in memory.
+
+    Raises:
+        ValueError: the file was cut off after it was opened. To read beyond its end would end the process.
+    """
+    import numpy as np
+
+    if isinstance(array, np.memmap):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile; what is mapped stays
+            if os.path.getsize(array.filename) < array.offset + array.nbytes:
+                raise ValueError(
+                    f"{array.filename}: was cut off while it was in use; start again to make it anew"
+                )
+    return np.array(array[index])
+
+
 def printable(text: str) -> str:
     """A text in which what a file name holds that is not UTF-8 is spelled out, as \\udce9; else as it is.
 

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import distributed
-from common.files import check_numbers, open_npy, public_folder, read_json
+from common.files import check_numbers, open_npy, public_folder, read_json, read_mapped
 from common.hu import check_window
 from common.splits import (
     check_split,
@@ -337,7 +337,7 @@ class SliceDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         index, seed = key if isinstance(key, tuple) else (key, 0)
         position = self.indices[index]
-        image, mask = np.array(self.packed.images[position]), np.array(self.packed.labels[position])
+        image, mask = (read_mapped(a, position) for a in (self.packed.images, self.packed.labels))
         if self.augment is not None:
             image, mask = self.augment(image, mask, seed)
         return normalise(image).unsqueeze(0), torch.from_numpy(mask.astype(np.int64))
