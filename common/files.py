@@ -280,9 +280,7 @@ def read_mapped(array: "np.ndarray", index: int) -> "np.ndarray":
     if isinstance(array, np.memmap):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile; what is mapped stays
             if os.path.getsize(array.filename) < array.offset + array.nbytes:
-                raise ValueError(
-                    f"{array.filename}: was cut off while it was in use; start again to make it anew"
-                )
+                raise ValueError(f"{array.filename}: was cut off while it was in use; start again")
     return np.array(array[index])
 
 

@@ -4,6 +4,7 @@ FreeSurfer's .mgz and .mgh, and .nrrd, are read as if they were NIfTI; masks of 
 Everywhere else a volume is `(z, y, x)` in RAS+: z grows upwards, y to the front, x to the patient's right.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -198,6 +199,9 @@ def _open(path: Path) -> tuple[Any, Stored]:
         image.header.set_xyzt_units("mm")
         return image, stored
     checks.check_stored(path)
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # the checks say what matters
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        kind.quaternion_threshold = -checks.QUATERNION_TOLERANCE
     damaged = (*UNREADABLE, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
     damaged += (nib.freesurfer.mghformat.MGHError, KeyError, TypeError)  # of .mgz files
     try:

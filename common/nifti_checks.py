@@ -19,6 +19,7 @@ HEADER_BYTES = 540  # of NIfTI-2; NIfTI-1 has 348
 # How many bytes a byte of a file can hold: deflate packs no more than 1032 into one.
 MOST_OF_A_BYTE = {".nii": 1, ".mgh": 1, ".gz": 1032, ".mgz": 1032, ".nrrd": 1032}
 FORM_CODES = range(1, 6)  # of an sform or qform that is set
+QUATERNION_TOLERANCE = 1e-3  # of its square, above 1: writers round it differently
 MOST_BYTES = 2**50  # of a file
 MOST_BEHIND = 2**26  # bytes behind the last voxel that are read
 ALWAYS_FREE = 2**27  # bytes: less is not worth asking the system
@@ -112,6 +113,12 @@ def check_stored(path: Path) -> None:
             f"byte {first}; export it again, or set vox_offset to {first} if no extension is in it"
         )
     if int(header["sform_code"]) not in FORM_CODES:
+        length2 = sum(float(header[f"quatern_{letter}"]) ** 2 for letter in "bcd")
+        if int(header["qform_code"]) in FORM_CODES and not length2 <= 1 + QUATERNION_TOLERANCE:
+            raise ValueError(
+                f"{path}: its qform is no rotation (its quaternion has length {length2**0.5:.4g}, at most 1 "
+                "is possible), and no sform tells its place; export the scan again"
+            )
         sides = header["pixdim"][1:4].tolist()
         if any(n > 1 and not (mm and np.isfinite(mm)) for n, mm in zip(sizes, sides, strict=False)):
             raise ValueError(

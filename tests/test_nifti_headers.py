@@ -143,6 +143,27 @@ def test_a_qform_that_is_nearly_a_rotation_does_not_spoil_the_sform(tmp_path):
     assert told == []
 
 
+def test_a_quaternion_slightly_above_1_is_read_and_a_longer_one_refused(tmp_path):
+    """nibabel itself refuses any whose square is above 1 + 4e-7, as other writers round it."""
+    for kind in (nib.Nifti1Image, nib.Nifti2Image):  # turned by half about x
+        turned, _ = read_with_warnings(write(tmp_path / "a.nii", kind=kind, sform=0, quatern_b=1.0))
+        np.testing.assert_allclose(np.abs(np.diag(turned.affine)), [1, 1.5, 2, 1])
+        scan, told = read_with_warnings(write(tmp_path / "a.nii", kind=kind, sform=0, quatern_b=1.0004))
+        np.testing.assert_allclose(scan.affine, turned.affine, atol=1e-12)
+        assert told == []
+    with pytest.raises(ValueError, match=r"a.nii: its qform is no rotation .its quaternion has length 1\.2,"):
+        load_nifti(write(tmp_path / "a.nii", sform=0, quatern_b=1.2))
+    with pytest.raises(ValueError, match="has length nan, at most 1"):
+        load_nifti(write(tmp_path / "a.nii", sform=0, quatern_b=np.nan))
+
+
+def test_nibabel_says_nothing_of_its_own(tmp_path, capfd):
+    """It would log that it sets qfac to 1."""
+    scan, told = read_with_warnings(write(tmp_path / "a.nii", pixdim=[0.5, 1, 1.5, 2]))
+    np.testing.assert_allclose(scan.affine, AFFINE)
+    assert told == [] and capfd.readouterr() == ("", "")
+
+
 def test_another_voxel_size_in_the_qform_says_what_it_does_to_volumes(tmp_path):
     scan, told = read_with_warnings(write(tmp_path / "a.nii", pixdim=[1, 1, 1.5, 3]))
     assert scan.voxel_mm3 == pytest.approx(3)
