@@ -14,8 +14,6 @@ import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha.networks import load_trained
@@ -29,6 +27,7 @@ from common.config import Switch, make_parser, parse_args, run_script
 from common.files import write_json
 from common.hardware import choose_precision, describe_device, start_device
 from common.label_measures import label_volumes_ml
+from common.messages import warn
 from common.nifti import case_name, open_nifti, save_label
 from common.planes import legend_of, save_planes
 from common.plots import costs_the_picture
@@ -119,7 +118,7 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args: Namespace) ->
     # Of an organ that the model was not trained on, nothing is known: its column stays empty.
     volumes_ml = label_volumes_ml(labels, ORGANS, file.voxel_mm3, model.preprocessing["labelled"])
     if not labels.any():
-        tqdm.write(f"warning: {path.name}: no organ found, its mask is empty")
+        warn(f"{path.name}: no organ found, its mask is empty")
     if args.save_preview:
         with costs_the_picture(f"{name}_preview.png"):
             save_planes(

@@ -23,6 +23,7 @@ from amos_lha.conversion import PRESETS, convert_case
 from common import distributed
 from common.config import make_parser, parse_args, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
+from common.messages import warn
 from common.pairs import median_spacing
 from common.working_case import resolve_spacing
 
@@ -114,7 +115,7 @@ def convert(args: Namespace) -> dict[str, str]:
     )
     for entry in entries:
         if entry["notes"]:
-            print(f"warning: {entry['name']}: {entry['notes']}")
+            warn(f"{entry['name']}: {entry['notes']}")
     print_failed(failed)
     columns = ("name", "part", "modality", "shape", "compression", "notes")
     finish_notes(out, entries, spacing, columns, {"organs": "organ_ml"})

@@ -1,13 +1,13 @@
 """What a scan is, CT or MR, how its grey values are scaled, and where in it to look for organs."""
 
 import numpy as np
-from tqdm import tqdm
 
 from amos_lha.cases import modality_of_name
 from amos_lha.conversion import BODY_HU, BODY_MARGIN_MM
 from common.checkpoints import TrainedModel
 from common.hu import why_not_hu
 from common.intensity import Scaling, mr_scaling
+from common.messages import warn
 from common.nifti import NiftiFile, case_name
 from common.overview import find_body, read_overview
 from common.volumes import Box
@@ -56,7 +56,7 @@ def find_region(
     overview = read_overview(file, None)
     modality = scan_modality(case_name(file.path), wish, model.preprocessing["modality"], overview.image)
     if modality == "ct" and (suspicion := why_not_hu(overview.image)):
-        tqdm.write(f"warning: {file.path.name}: {suspicion}")
+        warn(f"{file.path.name}: {suspicion}")
     if modality == "mr" or whole_scan:
         return modality, ((0, 0, 0), file.shape)
     return modality, find_body(overview, file, BODY_HU, BODY_MARGIN_MM)[1]

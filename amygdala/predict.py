@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,6 +31,7 @@ from common.files import write_json
 from common.hardware import choose_precision, describe_device, start_device
 from common.intensity import shown_range
 from common.label_measures import asymmetry_index, label_counts
+from common.messages import warn
 from common.nifti import case_name, save_label
 from common.planes import legend_of, middle, save_planes
 from common.plots import costs_the_picture
@@ -164,7 +164,7 @@ def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Na
     if dataset.localised and min(sides_mm) < LEAST_HEAD_MM:
         problems.append("only {:.0f} x {:.0f} x {:.0f} mm (z y x), which is no whole head".format(*sides_mm))
     for problem in problems:
-        tqdm.write(f"warning: {path.name}: {problem}")
+        warn(f"{path.name}: {problem}")
     if args.overlay:
         with costs_the_picture(f"{name}_overlay.png"):
             save_planes(

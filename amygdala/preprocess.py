@@ -33,6 +33,7 @@ from common.files import file_sha1, make_folder, replacing
 from common.flags import add_workers_flag
 from common.hdf5 import write_case
 from common.label_measures import label_counts
+from common.messages import warn
 from common.pairs import content_hash, refuse_copies
 from common.working_case import grid_attributes, to_working_grid
 
@@ -143,7 +144,7 @@ def convert(args: Namespace, out: Path) -> dict[str, str]:
         warnings.append(f"{len(for_prediction)} test scan(s) have no labels; they are for predict.py only")
     warnings += [f"{entry['name']}: {entry['notes']}" for entry in entries if entry["notes"]]
     for warning in warnings:
-        print(f"warning: {warning}")
+        warn(f"{warning}")
     print_failed(failed)
     finish_notes(out, entries, about_all, ("name", "part", "subject", "site", "shape", "notes"), {})
     write_list(out, args.dataset, entries)

@@ -10,6 +10,9 @@ from typing import NoReturn
 
 import yaml
 
+from common import faults
+from common.messages import show_warnings_plainly
+
 # Tokens of YAML that go a level deeper, those that come back, and how deep a file of flags may be.
 OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
 OPENING += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
@@ -220,15 +223,22 @@ def duration_s(text: str) -> float:
 
 
 def run_script(main: Callable[[], object]) -> NoReturn:
-    """`main()` of a script: its number is the exit code, Ctrl-C ends it with one line."""
+    """`main()` of a script: its number is the exit code. Ctrl-C ends it with one line, and so does what went
+    wrong with machine or files (see `faults.sentence`); warnings take one line each."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # else a file name that is not UTF-8 could not be printed
             stream.reconfigure(errors="backslashreplace")
+    show_warnings_plainly()
     try:
         code = main()
     except KeyboardInterrupt as stop:
         print(str(stop) or "\nstopped by the user; what was finished is kept", file=sys.stderr)
         code = 130
+    except Exception as error:
+        reason = faults.sentence(error)
+        if reason is None:
+            raise
+        sys.exit(f"error: {reason}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from common import faults
 from common.files import check_keys, make_folder, read_json, refuse_raw_data, write_json
 from common.hdf5 import CaseFile
+from common.messages import show_warnings_plainly, warn
 from common.metrics import write_table
 from common.splits import natural_key
 
@@ -165,7 +166,7 @@ def _earlier_notes(out: Path) -> dict[str, list]:
         try:
             found = read_json(out / NOTES, {"cases": list, "outdated": list | None})
         except ValueError as error:
-            print(f"warning: {error}; all cases are converted again")
+            warn(f"{error}; all cases are converted again")
     cases = [entry for entry in found.get("cases", []) if isinstance(entry, dict)]
     return {
         "cases": [
@@ -310,6 +311,7 @@ def _start_worker() -> None:
     A forked process has no threads but thinks that its parent's are there, and would wait for them for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    show_warnings_plainly()  # a process that was not forked does not know it yet
     if torch := sys.modules.get("torch"):  # else no case needs it
         torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.grids import WorkingGrid, native_rows, read_rows
 from common.hardware import Precision, autocast
+from common.messages import warn
 from common.volumes import Box, crop, resampled_shape
 from common.windows import (
     READ_ROWS,
@@ -280,7 +280,7 @@ def predict_labels(
 def warn_of_memory(line: str) -> None:
     """For `on_message`: prints only the lines about a lack of memory."""
     if "out of memory" in line:
-        tqdm.write(f"warning: {line}")
+        warn(f"{line}")
 
 
 def _repeat_edges(image: Tensor, before: Sequence[int], size: Sequence[int]) -> None:

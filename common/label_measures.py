@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from common.messages import warn
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import Scan
 from common.pixel_labels import IGNORE
@@ -177,7 +178,7 @@ def tell_structure_labels(found: Collection[int], wanted: Collection[int] | None
     if wanted is None and len(found) > 1:
         print(f"label values {shown} all count; --label_values chooses some of them")
     elif missing := sorted(set(wanted or ()) - set(found)):
-        print(f"warning: --label_values {missing[0]} is in no label map; there are {shown}")
+        warn(f"--label_values {missing[0]} is in no label map; there are {shown}")
 
 
 # ---- statistics of a data set ----

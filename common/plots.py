@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.conversion import failure_reason
 from common.files import printable, replacing
+from common.messages import warn
 
 TRUTH_COLOR, PRED_COLOR = (0, 200, 80), (230, 30, 30)  # RGB
 NUM_COLORS, MOST_INSIDE = 10, 6  # lines with colours of their own; those whose legend covers no line
@@ -20,7 +20,7 @@ def costs_the_picture(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        tqdm.write(f"warning: {name} is left out: {failure_reason(error)}")
+        warn(f"{name} is left out: {failure_reason(error)}")
 
 
 def save_curves(

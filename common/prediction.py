@@ -4,7 +4,6 @@ import contextlib
 import math
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from common.hardware import describe_device, peak_memory_mib
 from common.inference import predict_labels, warn_of_memory
 from common.losses import labelled_mask, merge_unlabelled
 from common.mask_files import PROBABILITIES
+from common.messages import warn
 from common.nifti import NIFTI_SUFFIXES, NiftiFile, Scan, case_name, load_nifti, save_probability
 from common.nifti_checks import check_memory
 from common.volumes import Box, Triple, crop
@@ -249,7 +249,7 @@ def warn_if_mirrored(path: Path, labels: np.ndarray, right: int, left: int, name
     """
     reason = why_mirrored(labels, right, left, names)
     if reason:
-        tqdm.write(f"warning: {path.name}: {reason} Then left and right organs are too")
+        warn(f"{path.name}: {reason} Then left and right organs are too")
     return bool(reason)
 
 
@@ -330,7 +330,6 @@ def predict_scans(
     make_folder(out)
     if distributed.is_main():
         print(f"{len(scans)} scan(s) on {machine}")
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of code
     names = {path: name_of(path) for path in scans}
     folders = batch.result_folders(names, source, out)
     clashes = batch.name_clashes({path: folders[path] / name for path, name in names.items()})

@@ -13,6 +13,7 @@ from common.conversion import convert_cases
 from common.decathlon import Case
 from common.files import make_folder, refuse_raw_data, write_json
 from common.hu import why_not_hu
+from common.messages import warn
 from common.slices import to_display, to_pixel_size, write_png
 from common.splits import natural_key
 from lung_tumor.cases import load_case, pixel_size_mm, source_files, source_stamp
@@ -110,7 +111,7 @@ def _known_entries(out: Path) -> dict[str, dict]:
     try:
         return read_volumes(out)
     except ValueError as error:
-        print(f"warning: {error}; all volumes are converted again")
+        warn(f"{error}; all volumes are converted again")
         return {}
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from common import distributed
 from common.files import check_numbers, open_npy, public_folder, read_json, read_mapped
 from common.hu import check_window
+from common.messages import warn
 from common.splits import (
     check_split,
     fold_split,
@@ -74,13 +75,13 @@ def load_splits(
         )
     if distributed.is_main():
         if len(volumes) > 3 and len(slices) == len(volumes) == len(set(patients.values())):
-            print(
-                f"warning: {data_path}: every image counts as a patient of its own. If some are of one "
+            warn(
+                f"{data_path}: every image counts as a patient of its own. If some are of one "
                 "patient, scores will be too good; say with --patient_pattern where their names tell the "
                 "patient, and delete splits.json"
             )
         if left_out := sorted(volumes - set(patients), key=natural_key):
-            print(f"warning: {path} leaves out {len(left_out)} volume(s), first {left_out[0]}")
+            warn(f"{path} leaves out {len(left_out)} volume(s), first {left_out[0]}")
     missing = [v for part in split.values() for v in part if v not in volumes]
     if missing:
         raise ValueError(f"{path}: names volume {missing[0]}, of which there is no slice under {data_path}")
@@ -149,7 +150,7 @@ def open_data(
     packed = pack_slices(data_path, slices, size, scale)
     if (lost := packed.tumour_cut_off) and distributed.is_main():
         reason = f"lie outside of the squares of {size} pixels; a larger --image_size shows more"
-        print(f"warning: {100 * lost:.2f} % of the tumour in the training slices {reason}")
+        warn(f"{100 * lost:.2f} % of the tumour in the training slices {reason}")
     for part in ("train", "val"):
         indices = packed.indices(split[part])
         if not any(packed.labels[i].any() for i in indices):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,6 +23,7 @@ from common import batch, distributed
 from common.config import fraction, make_parser, parse_args, run_script
 from common.hardware import autocast, choose_precision, start_device
 from common.hu import why_not_hu
+from common.messages import warn
 from common.metrics import binary_counts, dice_from_counts, iou_from_counts, lesion_counts
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
@@ -146,7 +146,7 @@ def load_volume(name: str, files: list[SliceFile], entry: dict, model: TrainedMo
     if entry and case is not None:
         scan, mask = load_case(case)
         if suspicion := why_not_hu(scan.array):
-            tqdm.write(f"warning: {name}: {suspicion}")
+            warn(f"{name}: {suspicion}")
         slices = volume_to_slices(scan.array, window_hu(model))
         return Volume(
             name,
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
             title = f"{len(rows)} {name} volumes of {data_path}, threshold {args.threshold:g}, "
             write_report(rows, out, title + model.precision.name, failed)
             if seen:
-                print(f"warning: the model was trained on {', '.join(seen)}; these scores say little")
+                warn(f"the model was trained on {', '.join(seen)}; these scores say little")
         return batch.exit_code(failed)
 
 

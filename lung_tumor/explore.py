@@ -7,6 +7,7 @@ import numpy as np
 
 from common.files import make_folder
 from common.hu import why_not_hu
+from common.messages import warn
 from common.metrics import write_table
 from common.plots import new_figure, save_figure
 
@@ -53,7 +54,7 @@ def explore(cases: list, load_case: Callable, out: Path) -> int:
             f"{row['tumour_mm3']:>12.0f}{row['tumour_slices']:>8}"
         )
         if suspicion := why_not_hu(scan.array):
-            print(f"warning: {case.case_id}: {suspicion}")
+            warn(f"{case.case_id}: {suspicion}")
     if not rows:
         print("no case could be read")
         return 1

@@ -26,6 +26,7 @@ from common.dicom import find_scans
 from common.files import make_folder
 from common.hardware import choose_precision, describe_device, start_device
 from common.hu import why_not_hu
+from common.messages import warn
 from common.metrics import largest_component
 from common.nifti import NIFTI_SUFFIXES, case_name, is_nifti, load_nifti, save_label
 from common.plots import PRED_COLOR, costs_the_picture, overlay, save_panels
@@ -119,7 +120,7 @@ def predict_scan(model: TrainedModel, path: Path, out: Path, args) -> dict:
     """
     scan = load_nifti(path)
     if suspicion := why_not_hu(scan.array):
-        tqdm.write(f"warning: {path.name}: {suspicion}")
+        warn(f"{path.name}: {suspicion}")
     slices = volume_to_slices(scan.array, window_hu(model))
     mask, highest = np.zeros(slices.shape, np.uint8), 0.0
     probs = predict_slices(model, slices, args.batch_size, scan.spacing_mm[1:])

@@ -31,6 +31,7 @@ from common.decathlon import find_decathlon, read_dataset_json
 from common.files import write_json
 from common.flags import add_workers_flag
 from common.hu import check_window
+from common.messages import warn
 from common.phantoms import prepare_demo
 from common.splits import check_split, natural_key, patients_of, read_splits, save_splits, split_by_patient
 from lung_tumor import conversion, phantoms
@@ -195,7 +196,7 @@ def convert(args: Namespace) -> dict[str, str]:
         return failed
     for volume, entry in done.items():
         if entry["why_not_hu"]:
-            print(f"warning: {volume}: {entry['why_not_hu']}")
+            warn(f"{volume}: {entry['why_not_hu']}")
     write_splits(out, list(done), args)
     origin = find_decathlon(args.source) or args.source
     num_slices = sum(len(e["kept"]) for e in done.values())

@@ -202,6 +202,16 @@ def test_heavy_packages_are_imported_on_use():
                 assert not {m.split(".")[0] for m in modules} & lazy, name(path)
 
 
+def test_warnings_are_worded_in_one_place():
+    """By `warn` of common/messages.py, or by the log of a run."""
+    for path in MODULES:
+        if path.name != "messages.py" and path.parent.name != "benchmarks":
+            found = re.search(
+                r'(print|write)\(\s*f?"warning:|formatwarning|showwarning', path.read_text("utf8")
+            )
+            assert not found, f"{name(path)}: {found[0]}"
+
+
 def test_nothing_unsafe_or_unfinished():
     patterns = {
         r"type=bool": "a flag that is True for any text",

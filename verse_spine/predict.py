@@ -17,7 +17,6 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,6 +24,7 @@ from common import batch, distributed, prediction, prediction_flags
 from common.config import Switch, make_parser, parse_args, run_script
 from common.files import write_json
 from common.hardware import choose_precision, describe_device, start_device
+from common.messages import warn
 from common.nifti import case_name, open_nifti, save_label
 from common.planes import save_planes
 from common.plots import costs_the_picture
@@ -121,7 +121,7 @@ def predict_scan(
         counts += np.bincount(plane.ravel(), minlength=256)
     volumes = {int(v): float(counts[v] * file.voxel_mm3 / 1000) for v in np.flatnonzero(counts) if v}
     if not volumes:
-        tqdm.write(f"warning: {path.name}: no vertebra found, its mask is empty")
+        warn(f"{path.name}: no vertebra found, its mask is empty")
     save_label(out / f"{name}_mask.nii.gz", mask, file)
     # Without levels the bodies are only counted: another file name, so that nobody takes 1, 2 for C1, C2.
     ending = "ctd" if labels == "levels26" else "bodies"

@@ -26,6 +26,7 @@ from common.files import read_json
 from common.flags import add_workers_flag
 from common.hdf5 import write_case
 from common.hu import why_not_hu
+from common.messages import warn
 from common.metrics import write_table
 from common.pairs import load_pair
 from common.patches import location_index
@@ -90,7 +91,7 @@ def convert_case(case: Case, out: Path, spacing_mm: Spacing) -> dict:
     if scheme:
         scheme = f"{case.mask.name} {scheme}; only --labels binary can be trained and scored with it"
     for suspicion in filter(None, (why_not_hu(scan.array), scheme)):
-        print(f"warning: {case.name}: {suspicion}")
+        warn(f"{case.name}: {suspicion}")
         notes.append(suspicion)
 
     box = body_and_labels(scan, vertebrae, BODY_HU, BODY_MARGIN_MM)
@@ -136,7 +137,7 @@ def _centres(case: Case, scan, mask) -> tuple[dict, list[str]]:
     if case.centroids is not None:
         centres_mm, why_not = optional_centroids(case.centroids, scan)
         if why_not:
-            print(f"warning: {case.name}: {why_not}")
+            warn(f"{case.name}: {why_not}")
     if why_not:
         return body_centres(mask.array, mask.affine), [f"{why_not}: centres from the mask"]
     problems, notes = check_centroids(centres_mm, mask.array, mask.affine)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.files import check_keys, read_json
 from common.hu import why_not_hu
+from common.messages import warn
 from common.nifti import NiftiFile
 from common.overview import find_body, read_overview
 from common.volumes import crop
@@ -36,7 +36,7 @@ def find_region(
     overview = read_overview(file, HU_RANGE)
     coarse = overview.image
     if suspicion := why_not_hu(coarse):
-        tqdm.write(f"warning: {file.path.name}: {suspicion}")
+        warn(f"{file.path.name}: {suspicion}")
     if roi:
         return Region(read_roi(roi, file), "given")
     if whole_scan:
@@ -51,8 +51,8 @@ def find_region(
     if region := spine_region(heat, grid):
         box = tuple(tuple(int(v) for v in np.add(corner, start)) for corner in region.box)
         return Region(box, region.source, region.heat)
-    tqdm.write(
-        f"warning: {file.path.name}: the heat map found no spine (highest value {heat.max():.2f}); "
+    warn(
+        f"{file.path.name}: the heat map found no spine (highest value {heat.max():.2f}); "
         "searching the whole body"
     )
     return Region(body, "body", float(heat.max()))

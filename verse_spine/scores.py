@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
-from tqdm import tqdm
 
 from common.class_metrics import case_metrics
 from common.files import read_json
 from common.mask_files import load_masks
+from common.messages import warn
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import case_name
 from common.scan_files import voxel_mm3
@@ -126,7 +126,7 @@ def score_files(pred: Path, case: Case, labels: str, grid: str) -> tuple[list[di
     if case.centroids is not None:
         centres, why_not = optional_centroids(case.centroids, truth)
         if why_not:
-            tqdm.write(f"warning: {case.name}: {why_not}")
+            warn(f"{case.name}: {why_not}")
     if centres is None:
         centres = body_centres(truth.array, truth.affine) if labels == "levels26" else {}
     pred_labels = map_labels(found.array, labels) if labels == "levels26" else found.array

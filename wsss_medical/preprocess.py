@@ -31,6 +31,7 @@ from common.conversion import convert_data_set, print_failed
 from common.files import replacing, write_json
 from common.flags import add_workers_flag
 from common.label_measures import structure_mask, tell_structure_labels
+from common.messages import warn
 from common.metrics import write_table
 from common.nifti import load_label
 from common.pairs import why_not_a_pair
@@ -169,7 +170,7 @@ def convert(args: Namespace) -> dict[str, str]:
     print_failed(failed)
     rows = sorted(row for entry in entries for row in entry["slices"])
     if others := len(list((out / IMAGES).glob("[!.]*.npy"))) - len(rows):
-        print(f"warning: {out / IMAGES}: {others} more file(s), which shift splits by slice numbers")
+        warn(f"{out / IMAGES}: {others} more file(s), which shift splits by slice numbers")
     if rows:
         found = set().union(*(entry["label_values"] for entry in entries))
         tell_structure_labels(found, args.label_values)
