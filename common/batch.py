@@ -77,6 +77,7 @@ def find_sources(
             hint += f"; {left_out} file(s) are left out as results ({', '.join(own_names)} or in {out})"
         if not recursive:
             hint += "; --recursive also looks into subfolders"
+        hint += f"; files that end in {', '.join(suffixes)} are read"
         if others := foreign_files(foreign):
             hint += f". There are {others}"
         raise FileNotFoundError(f"--source {source}: no {what} in it{hint}")

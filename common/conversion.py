@@ -41,12 +41,13 @@ def convert_cases(
         convert: a function of a module, because it is pickled when `workers` > 1; never returns None.
         workers: number of processes; 0 or 1 converts all cases in this process.
     """
-    if workers < 2 or len(cases) < 2:
+    pool = _start_pool(min(workers, len(cases)))
+    if pool is None:
         for case in cases:
             yield case, *_attempt(convert, case, *arguments)
         return
     unfinished = []
-    with ProcessPoolExecutor(min(workers, len(cases)), initializer=_start_worker) as pool:
+    with pool:
         futures = {pool.submit(_attempt, convert, case, *arguments): case for case in cases}
         untold = set(futures)
         try:
@@ -295,6 +296,17 @@ def print_failed(reasons: Mapping[str, str], what: str = "could not be converted
 
 
 # ---- workers ----
+
+
+def _start_pool(workers: int) -> ProcessPoolExecutor | None:
+    """So many processes; None if one is enough, or if the system has no room for their queues."""
+    if workers < 2:
+        return None
+    try:
+        return ProcessPoolExecutor(workers, initializer=_start_worker)
+    except OSError as error:  # /dev/shm is full, or there is none
+        warn(f"no shared memory for {workers} processes ({error.strerror}); one process converts all cases")
+        return None
 
 
 def _attempt(convert: Callable[..., Any], case: Any, *arguments: Any) -> tuple[Any, str]:

@@ -23,6 +23,7 @@ def costs_the_picture(name: str) -> Iterator[None]:
         warn(f"{name} is left out: {failure_reason(error)}")
 
 
+@costs_the_picture("the picture of the curves")
 def save_curves(
     path: str | Path,
     rows: list[dict],

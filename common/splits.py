@@ -3,15 +3,19 @@
 The second half draws folds that are exact partitions, stratified by group, such as the site of the scanner.
 """
 
+import contextlib
 import random
 import re
+import signal
+import threading
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from common.files import check_names, read_json, write_json
 
 PARTS = ("train", "val", "test")
+SEARCH_S = 10.0  # a good pattern takes milliseconds for thousands of names, a bad one years for one of them
 
 
 def natural_key(text: str) -> tuple[list, str]:
@@ -27,21 +31,45 @@ def patients_of(cases: list[str], pattern: str | None = None) -> dict[str, str]:
         pattern: regular expression whose first group is the patient in the case name, e.g. `(.+)_scan\\d+`.
 
     Raises:
-        ValueError: no regular expression, or a case that it does not fit.
+        ValueError: no regular expression, one without a group, one that takes for ever, or a case that it
+            does not fit.
     """
     if pattern is None:
         return {case: case for case in cases}
     patients = {}
-    try:
-        wanted = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"--patient_pattern {pattern!r}: not a regular expression ({error})") from error
-    for case in cases:
-        match = wanted.search(case)
-        if not match or not match.groups() or not match.group(1):
-            raise ValueError(f"case {case}: the patient pattern {pattern!r} finds no group in its name")
-        patients[case] = match.group(1)
+    flag = f"--patient_pattern {pattern!r}"
+    with _time_limit(SEARCH_S, f"{flag}: takes too long to search; write it without repeats within repeats"):
+        try:
+            wanted = re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, MemoryError) as error:
+            raise ValueError(f"{flag}: not a regular expression ({error})") from error
+        if not wanted.groups:
+            raise ValueError(f"{flag}: put what tells the patient in brackets, such as 'p([0-9]+)'")
+        for case in cases:
+            match = wanted.search(case)
+            if not match or not match.group(1):
+                raise ValueError(f"case {case}: the patient pattern {pattern!r} finds no group in its name")
+            patients[case] = match.group(1)
     return patients
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float, message: str) -> Iterator[None]:
+    """ValueError if what is inside takes longer; without limit on Windows and outside of the main thread."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise ValueError(message)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def split_by_patient(

@@ -204,6 +204,7 @@ def write_report(rows: list[dict], out: Path, title: str, failed: dict[str, str]
         print(line)
 
 
+@costs_the_picture("val_predictions.png")
 def save_val_predictions(path: Path, model: TrainedModel, dataset: SliceDataset, count: int = 4) -> None:
     """The largest tumour slice of up to `count` volumes: image, truth, prediction, probability."""
     packed, chosen = dataset.packed, {}

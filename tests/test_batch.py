@@ -83,9 +83,13 @@ def test_nothing_to_take_is_explained(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--source .*none: no such file or folder"):
         found(tmp_path / "none", tmp_path)
     (tmp_path / "empty" / "sub").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="no scan in it; --recursive also looks into subfolders$"):
+    with pytest.raises(
+        FileNotFoundError, match="no scan in it; --recursive also looks into subfolders; files "
+    ):
         found(tmp_path / "empty", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no scan in it$"):
+    with pytest.raises(
+        FileNotFoundError, match="no scan in it; files that end in .nii.gz, .nii, .png are read$"
+    ):
         found(tmp_path / "empty", tmp_path, recursive=True)
     (tmp_path / "empty" / "x_mask.nii").touch()
     with pytest.raises(FileNotFoundError, match=r"; 1 file\(s\) are left out as results \(_mask, _overlay"):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from common import conversion
 from common.conversion import (
     convert_cases,
     convert_data_set,
@@ -104,6 +105,17 @@ def test_alone_it_keeps_the_order_and_yields_as_it_goes():
     results = convert_cases(convert, [30, 1], 2, workers=0)
     assert next(results) == (30, 60, "") and next(results) == (1, 2, "")
     assert list(convert_cases(convert, [], 2, workers=4)) == []
+
+
+def test_without_shared_memory_one_process_does_it(monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(conversion, "ProcessPoolExecutor", full)
+    assert list(convert_cases(convert, [30, 1], 2, workers=2)) == [(30, 60, ""), (1, 2, "")]
+    assert capsys.readouterr().out == (
+        "warning: no shared memory for 2 processes (No space left on device); one process converts all cases\n"
+    )
 
 
 def test_ctrl_c_in_a_case_ends_the_conversion():

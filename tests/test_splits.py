@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common import splits
 from common.splits import (
     check_folds,
     check_split,
@@ -76,7 +78,26 @@ def test_patients_of():
     }
 
 
-@pytest.mark.parametrize("pattern", [r"(.+)_scan\d+", r"p\d+", r"(x)?p", r"(x*)p"])
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        (r"p\d+", "put what tells the patient in brackets, such as"),
+        ("(", "not a regular expression .missing"),
+        ("a{99999999999999999999}", "not a regular expression"),
+        ("(" * 5000 + ")" * 5000, "not a regular expression"),
+        (r"((.+)+)+\d$", "takes too long to search; write it without repeats within repeats"),
+    ],
+)
+def test_patterns_that_no_name_is_to_blame_for(pattern, message, monkeypatch):
+    """The last one would take years for this name."""
+    monkeypatch.setattr(splits, "SEARCH_S", 0.5)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(ValueError, match=f"--patient_pattern .*: {message}"):
+        patients_of(["patient_" + "x" * 60], pattern)
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.parametrize("pattern", [r"(.+)_scan\d+", r"(x)?p", r"(x*)p"])
 def test_pattern_that_finds_no_patient_names_the_case(pattern):
     with pytest.raises(ValueError, match="case p17: the patient pattern .* finds no group in its name"):
         patients_of(["xp1_scan1", "p17"] if "scan" in pattern else ["p17"], pattern)

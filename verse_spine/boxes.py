@@ -8,6 +8,7 @@ import torch
 
 from common import batch, distributed
 from common.metrics import summary
+from common.plots import costs_the_picture
 from verse_spine.dataset import HeatmapDataset, SmallScan, VerSe
 from verse_spine.heatmap import box_iou, box_recall, heatmap_box, heatmap_loss, make_target, scan_box
 from verse_spine.networks import TrainedModel
@@ -90,6 +91,7 @@ def evaluate_boxes(
     return batch.each(score, names, unit="case", table=table)
 
 
+@costs_the_picture("the preview of the heat map")
 def save_preview(path: Path, model: TrainedModel, val_set: HeatmapDataset) -> None:
     """Three planes of the first validation scan with boxes, target and heat map."""
     path.parent.mkdir(exist_ok=True)

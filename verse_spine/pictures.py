@@ -6,7 +6,7 @@ import numpy as np
 
 from common.hdf5 import CaseFile
 from common.planes import PLANES, grey_picture, middle, plane, save_planes
-from common.plots import PRED_COLOR, TRUTH_COLOR, outline, save_panels
+from common.plots import PRED_COLOR, TRUTH_COLOR, costs_the_picture, outline, save_panels
 from verse_spine.dataset import spine_box
 from verse_spine.labels import map_labels
 from verse_spine.networks import TrainedModel
@@ -18,6 +18,7 @@ LABEL_COLORS = np.array(
 )
 
 
+@costs_the_picture("the preview of a validation case")
 def save_case_preview(folder: Path, epoch: int, model: TrainedModel, case: CaseFile) -> None:
     """Save previews/epoch_NNN.png of one validation case: the middle of its spine, at most two patches high,
     so that a preview takes only a few windows to predict."""

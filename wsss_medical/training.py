@@ -262,8 +262,7 @@ def keep_round(run: Run, weights: dict, iteration: int) -> None:
     for name in ("best", "last"):
         if (run.folder / "weights" / f"{name}.pt").is_file():
             link_file(folder / f"{name}.pth", f"../weights/{name}.pt")
-    with costs_the_picture("training_curves.png"):
-        draw_curves(run.folder / "training_curves.png", run.history)
+    draw_curves(run.folder / "training_curves.png", run.history)
 
 
 def count_batch(
@@ -314,6 +313,7 @@ def label_pictures(
         yield [*row, heat_picture(image, result.seg)]
 
 
+@costs_the_picture("training_curves.png")
 def draw_curves(path: Path, history: list[dict]) -> None:
     """CURVES, without the columns of what this run does not have."""
     panels = {title: [name for name in names if name in history[0]] for title, names in CURVES.items()}
