@@ -114,7 +114,8 @@ def test_without_shared_memory_one_process_does_it(monkeypatch, capsys):
     monkeypatch.setattr(conversion, "ProcessPoolExecutor", full)
     assert list(convert_cases(convert, [30, 1], 2, workers=2)) == [(30, 60, ""), (1, 2, "")]
     assert capsys.readouterr().out == (
-        "warning: no shared memory for 2 processes (No space left on device); one process converts all cases\n"
+        "warning: no shared memory for 2 processes (No space left on device); one process converts all "
+        "cases\n"
     )
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,9 +145,6 @@ def raise_torch_memory():
         (raise_numpy_memory, "out of memory; .* \\(Unable to allocate 7.11 PiB"),
         (raise_torch_memory, "out of memory; .* you tried to allocate 4000000000000000 bytes"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "a data worker was killed .SIGKILL., most likely"),
-        (lambda: os.kill(os.getpid(), signal.SIGBUS), "a data worker had a bus error .SIGBUS.: a file"),
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "ended unexpectedly .SIGSEGV.; start again with"),
-        (lambda: os._exit(3), "ended unexpectedly .exit code 3."),
     ],
 )
 def test_what_happens_in_a_worker_is_told_where_its_batch_is_waited_for(fault, expected):
@@ -201,11 +199,26 @@ def test_no_process_can_be_started(monkeypatch):
         list(read_batches(worker_loader(), 2))
 
 
-def test_workers_that_live_or_are_done_have_nothing_to_tell():
-    done = multiprocessing.Process(target=print)
-    done.start()
-    done.join()
-    assert of_workers([done]) is None and of_workers([]) is None
+@pytest.mark.parametrize(
+    "code, beginning",
+    [
+        (-signal.SIGKILL, "a data worker was killed (SIGKILL), most likely by a system short of memory; "),
+        (
+            -signal.SIGBUS,
+            "a data worker had a bus error (SIGBUS): a file that it read was cut off meanwhile, or",
+        ),
+        (
+            -signal.SIGSEGV,
+            "a data worker ended unexpectedly (SIGSEGV); start again with --resume --workers 0",
+        ),
+        (3, "a data worker ended unexpectedly (exit code 3); start again"),
+        (faults.NOT_HANDED_OVER, "data workers found no room to pass their batches on: "),
+    ],
+)
+def test_the_exit_code_of_a_worker_tells_why(code, beginning):
+    others = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=0)]
+    assert of_workers(others) is None and of_workers([]) is None
+    assert of_workers([*others, SimpleNamespace(exitcode=code)]).startswith(beginning)
 
 
 # ---- every train script ----
