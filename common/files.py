@@ -269,6 +269,14 @@ def open_npy(path: str | Path) -> "np.ndarray":
     return array
 
 
+def check_room(folder: Path, need_bytes: int, what: str) -> None:
+    """OSError if a disk has not that much room: writing to a memory map on a full one ends the process."""
+    if need_bytes > (free := shutil.disk_usage(folder).free):
+        raise OSError(
+            f"{folder}: {what} takes {need_bytes >> 20} MiB there, {free >> 20} are free; make room"
+        )
+
+
 def read_mapped(array: "np.ndarray", index: int) -> "np.ndarray":
     """A copy of `array[index]` of an array of `open_npy`, or of one in memory.
 

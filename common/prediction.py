@@ -16,7 +16,7 @@ from common import batch, distributed
 from common.checkpoints import TrainedModel
 from common.components import lies_left_of
 from common.dicom import find_scans
-from common.files import make_folder
+from common.files import check_room, make_folder
 from common.hardware import describe_device, peak_memory_mib
 from common.inference import predict_labels, warn_of_memory
 from common.losses import labelled_mask, merge_unlabelled
@@ -229,6 +229,7 @@ def probability_maps(
 ) -> Iterator[dict[int, np.ndarray]]:
     """Yields {class: array on disk} for `predict_labels` to fill, a byte for each voxel of the image; then
     writes <out>/probabilities/<name>_<class>.nii.gz of each on the scan's grid."""
+    check_room(out, len(classes) * reading.image.size, f"probability maps of {file.path.name}")
     with tempfile.TemporaryDirectory(dir=out, prefix=".maps_") as folder:
         maps = {
             n: np.memmap(Path(folder) / str(n), np.uint8, "w+", shape=reading.image.shape) for n in classes

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import distributed
-from common.files import check_numbers, open_npy, public_folder, read_json, read_mapped
+from common.files import check_numbers, check_room, open_npy, public_folder, read_json, read_mapped
 from common.hu import check_window
 from common.messages import warn
 from common.splits import (
@@ -291,9 +291,7 @@ def _publish(partial: Path, folder: Path, size: int) -> None:
 
 def _write_packed(folder: Path, slices: list[SliceFile], size: int, scale: float | None) -> None:
     shape = (len(slices), size, size)
-    needed, free = 2 * len(slices) * size * size, shutil.disk_usage(folder).free
-    if needed > free:  # a memory map on a full disk ends the process without a word
-        raise OSError(f"{folder.parent}: {needed >> 20} MiB needed for the cache, {free >> 20} free")
+    check_room(folder.parent, 2 * len(slices) * size * size, "the cache of slices")
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
     labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, shape)
     num_unclean, tumour_pixels = 0, 0

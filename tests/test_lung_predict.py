@@ -525,7 +525,7 @@ def test_cache_that_does_not_fit_the_disk(phantom_slices, tmp_path, monkeypatch)
     shutil.copytree(phantom_slices, data, ignore=shutil.ignore_patterns("cache"))
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr("lung_tumor.dataset.shutil.disk_usage", lambda path: usage(1 << 30, 1 << 30, 0))
-    with pytest.raises(OSError, match="MiB needed for the cache, 0 free"):
+    with pytest.raises(OSError, match="the cache of slices takes .* MiB there, 0 are free; make"):
         open_data(data, 512, 42)
     assert not any((data / "cache").iterdir())
 

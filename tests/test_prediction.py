@@ -85,7 +85,7 @@ def test_at_most_20_lines_are_printed(tmp_path, capsys):
     assert lines[21:] == ["  ... 2 more in table.csv", f"22 of 22 scan(s) written to {tmp_path / 'out'}"]
 
 
-def test_maps_and_labels_of_a_region_lie_on_the_scans_grid(tmp_path):
+def test_maps_and_labels_of_a_region_lie_on_the_scans_grid(tmp_path, monkeypatch):
     _, file = scan(tmp_path / "case.nii.gz")
     options = {"batch_size": 1, "device": torch.device("cpu"), "source": "body"}
     reading = read_region(file, ((4, 4, 0), (20, 24, 16)), (2, 2, 2), (16, 16, 16), 3, **options)
@@ -99,6 +99,12 @@ def test_maps_and_labels_of_a_region_lie_on_the_scans_grid(tmp_path):
     assert found[0].sum() == pytest.approx(16 * 20 * 16, rel=1e-5) and found[0][4, 4, 0] == pytest.approx(1)
     assert found[1].sum() == found[1][4, 4, 0] == pytest.approx(0.2)
     assert not list(tmp_path.glob(".maps*"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=2 * reading.image.size - 1))
+    with pytest.raises(
+        OSError, match="probability maps of case.nii.gz takes 0 MiB there, 0 are free; make room"
+    ):
+        with probability_maps(tmp_path, [2, 11], file, reading):  # a memory map
+            pytest.fail("a memory map on a full disk ends the process")
     with probability_maps(tmp_path, [], file, reading) as maps:
         assert maps == {}
 
