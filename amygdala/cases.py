@@ -20,7 +20,7 @@ from common.label_measures import label_counts
 from common.nifti import Scan
 from common.pairs import load_pair
 from common.sides import why_exchanged
-from common.sites import UNKNOWN, lonely_sites, person_of, read_subjects
+from common.sites import UNKNOWN, lonely_sites, person_of, read_subjects, rows_without_case
 
 PARTS = {"Tr": "train", "Ts": "test"}  # ending of the folder: part
 
@@ -94,6 +94,7 @@ def list_data_set(
             )
         else:
             cases.append(Case(name, part, file.image, file.label, subject, site))
+    warnings += rows_without_case(path, people, [file.case_id for _, file in files])
     if unlisted and has_bids_table:
         warnings.append(
             f"{path}: has no row of {', '.join(unlisted[:5])}; each counts as a subject of its own, of "
@@ -118,10 +119,7 @@ def load_case(
         FileNotFoundError, ValueError: as `load_pair` and `map_labels`; or left and right are exchanged.
     """
     scan, drawn = load_pair(case.image, case.label)
-    try:
-        labels = map_labels(drawn.array, scan, label_map, data_set)
-    except ValueError as error:
-        raise ValueError(f"{case.label}: {error}") from error
+    labels = map_labels(drawn, scan, label_map, data_set)
     names = data_set.structures.names
     if reason := why_exchanged(labels, scan.affine, data_set.sides, names):
         in_file = [int(drawn.array[labels == label][0]) for label in names]

@@ -4,7 +4,8 @@
     python amygdala/evaluate.py --pred a --target labelsTs --out a_scores --compare b --sites sites.csv
 
 Files belong together by the name of the case, with or without an ending such as _mask. Every file of --target
-needs a prediction. Masks hold the labels 1 and 2, see --dataset. Writes results.csv (one row for each case
+needs a prediction. Masks hold the labels 1 and 2, see --dataset, or FreeSurfer's 18 and 54; the true ones may
+have other numbers, see --label_map. Writes results.csv (one row for each case
 and label), cases.csv, summary.csv (by label), volume_agreement.csv (ICC, bias, limits of agreement),
 summary.md and worst_and_median.png; with --sites also sites.csv; with --compare also comparison.csv, in which
 B is the second folder.
@@ -13,6 +14,7 @@ B is the second folder.
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amygdala.dataset import Cohort
+from amygdala.labels import add_label_map_flag, map_mask, parse_label_map
 from amygdala.localiser import find_box
 from amygdala.segment import segment
 from amygdala.structures import DATASETS, add_dataset_flag
@@ -35,6 +38,7 @@ from common.volumes import crop
 def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     add_dataset_flag(parser)
+    add_label_map_flag(parser, "the files of --target")
     add_evaluation_flags(parser)
     parser.add_argument(
         "--sites",
@@ -79,9 +83,14 @@ def evaluate_cases(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    structures = DATASETS[args.dataset].structures
+    data_set = DATASETS[args.dataset]
+    structures = data_set.structures
     with distributed.session():
+        label_map = parse_label_map(args.label_map, data_set)
         names = label_files(args.target)
+        sites, warnings = read_sites(args.sites, names) if args.sites else (None, [])
+        for warning in warnings if distributed.is_main() else ():
+            print(f"warning: {warning}")
         failed = evaluate_folder(
             args.pred,
             args.target,
@@ -94,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             num_pictures=args.num_pictures,
             window_hu=None,
             volumes=True,
-            sites=read_sites(args.sites) if args.sites else None,
+            sites=sites,
+            renumber=partial(map_mask, label_map=label_map, data_set=data_set),
         )
         return batch.exit_code(failed)
 

@@ -1,5 +1,8 @@
 """From the numbers of a label file to the labels 1 and 2."""
 
+import contextlib
+from argparse import ArgumentParser
+
 import numpy as np
 
 from amygdala.structures import DataSet
@@ -9,6 +12,18 @@ from common.sides import split_sides
 
 ASEG = {18: 1, 54: 2}  # FreeSurfer's, FastSurfer's and SynthSeg's numbers of the left and the right amygdala
 LABEL_MAPS = ("auto", "aseg", "manual", "one_label")
+
+
+def add_label_map_flag(parser: ArgumentParser, files: str) -> None:
+    """--label_map; `files` are those whose numbers it tells the meaning of."""
+    parser.add_argument(
+        "--label_map",
+        default="auto",
+        metavar="MAP",
+        help=f"what the numbers in {files} mean: aseg (FreeSurfer's 18 left, 54 right), manual (1 and 2), "
+        "one_label (one number for both sides, which are told by their place), a map such as 1=32,2=31 "
+        "(label 1 has the number 32 in the files), or auto, which goes by the numbers found in each file",
+    )
 
 
 def parse_label_map(text: str, data_set: DataSet) -> str | dict[int, int]:
@@ -34,7 +49,7 @@ def parse_label_map(text: str, data_set: DataSet) -> str | dict[int, int]:
 
 
 def map_labels(
-    drawn: np.ndarray, scan: Scan, label_map: str | dict[int, int], data_set: DataSet
+    drawn: Scan, scan: Scan | None, label_map: str | dict[int, int], data_set: DataSet
 ) -> np.ndarray:
     """(z, y, x) uint8 with the labels 1 and 2 of a label file.
 
@@ -43,13 +58,43 @@ def map_labels(
     structures, of which the others are left out.
 
     Args:
-        drawn: (z, y, x) whole numbers, on the grid of the scan.
+        drawn: whole numbers, on the grid of the scan.
+        scan: of the head; None: sides are told by the pieces' distance alone, see `split_sides`.
         label_map: as `parse_label_map` returns it.
 
     Raises:
-        ValueError: numbers outside the map, nothing is labelled, or sides that cannot be told.
+        ValueError: numbers outside the map, nothing is labelled, or sides that cannot be told; with the file.
     """
-    found = (np.flatnonzero(label_counts(drawn, int(drawn.max()) + 1)[1:]) + 1).tolist()
+    try:
+        return _mapped(drawn, scan, label_map, data_set)
+    except ValueError as error:
+        raise ValueError(f"{drawn.path}: {error}") from error
+
+
+def map_mask(mask: Scan, is_truth: bool, label_map: str | dict[int, int], data_set: DataSet) -> np.ndarray:
+    """As `map_labels`, of a mask that is scored: there may be nothing in it, or one side only.
+
+    A `label_map` is that of the true masks; predictions may hold 1 and 2, or FreeSurfer's numbers.
+    """
+    found, label_map = numbers_in(mask.array), label_map if is_truth else "auto"
+    if label_map == "auto" and found == [1] and is_truth and data_set.sides:
+        with contextlib.suppress(ValueError):  # else it is the left side alone
+            return map_labels(mask, None, "one_label", data_set)
+    if label_map == "auto" and found == [1]:
+        label_map = "manual"
+    return map_labels(mask, None, label_map, data_set) if found else mask.array
+
+
+def numbers_in(labels: np.ndarray) -> list[int]:
+    """The numbers above 0 in a map of whole numbers, in order."""
+    return (np.flatnonzero(label_counts(labels, int(labels.max()) + 1)[1:]) + 1).tolist()
+
+
+def _mapped(
+    label_file: Scan, scan: Scan | None, label_map: str | dict[int, int], data_set: DataSet
+) -> np.ndarray:
+    drawn = label_file.array
+    found = numbers_in(drawn)
     if not found:
         raise ValueError("nothing is labelled in it; draw the label, or move the case away")
     if label_map == "auto":
@@ -57,7 +102,7 @@ def map_labels(
     if label_map == "one_label":
         if len(found) > 1:
             raise ValueError(f"holds the labels {_listed(found)}; --label_map one_label expects a single one")
-        return split_sides(drawn > 0, scan)
+        return split_sides(drawn > 0, label_file.affine, scan)
     if label_map == "manual":
         if outside := [number for number in found if number not in (1, 2)]:
             raise ValueError(f"label value(s) {_listed(outside)} outside the map; expected 1 and 2 only")
@@ -72,7 +117,7 @@ def map_labels(
 
 
 def _map_of(found: list[int], data_set: DataSet) -> str:
-    if data_set.sides and set(ASEG) <= set(found):
+    if data_set.sides and (set(ASEG) <= set(found) or set(found) <= set(ASEG)):
         return "aseg"
     if set(found) <= {1, 2} and (2 in found or not data_set.sides):
         return "manual"
@@ -80,7 +125,7 @@ def _map_of(found: list[int], data_set: DataSet) -> str:
         return "one_label"
     raise ValueError(
         f"label value(s) {_listed(found)} fit no label map; say with --label_map which numbers the labels "
-        "have, such as 1=32,2=31"
+        "have: aseg, or one such as 1=32,2=31"
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from amygdala.head import add_surroundings
 from amygdala.structures import DATASETS
@@ -136,7 +137,7 @@ def train_localiser(
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     average = WeightAverage(network, 0.98)
     recent = []
-    for update in range(updates):
+    for update in tqdm(range(updates), "localiser", unit="update", disable=None, leave=False):
         drawn = [heads.draw(rng) for _ in range(BATCH)]
         image = torch.from_numpy(np.stack([head[0] for head in drawn]))[:, None].to(device)
         label = torch.from_numpy(np.stack([head[1] for head in drawn])).to(device)

@@ -24,7 +24,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amygdala.cases import Case, list_data_set, load_case
-from amygdala.labels import parse_label_map
+from amygdala.labels import add_label_map_flag, parse_label_map
 from amygdala.structures import DATASETS, NUM_CLASSES, add_dataset_flag
 from common import distributed
 from common.config import make_parser, parse_args, run_script
@@ -52,14 +52,7 @@ def build_parser() -> ArgumentParser:
         "--out",
         help="folder that the converted data set is written to; default: dataset/ and the name of --dataset",
     )
-    parser.add_argument(
-        "--label_map",
-        default="auto",
-        metavar="MAP",
-        help="what the numbers in the label files mean: aseg (FreeSurfer's 18 left, 54 right), manual (1 and "
-        "2), one_label (one number for both sides, which are told by their place), a map such as 1=32,2=31 "
-        "(label 1 has the number 32 in the files), or auto, which goes by the numbers found in each file",
-    )
+    add_label_map_flag(parser, "the label files")
     parser.add_argument(
         "--subjects",
         metavar="TABLE",

@@ -188,7 +188,8 @@ def score_best(
         if distributed.is_main():
             title = f"fold {args.fold}: {len(test)} held-out scans"
             write_report(rows, run.folder / "evaluation", title, failed, notes=notes)
-            if not failed and (done := training.note_results(experiment, args, data, rows, folds)):
+            used = Namespace(**trained.config)  # the flags, with what --vram has made of them
+            if not failed and (done := training.note_results(experiment, used, data, rows, folds)):
                 run.log(f"all folds are done: {done}")
     if distributed.is_main():
         training.link_weights(run.folder, args.fold)  # again, for where links are copies

@@ -14,7 +14,7 @@ from amygdala.dataset import Cohort, PatchDataset
 from amygdala.localiser import train_localiser
 from amygdala.structures import DATASETS
 from common.augment import Augmentation3d, grey_value_probabilities
-from common.config import parse_args
+from common.config import parse_args, resolved_config
 from common.distributed import main_first, on_main, world_size
 from common.files import link_file, read_json, write_json
 from common.hardware import Precision
@@ -22,7 +22,9 @@ from common.phantoms import prepare_demo
 
 RESULTS = "fold_{}_results.json"
 DIVISION = ("folds", "split_seed", "leave_site_out")  # flags that decide who is held out by which fold
-TRAINED_ALIKE = ("model", "dimension", "epochs", "time_budget", "loss", "select_on_test")
+# Flags that may differ between folds that count as trained alike: they do not decide what is learned.
+MAY_DIFFER = ("fold", "unique_name", "out", "log_path", "use_wandb", "evaluate", "workers", "deterministic")
+MAY_DIFFER += ("device", "gpu", "amp", "vram", "checkpointing", "config", "resume")
 BIASED = "epochs were chosen by the test scans (--select_on_test), so that these scores are too good"
 
 
@@ -91,6 +93,11 @@ def open_data(args: Namespace) -> Cohort:
             validation=args.validation and not args.select_on_test,
         )
     )
+    if fold == "test" and not data.split["test"]:
+        raise ValueError(
+            f"--fold test: {args.data_path} has no test part; convert again with labelled scans in imagesTs "
+            "and labelsTs, or take --fold all"
+        )
     if args.select_on_test:
         data.split["val"] = data.split["test"]
     return data
@@ -136,7 +143,10 @@ def experiment_folder(args: Namespace, folds: Collection[str]) -> Path:
         logs = root.glob(f"{name}*/fold_*/log.txt")
         of_name = [p for p in logs if re.fullmatch(re.escape(name) + r"(_\d+)?", p.parents[1].name)]
         if not of_name:
-            raise FileNotFoundError(f"--resume: no run called {name} under {root}")
+            raise FileNotFoundError(
+                f"--resume: no run called {name} under {root}; if it was stopped before it began, start it "
+                "without --resume"
+            )
         return max(of_name, key=lambda p: p.stat().st_mtime).parents[1]
     number, folder = 1, root / name
     while any((folder / f"fold_{k}").exists() for k in folds):
@@ -235,7 +245,7 @@ def note_results(
     A fold divided off by other flags does not count; one trained differently does, with a note that says so.
     Called in the main process alone, so that it must not talk to the others.
     """
-    settings = {key: getattr(args, key) for key in (*DIVISION, *TRAINED_ALIKE)}
+    settings = resolved_config(args, leave_out=MAY_DIFFER)
     write_json(experiment / RESULTS.format(args.fold), {"settings": settings, "rows": rows})
     if args.fold == "test":
         return None
@@ -251,7 +261,7 @@ def note_results(
     notes = [f"{args.model} {args.dimension}, {args.dataset}"]
     if any(of_fold["select_on_test"] for of_fold in settings_of):
         notes.append(BIASED)
-    for key in TRAINED_ALIKE:
+    for key in settings:
         values = [of_fold[key] for of_fold in settings_of]
         if any(value != values[0] for value in values):
             listed = ", ".join(f"{value} in fold {k}" for k, value in enumerate(values))

@@ -17,6 +17,7 @@ from common.flags import add_patient_pattern_flag
 from common.mask_files import called_as, label_files, load_masks, matching_files
 from common.metrics import write_table
 from common.montage import save_worst_and_median
+from common.nifti import Scan
 from common.plots import costs_the_picture
 from common.sites import site_lines, site_table
 from common.splits import natural_key, patients_of
@@ -134,7 +135,7 @@ def score_files(
     patients: Mapping[str, str],
     *,
     table: Path | None = None,
-    merged: bool = False,
+    renumber: Callable[[Scan, bool], np.ndarray] | None = None,
 ) -> tuple[list[dict], dict[str, str]]:
     """Score masks in files on the scans' own grids, shared over the processes.
 
@@ -142,8 +143,7 @@ def score_files(
         preds, targets: {case: file}; a case without a prediction has failed.
         labelled, patients: {case: labels} and {case: patient}.
         table: CSV file that gets a row for each case as soon as it is scored.
-        merged: as of `load_masks`.
-        merged: as of `load_masks`.
+        renumber: as of `load_masks`.
 
     Returns: as `score_cases`, in the order of `targets`.
     """
@@ -151,7 +151,7 @@ def score_files(
     def masks_of(name: str) -> Masks:
         if name not in preds:
             raise FileNotFoundError(f"no prediction for {targets[name]}")
-        target, pred = load_masks(targets[name], preds[name], merged=merged)
+        target, pred = load_masks(targets[name], preds[name], renumber=renumber)
         return Masks(pred.array, target.array, target.spacing_mm, labelled[name], target.voxel_mm3)
 
     return score_cases(masks_of, list(targets), structures, patients, table=table)
@@ -171,7 +171,7 @@ def evaluate_folder(
     window_hu: tuple[float, float] | None,
     volumes: bool = False,
     sites: Mapping[str, str] | None = None,
-    merged: bool = False,
+    renumber: Callable[[Scan, bool], np.ndarray] | None = None,
 ) -> dict[str, str]:
     """Score a folder of masks against a folder of true ones; every file of `target` needs a prediction.
 
@@ -186,7 +186,7 @@ def evaluate_folder(
         num_pictures, window_hu: as of `save_worst_and_median`.
         volumes: also write volume_agreement.csv, see `volume_agreement`, and add it to the summary.
         sites: {case: site}: also write sites.csv, see `site_table`, and add it to the summary.
-        merged: all labels above 0 count as the label 1.
+        renumber: as of `load_masks`.
 
     Returns:
         {case that failed: reason}, the same in every process.
@@ -201,7 +201,7 @@ def evaluate_folder(
     patients = patients_of(list(targets), patient_pattern)
     report.clear_report(out, (*report.FILES, CASES, PICTURE, COMPARISON, VOLUMES, SITES))
     rows, failed = score_files(
-        preds, targets, structures, labelled, patients, table=out / CASES, merged=merged
+        preds, targets, structures, labelled, patients, table=out / CASES, renumber=renumber
     )
     if distributed.is_main():
         extra = sorted(preds.keys() - targets.keys(), key=natural_key)
@@ -218,7 +218,7 @@ def evaluate_folder(
             more += ["", *site_lines(by_site)]
         report.write_report(rows, out, title, failed, notes=notes, more=more)
     if second is not None:
-        rows_b, failed_b = score_files(second, targets, structures, labelled, patients, merged=merged)
+        rows_b, failed_b = score_files(second, targets, structures, labelled, patients, renumber=renumber)
         failed |= {f"{name} of {other}": reason for name, reason in failed_b.items()}
         if distributed.is_main():
             for line in batch.failed_lines(failed_b):
@@ -240,6 +240,6 @@ def evaluate_folder(
                 labelled=labelled,
                 number=num_pictures,
                 window_hu=window_hu,
-                merged=merged,
+                renumber=renumber,
             )
     return failed

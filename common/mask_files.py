@@ -1,6 +1,6 @@
 """Folders of label maps that belong together: which file is which case, all of a case on one grid."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,14 +94,18 @@ def matching_files(
     return files
 
 
-def load_masks(target: Path, *preds: Path, merged: bool = False) -> list[Scan]:
+def load_masks(
+    target: Path, *preds: Path, renumber: Callable[[Scan, bool], np.ndarray] | None = None
+) -> list[Scan]:
     """The true label map of a case and predicted ones, on one grid.
 
     Args:
-        merged: all labels above 0 become 1.
+        renumber: (mask, whether it is the true one) -> the labels that are scored, from the numbers in the
+            file, such as `merged_labels`; None: they are the labels.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_label`; or a prediction lies on another grid than the target.
+        FileNotFoundError, ValueError: as `load_label` and `renumber`; or a prediction lies on another grid
+            than the target.
     """
     truth, *found = (load_label(path) for path in (target, *preds))
     for pred in found:
@@ -110,5 +114,11 @@ def load_masks(target: Path, *preds: Path, merged: bool = False) -> list[Scan]:
                 f"{pred.path}: lies on another grid than {truth.path} ({difference}); score masks that were "
                 "predicted for this very scan"
             )
-    scans = [truth, *found]
-    return [replace(scan, array=(scan.array > 0).astype(np.uint8)) for scan in scans] if merged else scans
+    if renumber is None:
+        return [truth, *found]
+    return [replace(scan, array=renumber(scan, scan is truth)) for scan in (truth, *found)]
+
+
+def merged_labels(mask: Scan, is_truth: bool) -> np.ndarray:
+    """All labels above 0 as the label 1: a `renumber` of `load_masks`."""
+    return (mask.array > 0).astype(np.uint8)

@@ -1,6 +1,6 @@
 """Picture of the worst and the median cases of an evaluation."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,9 @@ from common.class_metrics import Structures, case_means, only_labelled
 from common.hu import why_not_hu
 from common.intensity import mr_scaling
 from common.mask_files import load_masks
-from common.nifti import load_nifti
+from common.nifti import Scan, load_nifti
 from common.nifti_forms import grid_difference
-from common.planes import ERROR_TITLE, PLANES, contour_pictures
+from common.planes import EDGES, ERROR_TITLE, PLANES, contour_pictures
 from common.plots import save_panels
 
 
@@ -37,7 +37,7 @@ def save_worst_and_median(
     labelled: Mapping[str, Collection[int]],
     number: int,
     window_hu: tuple[float, float] | None,
-    merged: bool = False,
+    renumber: Callable[[Scan, bool], np.ndarray] | None = None,
 ) -> None:
     """Three planes through the worst structure of each chosen case, and the errors in the axial one.
 
@@ -50,7 +50,7 @@ def save_worst_and_median(
         number: of the worst cases, and of the median ones.
         window_hu: what is black and what is white in a CT; other scans are shown by their percentiles. None:
             no scan is a CT.
-        merged: as of `load_masks`.
+        renumber: as of `load_masks`.
 
     Raises:
         ValueError: a scan lies on another grid than its mask.
@@ -59,7 +59,7 @@ def save_worst_and_median(
     for case, kind in worst_and_median(rows, number).items():
         of_case = [row for row in rows if row["case"] == case and not np.isnan(row["dice"])]
         worst = min(of_case, key=lambda row: row["dice"])
-        target, pred = load_masks(targets[case], preds[case], merged=merged)
+        target, pred = load_masks(targets[case], preds[case], renumber=renumber)
         value_range = window_hu or (0, 1)
         image = np.full(target.shape, value_range[0])
         if case in images:
@@ -87,4 +87,5 @@ def save_worst_and_median(
         titles.append([name, *PLANES[1:], ERROR_TITLE])
     if pictures:
         shown = sorted(set().union(*labelled.values()))
-        save_panels(path, pictures, titles, legend={structures.names[n]: structures.colors[n] for n in shown})
+        legend = {structures.names[n]: structures.colors[n] for n in shown}
+        save_panels(path, pictures, titles, legend=legend, edges=[(*EDGES, EDGES[0])] * len(pictures))

@@ -10,6 +10,7 @@ from common.plots import outline, overlay, save_panels
 from common.volumes import Box, box_of, crop, expand_box, resample
 
 PLANES = ("axial", "coronal", "sagittal")  # across z, y, x
+EDGES = ("RL", "RL", "AP")  # what lies at the left and at the right edge of their pictures
 FALSE_POSITIVE, FALSE_NEGATIVE = (255, 160, 0), (60, 120, 255)  # RGB
 ERROR_TITLE = "too much (orange), missed (blue)"
 
@@ -135,7 +136,8 @@ def save_planes(
         title: stands above the first picture, behind the name of the plane.
         legend: {name: RGB}, on the right.
         margin_mm: a close-up of the labels with so much around them; None: the whole image.
-        names: of the planes across z, y and x, where the file may not tell rightly how the patient lay.
+        names: of the planes across z, y and x, where the file may not tell rightly how the patient lay; then
+            there are no letters of sides at the edges either.
     """
     if margin_mm is not None:
         box = close_up_box(pred > 0 if target is None else (pred > 0) | (target > 0), spacing_mm, margin_mm)
@@ -158,7 +160,8 @@ def save_planes(
             row_titles.append(ERROR_TITLE)
         rows.append(row)
         titles.append(row_titles)
-    save_panels(path, rows, titles, legend=legend)
+    edges = [[EDGES[axis]] * len(row) for axis, row in enumerate(rows)] if names is PLANES else None
+    save_panels(path, rows, titles, legend=legend, edges=edges)
 
 
 def contour_pictures(

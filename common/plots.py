@@ -106,10 +106,12 @@ def save_panels(
     titles: list[list[str]],
     height: float = 2.6,
     legend: Mapping[str, Sequence[int]] | None = None,
+    edges: Sequence[Sequence[str]] | None = None,
 ) -> None:
     """A grid of images, (h, w) grey uint8 or (h, w, 3) RGB, each with its title.
 
-    `height` of an image is in inches; `legend` is {name: RGB}, drawn in a column on the right.
+    `height` of an image is in inches; `legend` is {name: RGB}, drawn in a column on the right; `edges` has
+    for each image two letters that stand at its left and at its right edge, such as "RL".
     """
     from matplotlib.patches import Patch
 
@@ -124,6 +126,11 @@ def save_panels(
         for axis, image, name in zip(axis_row, images, names, strict=False):
             axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axis.set_title(printable(name), fontsize=8, parse_math=False)  # a name may hold $
+    for axis_row, letters_row in zip(axes, edges or (), strict=False):
+        for axis, letters in zip(axis_row, letters_row, strict=False):
+            for letter, place, side in zip(letters, (0.02, 0.98), ("left", "right"), strict=True):
+                look = {"ha": side, "va": "center", "color": "white", "fontsize": 8}
+                axis.text(place, 0.5, letter, transform=axis.transAxes, **look)
     save_figure(figure, path)
 
 

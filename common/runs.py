@@ -72,7 +72,9 @@ def find_checkpoint(resume: str, root: str | Path, name: str) -> Path:
     folders = [p.parent for p in Path(root).glob("*/log.txt") if pattern.fullmatch(p.parent.name)]
     found = [p / "weights" / "last.pt" for p in folders if (p / "weights" / "last.pt").is_file()]
     if not found:
-        raise FileNotFoundError(f"--resume: no run called {name} with a weights/last.pt under {root}")
+        raise FileNotFoundError(
+            f"--resume: no run called {name} with a weights/last.pt under {root}; start it without --resume"
+        )
     newest = max(found, key=lambda p: p.stat().st_mtime)
     for folder in folders:
         is_newer = (folder / "log.txt").stat().st_mtime > newest.stat().st_mtime

@@ -16,33 +16,40 @@ SMALLEST_OTHER = 0.25  # of the larger side's volume: a smaller piece is not the
 ACROSS = 0.1  # a piece with this share on both sides of the middle is two structures in one
 
 
-def split_sides(mask: np.ndarray, scan: Scan) -> np.ndarray:
+def split_sides(mask: np.ndarray, affine: np.ndarray, scan: Scan | None) -> np.ndarray:
     """(z, y, x) uint8: 1 what lies left in a mask of both sides, 2 what lies right.
 
     The middle is halfway between the two large pieces if they lie far apart, else that of the head. Every
     piece goes to one side as a whole.
 
     Args:
-        mask: (z, y, x) bool, on the grid of the scan.
+        mask: (z, y, x) bool.
+        affine: of x, y, z to world coordinates.
+        scan: of the head, on the same grid; None: only two large pieces that lie far apart can be told.
 
     Raises:
-        ValueError: both sides are one piece, or all of the mask lies on one side of the head.
+        ValueError: both sides are one piece, or all of the mask lies on one side of the head; without the
+            scan, what is not two large pieces far apart.
     """
     pieces, number = ndimage.label(mask, np.ones((3, 3, 3)))
     sizes = np.bincount(pieces.ravel())[1:]
     centres = ndimage.center_of_mass(mask, pieces, range(1, number + 1))
-    places = np.array([world_x(centre, scan.affine) for centre in centres])
-    head = head_middle(scan)
+    places = np.array([world_x(centre, affine) for centre in centres])
     main = np.argsort(sizes)[::-1][:2]
-    middle = head
-    if (
+    are_apart = (
         number > 1
         and sizes[main[1]] >= SMALLEST_OTHER * sizes[main[0]]
         and np.ptp(places[main]) >= FAR_APART_MM
-    ):
-        middle = places[main].mean()
+    )
+    if scan is None and not are_apart:
+        raise ValueError(
+            f"its two sides cannot be told: they are not two pieces at least {FAR_APART_MM:.0f} mm apart; "
+            "give the sides numbers of their own"
+        )
+    head = places[main].mean() if scan is None else head_middle(scan)
+    middle = places[main].mean() if are_apart else head
     largest = pieces == main[0] + 1
-    on_the_right = np.mean(world_x(np.argwhere(largest).T, scan.affine) > middle)
+    on_the_right = np.mean(world_x(np.argwhere(largest).T, affine) > middle)
     if ACROSS < on_the_right < 1 - ACROSS:
         raise ValueError("one piece of it reaches across the middle of the head; separate the two sides")
     is_right = places > middle

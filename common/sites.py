@@ -48,17 +48,44 @@ def read_subjects(
     return people
 
 
-def read_sites(path: str | Path) -> dict[str, str]:
-    """{case: site} of a table with the columns name and site; else as `read_subjects`."""
-    return {name: site for name, (_, site) in read_subjects(path, ("name", "site")).items()}
+def read_sites(path: str | Path, cases: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """{case: site} of a table with the columns name and site, for each of `cases` that has a row; sentences
+    about rows without a case and cases without a row. Else as `read_subjects`."""
+    people = read_subjects(path, ("name", "site"))
+    sites = {name: person[1] for name in cases if (person := person_of(name, people))}
+    warnings = rows_without_case(path, people, cases)
+    if missing := [name for name in cases if name not in sites]:
+        warnings.append(f"{path}: has no row of {_listed(missing)}; the site is {UNKNOWN}")
+    return sites, warnings
 
 
 def person_of(name: str, people: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
     """(subject, site) of a case by its name, or by a BIDS name that it goes on from, such as sub-01_ses-1;
     None without either."""
+    return people.get(_row_of(name, people))
+
+
+def rows_without_case(path: str | Path, people: Collection[str], cases: Collection[str]) -> list[str]:
+    """A sentence about the rows of a table that belong to none of the cases, if there are any.
+
+    Args:
+        path: of the table.
+        people: the names in its rows.
+    """
+    used = {_row_of(name, people) for name in cases}
+    if not (others := [name for name in people if name not in used]):
+        return []
+    return [f"{path}: no case belongs to its row(s) of {_listed(others)}; are the names right?"]
+
+
+def _row_of(name: str, people: Collection[str]) -> str:
     parts = name.split("_")
     beginnings = ["_".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    return next((people[beginning] for beginning in beginnings if beginning in people), None)
+    return next((beginning for beginning in beginnings if beginning in people), "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def lonely_sites(people: Collection[tuple[str, str]]) -> list[str]:

@@ -3,13 +3,14 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import yaml
-from conftest import REAL_DATA
+from conftest import REAL_DATA, ROOT
 
 from amygdala.cases import list_data_set
 from amygdala.dataset import Cohort, PatchDataset
@@ -220,6 +221,7 @@ BAD = {
     "no label": ((head(9)[0], None), "bad.nii.gz: has no label of the same name"),
     "nothing labelled": ((head(9)[0], np.zeros(SHAPE, np.uint8)), "nothing is labelled"),
     "not whole": (with_label(0.5), "label value 0.5 is not a whole number"),
+    "negative": (with_label(-1, np.int16), "label values -1..2, expected whole numbers in 0..65535"),
     "outside the map": (with_label(3, np.uint8), "label value.s. 1, 2, 3 fit no label map"),
     "4-D": ((np.zeros((2, 3, 4)), None), r"4-D with shape \(4, 3, 2, 5\)"),
     "single slice": ((head(9)[0][:1], head(9)[1][12:13]), "only 1 x 40 x 60 mm .z y x.; a single slice"),
@@ -277,6 +279,29 @@ def test_a_trailing_axis_of_one_is_taken_and_a_missing_side_is_noted(tmp_path, c
     code, out = convert(source)
     assert code == 0 and cached(out, "a").attributes["voxels"] == {"1": 0, "2": 125}
     assert "warning: a: holds no left amygdala" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [18, 54])
+def test_one_side_of_freesurfer_is_that_side_and_not_a_mask_of_both(tmp_path, number):
+    image, labels = head()
+    label = {18: 1, 54: 2}[number]
+    source = write_source(tmp_path / "raw", {"a": (image, (labels == label) * np.uint8(number))})
+    code, out = convert(source)
+    assert code == 0
+    np.testing.assert_array_equal(cached(out, "a").label[()], labels * (labels == label))
+
+
+def test_nan_becomes_the_lowest_value_of_the_scan(tmp_path):
+    """Run as a script, whose warnings are sentences."""
+    image, labels = head()
+    image = (image - 7).astype(np.float32)
+    image[3, 4, 5:7] = np.nan
+    source = write_source(tmp_path / "raw", {"a": (image, labels)})
+    command = [sys.executable, "amygdala/preprocess.py", "--source", source, "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    file = source / "imagesTr" / "a.nii.gz"
+    assert done.stderr == f"warning: {file}: 2 NaN or infinite voxels set to -7\n"
+    np.testing.assert_array_equal(cached(tmp_path / "out", "a").image[3, 4, 4:8], image[3, 4, [4, 0, 0, 7]])
 
 
 def test_label_maps_that_make_no_sense():
@@ -341,7 +366,7 @@ def test_subjects_and_sites_of_a_table(tmp_path):
     assert [(c.name, c.subject, c.site) for c in cases] == [
         ("a1", "anna", "X"), ("a2", "anna", "X"), ("b", "ben", "X")
     ]  # fmt: skip
-    assert warnings == []
+    assert warnings == [f"{tmp_path / 't.csv'}: no case belongs to its row(s) of d; are the names right?"]
     assert refused == {"c": f"{tmp_path / 't.csv'}: has no row of this name; add its subject and site"}
 
 

@@ -369,7 +369,7 @@ def test_the_command_with_sites_and_a_second_run(tmp_path, capsys):
         write_nifti(tmp_path / f"labels/{name}.nii.gz", labels, (1, 1, 1), orientation="LAS")
         write_nifti(tmp_path / f"a/{name}_mask.nii.gz", shifted, (1, 1, 1), orientation="LAS")
         write_nifti(tmp_path / f"b/{name}_mask.nii.gz", labels, (1, 1, 1), orientation="LAS")
-    (tmp_path / "sites.csv").write_text("name,site\ns1,Bonn\ns2,Bonn\ns3,Trier\n")
+    (tmp_path / "sites.csv").write_text("name,site\ns1,Bonn\ns2,Bonn\ns3,Trier\ns4,Trier\n")
     flags = ["--pred", "a", "--target", "labels", "--compare", "b", "--out", "out", "--sites", "sites.csv"]
     words = [str(tmp_path / word) if not word.startswith("--") else word for word in flags]
     assert evaluate.main([*words, "--num_pictures", "1"]) == 0
@@ -382,8 +382,51 @@ def test_the_command_with_sites_and_a_second_run(tmp_path, capsys):
     assert [row["bias_mm3"] for row in volumes] == ["0", "0"] and volumes[0]["cases"] == "3"
     dice = {(r["metric"], r["class"]): r for r in table(tmp_path / "out/comparison.csv")}["dice", "all"]
     assert float(dice["difference"]) == pytest.approx(1 / 9, abs=1e-5)
-    assert "| Bonn | left amygdala | 2 |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert (
+        "| Bonn | left amygdala | 2 |" in told and "sites.csv: no case belongs to its row(s) of s4;" in told
+    )
     assert (tmp_path / "out/worst_and_median.png").is_file()
+
+
+def scored(folder, truth, pred, *flags):
+    """(exit code, {label: (status, dice)}) of one case by the script."""
+    for name, array in (("labels", truth), ("masks", pred)):
+        (folder / name).mkdir(exist_ok=True)
+        write_nifti(folder / name / "s1.nii.gz", array, (1, 1, 1))
+    words = [
+        "--pred",
+        str(folder / "masks"),
+        "--target",
+        str(folder / "labels"),
+        "--out",
+        str(folder / "out"),
+    ]
+    code = evaluate.main([*words, "--num_pictures", "0", *flags])
+    rows = table(folder / "out/results.csv") if code == 0 else []
+    return code, {int(row["class"]): (row["status"], row["dice"]) for row in rows}
+
+
+def test_masks_with_other_numbers(tmp_path, capsys):
+    """FreeSurfer's, one's own, one number for both sides; a lone left side is no mask of both."""
+    _, labels = head()
+    both = {1: ("ok", "1"), 2: ("ok", "1")}
+    aseg = np.array([0, 18, 54])[labels].astype(np.int16)
+    aseg[:2] = 2
+    assert scored(tmp_path, aseg, labels) == scored(tmp_path, labels, aseg) == (0, both)
+    own = np.array([0, 32, 31], np.uint8)[labels]
+    assert scored(tmp_path, own, labels, "--label_map", "1=32,2=31") == (0, both)
+    swapped = np.array([0, 2, 1], np.uint8)[labels]
+    assert scored(tmp_path, swapped, labels, "--label_map", "1=2,2=1") == (0, both), "of the truth alone"
+    apart = np.insert(labels, [labels.shape[2] // 2] * 10, 0, axis=2)
+    assert scored(tmp_path, (apart > 0) * np.uint8(1), apart) == (0, both)
+    left = (labels == LEFT) * np.uint8(LEFT)
+    assert scored(tmp_path, left, labels)[1] == {1: ("ok", "1"), 2: ("hallucinated", "0")}
+    assert scored(tmp_path, labels, left)[1] == {1: ("ok", "1"), 2: ("missed", "0")}
+    assert scored(tmp_path, labels, (labels > 0) * np.uint8(LEFT))[1][2] == ("missed", "0")
+    capsys.readouterr()
+    assert scored(tmp_path, np.where(labels == 2, 3, labels).astype(np.uint8), labels)[0] == 1
+    assert "labels/s1.nii.gz: label value(s) 1, 3 fit no label map" in capsys.readouterr().out
 
 
 # ---- cross validation ----

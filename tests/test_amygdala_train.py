@@ -437,6 +437,8 @@ def test_sites_left_out_and_epochs_chosen_by_the_test(amygdala_h5, tmp_path, cap
     assert warning in (folder / "fold_0.txt").read_text()
     assert warning in (folder / "fold_0" / "evaluation" / "summary.md").read_text()
     assert len(read_cross_validation(folder / "cross_validation.txt")["Dice"]) == 2
+    with pytest.raises(SystemExit, match="--fold test: .*h5 has no test part; convert again with labelled"):
+        train.main([*QUICK, *flags, "--fold", "test"])
     with pytest.raises(SystemExit, match="--fold 2: with 2 sites choose 0 to 1"):
         train.main([*QUICK, *flags, "--leave_site_out", "--fold", "2"])
 
@@ -455,6 +457,9 @@ def test_folds_that_were_not_trained_alike_are_named(amygdala_h5, tmp_path):
     text = path.read_text()
     assert "NOTE: epochs were chosen by the test scans" in text
     assert "not trained alike: --select_on_test was True in fold 0, False in fold 1" in text
+    noted(tmp_path, amygdala_h5, "0", "a", "--lr", "0.5", "--workers", "3")
+    text = noted(tmp_path, amygdala_h5, "1", "b").read_text()
+    assert text.count("alike") == 1 and "not trained alike: --lr was 0.5 in fold 0, 0.01 in fold 1" in text
     path = noted(tmp_path, amygdala_h5, "0", "a")
     assert "chosen by the test" not in path.read_text() and "alike" not in path.read_text()
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.mask_files import ENDINGS, label_files, load_masks, matching_files
+from common.mask_files import ENDINGS, label_files, load_masks, matching_files, merged_labels
 from common.nifti import write_nifti
 
 MASK = np.ones((4, 5, 6), np.uint8)
@@ -62,6 +62,6 @@ def test_masks_of_a_case_lie_on_one_grid(folder):
 def test_merged_labels_are_1(folder):
     parts = MASK * np.arange(0, 256, 51, dtype=np.uint8)  # 0, 51 ... 255 along x
     write_nifti(folder / "parts.nii", parts, SPACING_MM)
-    truth, pred = load_masks(folder / "case_10_pred.nii.gz", folder / "parts.nii", merged=True)
+    truth, pred = load_masks(folder / "case_10_pred.nii.gz", folder / "parts.nii", renumber=merged_labels)
     assert np.array_equal(truth.array, MASK) and pred.array.dtype == np.uint8
     assert np.array_equal(pred.array, parts > 0)

@@ -71,7 +71,7 @@ def test_middle_and_colours():
 def test_panels(with_target, tmp_path, monkeypatch):
     """Three rows; scan and prediction, or scan, truth, prediction and error; resampled once a plane."""
     seen = []
-    monkeypatch.setattr(planes, "save_panels", lambda path, rows, titles, legend: seen.append((rows, titles)))
+    monkeypatch.setattr(planes, "save_panels", lambda path, rows, titles, **_: seen.append((rows, titles)))
     hu, pred = np.zeros((5, 20, 24), np.int16), np.zeros((5, 20, 24), np.uint8)
     pred[2:4, 5:9, 6:12] = 2
     target = pred if with_target else None
@@ -134,7 +134,7 @@ def test_a_close_up_cuts_through_structures_and_not_between_them():
 def test_panels_of_a_close_up(with_target, tmp_path, monkeypatch):
     """Two blocks of 6 x 4 x 3 voxels with a line of 8 towards the other one, where the middle lies."""
     seen = []
-    monkeypatch.setattr(planes, "save_panels", lambda path, rows, titles, legend: seen.append(rows))
+    monkeypatch.setattr(planes, "save_panels", lambda path, rows, titles, **_: seen.append(rows))
     grey, pred = np.zeros((40, 50, 60), np.int16), np.zeros((40, 50, 60), np.uint8)
     pred[10:16, 20:24, 10:13], pred[10:16, 20:24, 40:43] = 1, 2
     pred[12, 21, 13:21], pred[12, 21, 32:40] = 1, 2

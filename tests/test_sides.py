@@ -27,20 +27,23 @@ def test_world_coordinates_and_the_middle_of_a_head():
 
 def test_a_mask_of_both_sides_is_split():
     scan, mask = head()
-    labels = split_sides(mask, scan)
+    labels = split_sides(mask, scan.affine, scan)
     assert labels.dtype == np.uint8 and np.array_equal(labels > 0, mask)
     assert labels[2, 2, 12] == 1 and labels[2, 2, 28] == 2 and labels[4, 5, 22] == 2
+    np.testing.assert_array_equal(split_sides(mask, AFFINE, None), labels)
     scan.affine = AFFINE * np.array([[-1], [1], [1], [1]])  # x falls along the array
-    assert split_sides(mask, scan)[2, 2, 12] == 2
+    assert split_sides(mask, scan.affine, scan)[2, 2, 12] == 2
     mask[..., 20:] = False
     scan.affine = AFFINE
+    with pytest.raises(ValueError, match="not two pieces at least 20 mm apart"):
+        split_sides(mask, scan.affine, None)
     with pytest.raises(ValueError, match="lies left of the middle of the head"):
-        split_sides(mask, scan)
+        split_sides(mask, scan.affine, scan)
 
 
 def test_exchanged_sides_are_told():
     scan, mask = head()
-    labels, names = split_sides(mask, scan), {1: "left ear", 2: "right ear"}
+    labels, names = split_sides(mask, scan.affine, scan), {1: "left ear", 2: "right ear"}
     assert why_exchanged(labels, AFFINE, [(1, 2)], names) == ""
     assert "left ear (2)" not in why_exchanged(labels, AFFINE, [(2, 1)], names)
     wrong = why_exchanged((3 - labels) * mask, AFFINE, [(1, 2)], names)

@@ -36,16 +36,21 @@ def test_means_by_site():
 def test_tables_of_sites(tmp_path):
     (tmp_path / "sites.csv").write_text("\ufeffname,subject,site\na,1,Bonn\nb,2,\n", encoding="utf8")
     (tmp_path / "sites.tsv").write_text("site\tname\nBonn\ta\n")
-    assert read_sites(tmp_path / "sites.csv") == {"a": "Bonn", "b": "unknown"}
-    assert read_sites(tmp_path / "sites.tsv") == {"a": "Bonn"}
+    assert read_sites(tmp_path / "sites.csv", ["a", "b_ses-1"]) == ({"a": "Bonn", "b_ses-1": "unknown"}, [])
+    sites, (no_case, no_row) = read_sites(tmp_path / "sites.csv", ["b", "c", "d"])
+    assert sites == {"b": "unknown"} and no_case.endswith(
+        "no case belongs to its row(s) of a; are the names right?"
+    )
+    assert no_row.endswith("sites.csv: has no row of c, d; the site is unknown")
+    assert read_sites(tmp_path / "sites.tsv", ["a"]) == ({"a": "Bonn"}, [])
     (tmp_path / "bad.csv").write_text("case,site\na,Bonn\n")
     with pytest.raises(ValueError, match="bad.csv: no row with name and site; its columns are case, site"):
-        read_sites(tmp_path / "bad.csv")
+        read_sites(tmp_path / "bad.csv", [])
     (tmp_path / "twice.csv").write_text("name,site\na,Bonn\na,Trier\n")
     with pytest.raises(ValueError, match="two rows of a with different subjects or sites"):
-        read_sites(tmp_path / "twice.csv")
+        read_sites(tmp_path / "twice.csv", [])
     with pytest.raises(FileNotFoundError, match="no such table"):
-        read_sites(tmp_path / "nothing.csv")
+        read_sites(tmp_path / "nothing.csv", [])
 
 
 def test_tables_of_subjects(tmp_path):

@@ -27,7 +27,7 @@ from common.class_metrics import Structures
 from common.config import fraction, make_parser, parse_args, run_script
 from common.evaluation import add_evaluation_flags, evaluate_folder
 from common.hardware import choose_precision, start_device
-from common.mask_files import label_files
+from common.mask_files import label_files, merged_labels
 from common.metrics import classification_scores, write_table
 from common.report import clear_report
 from common.run_flags import add_prediction_flags
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
             num_pictures=args.num_pictures,
             window_hu=None,
             volumes=True,
-            merged=True,
+            renumber=merged_labels,
         )
         return batch.exit_code(failed)
 
