@@ -9,12 +9,12 @@ metrics.csv, training_curves.png, weights/last.pt and weights/best.pt (best Dice
 and after the last epoch the evaluation of best.pt on the test scans. Ctrl-C saves; --resume goes on.
 """
 
-import math
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from common.class_metrics import mean_dice
 from common.config import make_parser, resolved_config, run_script
 from common.cross_validation import run_folds, run_name
 from common.ema import WeightAverage
+from common.evaluation import validate_cases
 from common.intensity import scale
 from common.losses import class_weights, patch_errors
 from common.memory import Plan, set_up_step
@@ -163,14 +164,11 @@ def train(
 
 def validate(run: Run, trained: TrainedModel, data: Amos, args: Namespace) -> dict[str, float]:
     """Dice on whole validation scans: mean over organs, and of each size group; NaN where it is not due."""
-    names = data.split["val"]
-    rows: list[dict] = []
+    names, rows = data.split["val"], []
     if names and ((run.epoch + 1) % args.val_every == 0 or run.is_last_epoch):
-        chosen = names[:: math.ceil(len(names) / args.val_cases)]
         trained.network.eval()
-        rows, failed = evaluate_cases(trained, data, chosen, surfaces=False)
-        for name, reason in failed.items():
-            run.log(f"warning: {name} could not be validated: {reason}")
+        evaluate = partial(evaluate_cases, trained, data, surfaces=False)
+        rows = validate_cases(evaluate, names, args.val_cases, run.log)
     return {"val_dice": mean_dice(rows)} | {f"dice_{group}": dice for group, dice in group_dice(rows).items()}
 
 

@@ -5,7 +5,6 @@ over the fold's cases. What follows them tells what the numbers mean, how many c
 volumes; none of its lines looks like one of a block.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -123,25 +122,3 @@ def fold_table(
                 | {metric: mean_or_nan([row[metric] for row in of_class]) for metric in metrics}
             )
     return table
-
-
-def read_cross_validation(path: str | Path) -> dict[str, np.ndarray]:
-    """{"Dice", "HD", "ASD": (folds, labels) means} of a cross_validation.txt, ours or the parent's.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a block is missing, or its lines have different numbers of labels.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; train.py writes it when all folds are done")
-    text = path.read_text(encoding="utf8")
-    blocks = {}
-    for title in BLOCKS:
-        match = re.search(rf"^{title}\n(.*?)^Each Class {title} Avg:", text, re.M | re.S)
-        rows = re.findall(r"^Fold \d+: \[([^\]]*)\]", match[1], re.M) if match else []
-        values = [[float(number) for number in row.split()] for row in rows]
-        if not values or len({len(row) for row in values}) > 1:
-            raise ValueError(f"{path}: no block {title} with one line of equally many numbers for each fold")
-        blocks[title] = np.array(values)
-    return blocks

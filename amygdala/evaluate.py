@@ -88,9 +88,6 @@ def main(argv: list[str] | None = None) -> int:
     with distributed.session():
         label_map = parse_label_map(args.label_map, data_set)
         names = label_files(args.target)
-        sites, warnings = read_sites(args.sites, names) if args.sites else (None, [])
-        for warning in warnings if distributed.is_main() else ():
-            print(f"warning: {warning}")
         failed = evaluate_folder(
             args.pred,
             args.target,
@@ -103,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             num_pictures=args.num_pictures,
             window_hu=None,
             volumes=True,
-            sites=sites,
+            sites=read_sites(args.sites, names) if args.sites else None,
             renumber=partial(map_mask, label_map=label_map, data_set=data_set),
         )
         return batch.exit_code(failed)

@@ -6,7 +6,8 @@ from argparse import ArgumentParser
 import numpy as np
 
 from amygdala.structures import DataSet
-from common.label_measures import label_counts
+from common.files import listed
+from common.label_measures import numbers_in
 from common.nifti import Scan
 from common.sides import split_sides
 
@@ -85,11 +86,6 @@ def map_mask(mask: Scan, is_truth: bool, label_map: str | dict[int, int], data_s
     return map_labels(mask, None, label_map, data_set) if found else mask.array
 
 
-def numbers_in(labels: np.ndarray) -> list[int]:
-    """The numbers above 0 in a map of whole numbers, in order."""
-    return (np.flatnonzero(label_counts(labels, int(labels.max()) + 1)[1:]) + 1).tolist()
-
-
 def _mapped(
     label_file: Scan, scan: Scan | None, label_map: str | dict[int, int], data_set: DataSet
 ) -> np.ndarray:
@@ -101,15 +97,15 @@ def _mapped(
         label_map = _map_of(found, data_set)
     if label_map == "one_label":
         if len(found) > 1:
-            raise ValueError(f"holds the labels {_listed(found)}; --label_map one_label expects a single one")
+            raise ValueError(f"holds the labels {listed(found)}; --label_map one_label expects a single one")
         return split_sides(drawn > 0, label_file.affine, scan)
     if label_map == "manual":
         if outside := [number for number in found if number not in (1, 2)]:
-            raise ValueError(f"label value(s) {_listed(outside)} outside the map; expected 1 and 2 only")
+            raise ValueError(f"label value(s) {listed(outside)} outside the map; expected 1 and 2 only")
         return drawn.astype(np.uint8)
     mapping = ASEG if label_map == "aseg" else label_map
     if not set(mapping) & set(found):
-        raise ValueError(f"holds none of {_listed(list(mapping))}; found {_listed(found)}")
+        raise ValueError(f"holds none of {listed(list(mapping))}; found {listed(found)}")
     new_numbers = np.zeros(max(*found, *mapping) + 1, np.uint8)
     for number, label in mapping.items():
         new_numbers[number] = label
@@ -124,10 +120,6 @@ def _map_of(found: list[int], data_set: DataSet) -> str:
     if data_set.sides and len(found) == 1:
         return "one_label"
     raise ValueError(
-        f"label value(s) {_listed(found)} fit no label map; say with --label_map which numbers the labels "
+        f"label value(s) {listed(found)} fit no label map; say with --label_map which numbers the labels "
         "have: aseg, or one such as 1=32,2=31"
     )
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")

@@ -5,25 +5,16 @@ their places, of 1.0 to 1.9 mL; two sites whose scanners differ. They model no d
 on them mean nothing for patients.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
-from tqdm import tqdm
 
-from common.phantoms import (
-    Canvas,
-    already_written,
-    ellipsoid_mm,
-    new_folder,
-    smooth_field,
-    voxel_axes_mm,
-    write_pair,
-)
+from common.phantoms import Canvas, PhantomCase, ellipsoid_mm, smooth_field, voxel_axes_mm, write_data_set
 
 FIELD_MM = (172.0, 208.0, 176.0)  # z y x
+NUMBERS = {1: "left amygdala", 2: "right amygdala", 18: "left amygdala", 54: "right amygdala"}
 ORIENTATIONS = ("LIA", "RAS", "LAS", "LPS")  # of the stored files, in turn; FreeSurfer's first
 
 
@@ -166,36 +157,30 @@ def write_head_phantoms(
         folder/participants.tsv              subject and site
 
     Sites alternate. Their labels are 1 and 2 or FreeSurfer's 18 and 54; every second scan of the second site
-    is skull-stripped; the stored orientation and the origin differ. The folder appears when it is complete;
-    if it is there already, nothing is done.
+    is skull-stripped; the stored orientation and the origin differ.
 
     Args:
         num_train, num_test: each case is another subject.
         voxel_mm: side of a voxel, about.
 
     Raises:
-        FileExistsError: the folder holds something else, or phantoms of other arguments.
+        FileExistsError: as of `write_data_set`, which does not write twice.
     """
-    folder = Path(folder)
+    names = list(SITES)
+    site_of = [names[index % len(names)] for index in range(num_train + num_test)]
+
+    def make(index: int) -> PhantomCase:
+        rng, site = np.random.default_rng([seed, index]), site_of[index]
+        spacing_mm = tuple((voxel_mm * rng.uniform(0.95, 1.05, 3)).tolist())
+        stripped = SITES[site].stripped and index // len(names) % 2 == 1
+        image, label = head_phantom(int(rng.integers(2**32)), site, spacing_mm=spacing_mm, stripped=stripped)
+        label = np.array([0, *SITES[site].labels], np.uint8)[label]
+        origin_mm = np.array([-88.0, -104, -86]) + rng.uniform(-20, 20, 3)  # x y z
+        orientation = ORIENTATIONS[index % len(ORIENTATIONS)]
+        return PhantomCase(f"sub-{1 + index:02d}", image, label, spacing_mm, origin_mm, orientation)
+
     contents = {"phantoms": [num_train, num_test], "seed": seed, "voxel_mm": voxel_mm}
-    if already_written(folder, "phantoms.json", contents):
-        return folder
-    parts, names = ["Tr"] * num_train + ["Ts"] * num_test, list(SITES)
-    with new_folder(folder) as root:
-        table = ["participant_id\tsite"]
-        for index, part in enumerate(tqdm(parts, desc="phantoms", unit="case", disable=None)):
-            rng = np.random.default_rng([seed, index])
-            name, site = f"sub-{1 + index:02d}", names[index % len(names)]
-            spacing_mm = tuple((voxel_mm * rng.uniform(0.95, 1.05, 3)).tolist())
-            stripped = SITES[site].stripped and index // len(names) % 2 == 1
-            image, label = head_phantom(
-                int(rng.integers(2**32)), site, spacing_mm=spacing_mm, stripped=stripped
-            )
-            numbers = np.array([0, *SITES[site].labels], np.uint8)
-            origin_mm = np.array([-88.0, -104, -86]) + rng.uniform(-20, 20, 3)  # x y z
-            orientation = ORIENTATIONS[index % len(ORIENTATIONS)]
-            write_pair(root, part, name, image, numbers[label], spacing_mm, origin_mm, orientation)
-            table.append(f"{name}\t{site}")
-        (root / "participants.tsv").write_text("\n".join(table) + "\n", encoding="utf8")
-        (root / "phantoms.json").write_text(json.dumps(contents) + "\n", encoding="utf8")
-    return folder
+    parts = ["Tr"] * num_train + ["Ts"] * num_test
+    table = ["participant_id\tsite", *(f"sub-{1 + index:02d}\t{site}" for index, site in enumerate(site_of))]
+    files = {"participants.tsv": "\n".join(table) + "\n"}
+    return write_data_set(Path(folder), contents, "synthetic heads", parts, NUMBERS, make, "MRI", files)

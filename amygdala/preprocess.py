@@ -1,9 +1,7 @@
 """Convert T1 scans and their labels to HDF5 files from which training reads patches directly.
 
-    python amygdala/preprocess.py --dataset Amygdala --source ../shared/data/brain_t1_manual \\
-        --out dataset/Amygdala
-    python amygdala/preprocess.py --dataset Hippocampus --source ../shared/data/hippocampus_mr \\
-        --out dataset/Hippocampus
+    python amygdala/preprocess.py --dataset Amygdala --source ../shared/data/brain_t1_manual
+    python amygdala/preprocess.py --dataset Hippocampus --source ../shared/data/hippocampus_mr
 
 Reads imagesTr, labelsTr and, for the test, imagesTs and labelsTs: NIfTI or FreeSurfer's .mgz, in any
 orientation. Each scan is turned to RAS, resampled to 1 mm where it has other voxels, and stored whole, with

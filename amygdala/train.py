@@ -12,6 +12,7 @@ goes on.
 """
 
 import math
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from copy import deepcopy
@@ -35,6 +36,7 @@ from common.checkpoints import TrainedModel
 from common.class_metrics import mean_dice
 from common.config import make_parser, parse_args, resolved_config, run_script
 from common.ema import WeightAverage
+from common.evaluation import validate_cases
 from common.intensity import scale_by_own_values
 from common.memory import Plan, set_up_step
 from common.optimizers import decay_groups
@@ -162,14 +164,11 @@ def train(
 
 def validate(run: Run, trained: TrainedModel, data: Cohort, args: Namespace) -> dict[str, float]:
     """Mean Dice of whole validation scans; NaN where it is not due."""
-    names = data.split["val"]
-    rows: list[dict] = []
+    names, rows = data.split["val"], []
     if names and ((run.epoch + 1) % args.val_every == 0 or run.is_last_epoch):
         trained.network.eval()
-        chosen = names[:: math.ceil(len(names) / args.val_cases)]
-        rows, failed = evaluate_cases([trained], data, chosen, surfaces=False)
-        for name, reason in failed.items():
-            run.log(f"warning: {name} could not be validated: {reason}")
+        evaluate = partial(evaluate_cases, [trained], data, surfaces=False)
+        rows = validate_cases(evaluate, names, args.val_cases, run.log)
     return {"val_dice": mean_dice(rows)}
 
 
@@ -194,7 +193,8 @@ def score_best(
     if distributed.is_main():
         training.link_weights(run.folder, args.fold)  # again, for where links are copies
     run.log(f"written: {experiment}/ with fold_{args.fold}_best.pt and {run.folder.name}/")
-    run.log(training.next_command(experiment / f"fold_{args.fold}_best.pt"))
+    best = shlex.quote(str(experiment / f"fold_{args.fold}_best.pt"))
+    run.log(f"next: python amygdala/predict.py --weights {best} --source <T1 scan or folder>")
     return rows, failed
 
 

@@ -1,7 +1,6 @@
 """What train.py needs besides its loop: where a run lies, data, augmentation, lines of the log, results."""
 
 import re
-import shlex
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -270,10 +269,3 @@ def note_results(
         notes.append("each fold holds out a site: " + ", ".join(f"{k} = {folds[k]}" for k in folds))
     write_cross_validation(path, [fold["rows"] for fold in found], names, data.sites, notes=notes)
     return path
-
-
-def next_command(weights: Path) -> str:
-    """What to do with the weights."""
-    return (
-        f"next: python amygdala/predict.py --weights {shlex.quote(str(weights))} --source <T1 scan or folder>"
-    )

@@ -1,6 +1,7 @@
 """Masks in files scored against true ones: what evaluate.py of several tasks does with folders."""
 
 import argparse
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +126,23 @@ def score_cases(
 
     rows, failed = batch.each(score, names, unit="case", table=table)
     return [row for of_case in rows for row in of_case["classes"]], failed
+
+
+def validate_cases(
+    evaluate: Callable[[Sequence[str]], tuple[list[dict], dict[str, str]]],
+    names: Sequence[str],
+    most: int,
+    log: Callable[[str], None],
+) -> list[dict]:
+    """Rows of at most `most` validation cases, evenly spread over `names`; a case that fails is logged.
+
+    Args:
+        evaluate: names -> as `score_cases` returns it.
+    """
+    rows, failed = evaluate(names[:: math.ceil(len(names) / most)])
+    for name, reason in failed.items():
+        log(f"warning: {name} could not be validated: {reason}")
+    return rows
 
 
 def score_files(

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -298,6 +298,12 @@ def printable(text: str) -> str:
     Without it such a name can neither be written to a file nor drawn.
     """
     return text.encode("utf8", "backslashreplace").decode("utf8")
+
+
+def listed(items: Sequence, most: int = 8) -> str:
+    """The first items of a list as a text: 1, 2, 3 and 40 more."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
 
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # beginnings of a cell that a spreadsheet computes

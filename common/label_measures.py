@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from common.files import listed
 from common.messages import warn
 from common.metrics import binary_counts, dice_from_counts
 from common.nifti import Scan
@@ -76,6 +77,11 @@ def label_counts(labels: np.ndarray, num_labels: int) -> np.ndarray:
     return counts
 
 
+def numbers_in(labels: np.ndarray) -> list[int]:
+    """The numbers above 0 in a (z, y, x) map of whole numbers, in order."""
+    return (np.flatnonzero(label_counts(labels, int(labels.max()) + 1)[1:]) + 1).tolist()
+
+
 def label_volumes_ml(
     labels: np.ndarray, names: Mapping[int, str], voxel_mm3: float, known: Collection[int]
 ) -> dict[str, float | None]:
@@ -123,18 +129,18 @@ def why_not_labels(labels: np.ndarray, names: Mapping[int, str], labelled: Colle
         names: {number: name} of all labels of the data set.
         labelled: those of them that this map was made with.
     """
-    found = np.flatnonzero(label_counts(labels, int(labels.max()) + 1)).tolist()
-    if unknown := [str(n) for n in found if n and n not in names]:
+    found = numbers_in(labels)
+    if unknown := [n for n in found if n not in names]:
         return (
-            f"label value(s) {', '.join(unknown[:10])}; expected {min(names)} to {max(names)}. Is it a label "
+            f"label value(s) {listed(unknown)}; expected {min(names)} to {max(names)}. Is it a label "
             "of another data set?"
         )
-    if found[-1:] == [1] and len(labelled) > 2 and 1 in labelled:
+    if found == [1] and len(labelled) > 2 and 1 in labelled:
         return (
             f"holds 0 and 1 alone, though it was made with {len(labelled)} labels; is it a mask of something "
             f"else? If it really shows the {names[1]} only, say --labelled 1, or name it in dataset.json"
         )
-    if surplus := [f"{n} ({names[n]})" for n in found if n and n not in labelled]:
+    if surplus := [f"{n} ({names[n]})" for n in found if n not in labelled]:
         return (
             f"holds {', '.join(surplus)}, which --labelled or dataset.json does not name as labelled; "
             "correct the list of labels"

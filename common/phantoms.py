@@ -233,6 +233,7 @@ def write_data_set(
     labels: Mapping[int, str],
     make: Callable[[int], PhantomCase],
     modality: str = "CT",
+    files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write phantoms in the Decathlon's layout with its dataset.json; returns the folder.
 
@@ -241,22 +242,26 @@ def write_data_set(
     Args:
         contents: what decides how they come out, noted in phantoms.json.
         name: of the data set.
-        parts: of the cases: Tr for training, Va for validation.
+        parts: of the cases: Tr for training, Va for validation, Ts for the test.
         labels: {number: name}, without the background.
         make: number of a case from 0 on -> the case.
+        files: {name: content} of further text files.
 
     Raises:
         FileExistsError: the folder holds something else, or phantoms of other contents.
     """
     if already_written(folder, "phantoms.json", contents):
         return folder
-    listed: dict[str, list] = {"Tr": [], "Va": []}
+    listed: dict[str, list] = {"Tr": [], "Va": [], "Ts": []}
     with new_folder(folder) as root:
         for index, part in enumerate(tqdm(parts, desc="phantoms", unit="case", disable=None)):
             listed[part].append(write_pair(root, part, *make(index)))
         notes = {"name": name, "modality": {"0": modality}, "numTraining": len(listed["Tr"])}
         notes["labels"] = {"0": "background"} | {str(number): label for number, label in labels.items()}
-        notes |= {"training": listed["Tr"], "validation": listed["Va"], "test": []}
+        test = [entry["image"] for entry in listed["Ts"]]
+        notes |= {"training": listed["Tr"], "validation": listed["Va"], "test": test}
+        for file_name, content in (files or {}).items():
+            (root / file_name).write_text(content, encoding="utf8")
         (root / "dataset.json").write_text(json.dumps(notes, indent=1) + "\n")
         (root / "phantoms.json").write_text(json.dumps(contents) + "\n")
     return folder

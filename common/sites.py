@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from common import distributed
 from common.agreement import mean_or_nan, volume_errors_percent
 from common.class_metrics import metric_columns
-from common.files import read_table
+from common.files import listed, read_table
 
 UNKNOWN = "unknown"  # site of a case that no table names
 
@@ -48,15 +49,17 @@ def read_subjects(
     return people
 
 
-def read_sites(path: str | Path, cases: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """{case: site} of a table with the columns name and site, for each of `cases` that has a row; sentences
-    about rows without a case and cases without a row. Else as `read_subjects`."""
+def read_sites(path: str | Path, cases: Collection[str]) -> dict[str, str]:
+    """{case: site} of a table with the columns name and site, for each of `cases` that has a row; prints
+    which rows have no case, and which cases no row. Else as `read_subjects`."""
     people = read_subjects(path, ("name", "site"))
     sites = {name: person[1] for name in cases if (person := person_of(name, people))}
     warnings = rows_without_case(path, people, cases)
     if missing := [name for name in cases if name not in sites]:
-        warnings.append(f"{path}: has no row of {_listed(missing)}; the site is {UNKNOWN}")
-    return sites, warnings
+        warnings.append(f"{path}: has no row of {listed(missing)}; the site is {UNKNOWN}")
+    for warning in warnings if distributed.is_main() else ():
+        print(f"warning: {warning}")
+    return sites
 
 
 def person_of(name: str, people: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
@@ -75,17 +78,13 @@ def rows_without_case(path: str | Path, people: Collection[str], cases: Collecti
     used = {_row_of(name, people) for name in cases}
     if not (others := [name for name in people if name not in used]):
         return []
-    return [f"{path}: no case belongs to its row(s) of {_listed(others)}; are the names right?"]
+    return [f"{path}: no case belongs to its row(s) of {listed(others)}; are the names right?"]
 
 
 def _row_of(name: str, people: Collection[str]) -> str:
     parts = name.split("_")
     beginnings = ["_".join(parts[:n]) for n in range(len(parts), 0, -1)]
     return next((beginning for beginning in beginnings if beginning in people), "")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def lonely_sites(people: Collection[tuple[str, str]]) -> list[str]:

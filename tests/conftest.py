@@ -216,3 +216,19 @@ def run_script(script: str, *flags: object, cwd: Path, **kwargs) -> subprocess.C
     """Run a script as a user would, from another folder."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1200, **kwargs)
+
+
+def read_cross_validation(path: Path) -> dict:
+    """{"Dice", "HD", "ASD": (folds, labels) means} of a cross_validation.txt, as readers of the original code
+    base find them."""
+    import re
+
+    import numpy as np
+
+    blocks = {}
+    for title in ("Dice", "HD", "ASD"):
+        text = path.read_text(encoding="utf8")
+        (block,) = re.findall(rf"^{title}\n(.*?)^Each Class {title} Avg:", text, re.M | re.S)
+        rows = re.findall(r"^Fold \d+: \[([^\]]*)\]", block, re.M)
+        blocks[title] = np.array([[float(number) for number in row.split()] for row in rows])
+    return blocks

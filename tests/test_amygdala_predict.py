@@ -9,10 +9,11 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from conftest import read_cross_validation
 from PIL import Image
 
 from amygdala import evaluate, predict
-from amygdala.cross_validation import read_cross_validation, write_cross_validation
+from amygdala.cross_validation import write_cross_validation
 from amygdala.segment import segment
 from amygdala.structures import DATASETS
 from common.checkpoints import TrainedModel
@@ -505,24 +506,6 @@ def test_what_is_read_is_what_was_written(tmp_path):
     np.testing.assert_array_equal(
         read_cross_validation(tmp_path / "again.txt")["Dice"][1], [0.9123, math.nan]
     )
-
-
-def test_a_file_of_the_parent_is_read(tmp_path):
-    """With 13 labels numpy breaks the lines."""
-    values = np.arange(26).reshape(2, 13) / 7
-    lines = []
-    for title in ("Dice", "HD", "ASD"):
-        with np.printoptions(precision=4, suppress=True):
-            lines += [title, *(f"Fold {k}: {row}" for k, row in enumerate(values))]
-            lines += [f"Each Class {title} Avg: {values.mean(0)}", f"All classes {title} Avg: 1.0", ""]
-    path = tmp_path / "cross_validation.txt"
-    path.write_text("\n".join(lines))
-    np.testing.assert_array_equal(read_cross_validation(path)["HD"], np.round(values, 4))
-    path.write_text("Dice\nFold 0: [0.5 0.6]\nFold 1: [0.5]\nEach Class Dice Avg: [1]\n")
-    with pytest.raises(ValueError, match="no block Dice with one line of equally many numbers"):
-        read_cross_validation(path)
-    with pytest.raises(FileNotFoundError, match="train.py writes it"):
-        read_cross_validation(tmp_path / "nothing.txt")
 
 
 def test_folds_without_cases_and_cases_in_two_folds(tmp_path):

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_AMYGDALA
+from conftest import ROOT, TINY_AMYGDALA, read_cross_validation
 
 from amygdala import localiser, train, training
-from amygdala.cross_validation import read_cross_validation
 from amygdala.dataset import Cohort
 from amygdala.flags import CONFIGS, choose
 from amygdala.head import add_surroundings

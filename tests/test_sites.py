@@ -33,16 +33,16 @@ def test_means_by_site():
     assert site_table([], {}) == []
 
 
-def test_tables_of_sites(tmp_path):
+def test_tables_of_sites(tmp_path, capsys):
     (tmp_path / "sites.csv").write_text("\ufeffname,subject,site\na,1,Bonn\nb,2,\n", encoding="utf8")
     (tmp_path / "sites.tsv").write_text("site\tname\nBonn\ta\n")
-    assert read_sites(tmp_path / "sites.csv", ["a", "b_ses-1"]) == ({"a": "Bonn", "b_ses-1": "unknown"}, [])
-    sites, (no_case, no_row) = read_sites(tmp_path / "sites.csv", ["b", "c", "d"])
-    assert sites == {"b": "unknown"} and no_case.endswith(
-        "no case belongs to its row(s) of a; are the names right?"
-    )
+    assert read_sites(tmp_path / "sites.csv", ["a", "b_ses-1"]) == {"a": "Bonn", "b_ses-1": "unknown"}
+    assert read_sites(tmp_path / "sites.tsv", ["a"]) == {"a": "Bonn"}
+    assert capsys.readouterr().out == ""
+    assert read_sites(tmp_path / "sites.csv", ["b", "c", "d"]) == {"b": "unknown"}
+    no_case, no_row = capsys.readouterr().out.splitlines()
+    assert no_case.endswith("sites.csv: no case belongs to its row(s) of a; are the names right?")
     assert no_row.endswith("sites.csv: has no row of c, d; the site is unknown")
-    assert read_sites(tmp_path / "sites.tsv", ["a"]) == ({"a": "Bonn"}, [])
     (tmp_path / "bad.csv").write_text("case,site\na,Bonn\n")
     with pytest.raises(ValueError, match="bad.csv: no row with name and site; its columns are case, site"):
         read_sites(tmp_path / "bad.csv", [])
