@@ -61,7 +61,7 @@ def choose_cases(cases: list[Case], modality: str | None) -> list[Case]:
     if unknown := [case.name for case in cases if case.modality is None]:
         if modality not in ("ct", "mr"):
             raise ValueError(
-                f"neither name nor dataset.json tell whether {_listed(unknown)} are CT or MR; give "
+                f"neither name nor dataset.json tell whether {listed(unknown)} are CT or MR; give "
                 "--modality ct or --modality mr"
             )
         cases = [replace(case, modality=case.modality or modality) for case in cases]
@@ -75,7 +75,7 @@ def choose_cases(cases: list[Case], modality: str | None) -> list[Case]:
     print(f"found: {', '.join(f'{n} {what}' for what, n in counts.items()) or 'nothing'} ({AMOS22})")
     other = "mr" if "ct" in wanted else "ct"
     if left_out:
-        print(f"left out: {len(left_out)} {other.upper()} ({_listed(left_out)})", end="; ")
+        print(f"left out: {len(left_out)} {other.upper()} ({listed(left_out)})", end="; ")
         print("--modality both converts them too")
     if not chosen:
         hint = f"; --modality {other} converts those left out" if left_out else ""
@@ -122,10 +122,6 @@ def convert(args: Namespace) -> dict[str, str]:
     parts = Counter(f"{entry['part']} {entry['modality'].upper()}" for entry in entries)
     print(f"{len(entries)} cases in {out}: {', '.join(f'{n} {part}' for part, n in parts.items()) or 'none'}")
     return failed
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def main(argv: list[str] | None = None) -> int:

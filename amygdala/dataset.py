@@ -12,7 +12,7 @@ from amygdala.head import add_surroundings
 from amygdala.structures import DATASETS
 from common.hdf5 import CaseFile
 from common.preprocessed import read_cases
-from common.splits import check_split, hold_out, leave_group_out, read_folds, stratified_folds
+from common.splits import check_split, folds_of, hold_out, leave_group_out
 
 # What is noted of each case, in preprocessing.json and in its file.
 ENTRY = {"subject": str, "site": str, "part": str}
@@ -82,11 +82,7 @@ class Cohort:
         if leave_site_out is not None:
             train, test = leave_group_out(subjects, sites, leave_site_out)
         elif fold is not None:
-            own = folder / "folds.json"
-            if own.is_file():
-                parts = read_folds(own, subjects)
-            else:
-                parts = stratified_folds(subjects, sites, folds=folds, seed=seed)
+            parts = folds_of(folder, subjects, sites, folds=folds, seed=seed)
             if not 0 <= fold < len(parts):
                 raise ValueError(f"--fold {fold}: with {len(parts)} folds choose 0 to {len(parts) - 1}")
             test = parts[fold]

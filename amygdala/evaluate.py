@@ -31,7 +31,6 @@ from common.checkpoints import TrainedModel
 from common.config import make_parser, parse_args, run_script
 from common.evaluation import Masks, add_evaluation_flags, evaluate_folder, score_cases
 from common.mask_files import label_files
-from common.sites import read_sites
 from common.volumes import crop
 
 
@@ -39,12 +38,7 @@ def build_parser() -> ArgumentParser:
     parser = make_parser(__doc__)
     add_dataset_flag(parser)
     add_label_map_flag(parser, "the files of --target")
-    add_evaluation_flags(parser)
-    parser.add_argument(
-        "--sites",
-        help="table (.csv, or .tsv) with the columns name (of the case) and site; scores are then also given "
-        "for each site",
-    )
+    add_evaluation_flags(parser, sites=True)
     return parser
 
 
@@ -84,23 +78,21 @@ def evaluate_cases(
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     data_set = DATASETS[args.dataset]
-    structures = data_set.structures
     with distributed.session():
         label_map = parse_label_map(args.label_map, data_set)
-        names = label_files(args.target)
         failed = evaluate_folder(
             args.pred,
             args.target,
             Path(args.out),
-            structures,
-            dict.fromkeys(names, list(structures.names)),
+            data_set.structures,
+            dict.fromkeys(label_files(args.target), list(data_set.structures.names)),
             images=args.images,
             other=args.compare,
             patient_pattern=args.patient_pattern,
             num_pictures=args.num_pictures,
             window_hu=None,
             volumes=True,
-            sites=read_sites(args.sites, names) if args.sites else None,
+            sites=args.sites,
             renumber=partial(map_mask, label_map=label_map, data_set=data_set),
         )
         return batch.exit_code(failed)

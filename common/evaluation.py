@@ -20,7 +20,7 @@ from common.metrics import write_table
 from common.montage import save_worst_and_median
 from common.nifti import Scan
 from common.plots import costs_the_picture
-from common.sites import site_lines, site_table
+from common.sites import read_sites, site_lines, site_table
 from common.splits import natural_key, patients_of
 
 CASES = "cases.csv"  # grows case by case
@@ -29,10 +29,15 @@ VOLUMES, SITES = "volume_agreement.csv", "sites.csv"
 
 
 def add_evaluation_flags(
-    parser: argparse.ArgumentParser, labels: Collection[int] | None = None, *, required: bool = True
+    parser: argparse.ArgumentParser,
+    labels: Collection[int] | None = None,
+    *,
+    required: bool = True,
+    sites: bool = False,
 ) -> None:
     """The flags of `evaluate_folder`; `labels` are those of the task's structures, of which cases may be
-    labelled in part. None: all cases are labelled in full. `required`: the script does nothing else."""
+    labelled in part. None: all cases are labelled in full. `required`: the script does nothing else. `sites`:
+    also --sites."""
     parser.add_argument(
         "--pred", required=required, help="folder with the masks to score, such as predict.py writes"
     )
@@ -64,6 +69,12 @@ def add_evaluation_flags(
         default=5,
         help="number of the worst cases that are drawn, and of those around the median; 0 draws none",
     )
+    if sites:
+        parser.add_argument(
+            "--sites",
+            help="table (.csv, or .tsv) with the columns name (of the case) and site; scores are then also "
+            "given for each site",
+        )
 
 
 def labelled_beside(
@@ -188,7 +199,7 @@ def evaluate_folder(
     num_pictures: int = 5,
     window_hu: tuple[float, float] | None,
     volumes: bool = False,
-    sites: Mapping[str, str] | None = None,
+    sites: str | None = None,
     renumber: Callable[[Scan, bool], np.ndarray] | None = None,
 ) -> dict[str, str]:
     """Score a folder of masks against a folder of true ones; every file of `target` needs a prediction.
@@ -203,20 +214,21 @@ def evaluate_folder(
         patient_pattern: as of `patients_of`.
         num_pictures, window_hu: as of `save_worst_and_median`.
         volumes: also write volume_agreement.csv, see `volume_agreement`, and add it to the summary.
-        sites: {case: site}: also write sites.csv, see `site_table`, and add it to the summary.
+        sites: table as of `read_sites`: also write sites.csv, see `site_table`, and add it to the summary.
         renumber: as of `load_masks`.
 
     Returns:
         {case that failed: reason}, the same in every process.
 
     Raises:
-        FileNotFoundError, ValueError: as `matching_files` and `patients_of`.
+        FileNotFoundError, ValueError: as `matching_files`, `patients_of` and `read_sites`.
     """
     targets = label_files(target)
     preds = matching_files(pred, targets, target)
     second = matching_files(other, targets, target) if other else None
     scans = called_as(label_files(images), targets) if images else {}
     patients = patients_of(list(targets), patient_pattern)
+    site_of = read_sites(sites, targets) if sites else None
     report.clear_report(out, (*report.FILES, CASES, PICTURE, COMPARISON, VOLUMES, SITES))
     rows, failed = score_files(
         preds, targets, structures, labelled, patients, table=out / CASES, renumber=renumber
@@ -230,8 +242,8 @@ def evaluate_folder(
             agreement = volume_agreement(rows)
             write_table(out / VOLUMES, agreement)
             more += ["", *volume_lines(agreement)]
-        if rows and sites is not None:
-            by_site = site_table(rows, sites)
+        if rows and site_of is not None:
+            by_site = site_table(rows, site_of)
             write_table(out / SITES, by_site)
             more += ["", *site_lines(by_site)]
         report.write_report(rows, out, title, failed, notes=notes, more=more)

@@ -44,7 +44,7 @@ def split_sides(mask: np.ndarray, affine: np.ndarray, scan: Scan | None) -> np.n
     if scan is None and not are_apart:
         raise ValueError(
             f"its two sides cannot be told: they are not two pieces at least {FAR_APART_MM:.0f} mm apart; "
-            "give the sides numbers of their own"
+            "give the sides numbers of their own and name them with --label_map"
         )
     head = places[main].mean() if scan is None else head_middle(scan)
     middle = places[main].mean() if are_apart else head
@@ -57,7 +57,7 @@ def split_sides(mask: np.ndarray, affine: np.ndarray, scan: Scan | None) -> np.n
         side = "right" if places.mean() > head else "left"
         raise ValueError(
             f"all of the mask lies {side} of the middle of the head (x = {head:.0f} mm); draw both sides, or "
-            "give the sides numbers of their own"
+            "give the sides numbers of their own and name them with --label_map"
         )
     side_of = np.concatenate([[0], np.where(is_right, 2, 1)]).astype(np.uint8)
     return side_of[pieces]

@@ -267,6 +267,16 @@ def leave_group_out(
     return sorted(rest, key=natural_key), sorted(test, key=natural_key)
 
 
+def folds_of(
+    folder: Path, patients: Mapping[str, str], groups: Mapping[str, str], *, folds: int, seed: int
+) -> list[list[str]]:
+    """The folds of a `folds.json` in the folder, see `read_folds`, else those of `stratified_folds`."""
+    own = folder / "folds.json"
+    if own.is_file():
+        return read_folds(own, patients)
+    return stratified_folds(patients, groups, folds=folds, seed=seed)
+
+
 def read_folds(path: Path, patients: Mapping[str, str]) -> list[list[str]]:
     """Folds of one's own: a JSON file with a list of the names of the cases for each fold.
 

@@ -254,8 +254,9 @@ def test_scans_of_the_picture_lie_on_the_masks_grid_and_may_be_mr(folders, monke
 def test_volumes_and_sites_only_where_they_are_asked_for(folders):
     assert run(folders) == {}
     assert not {"volume_agreement.csv", "sites.csv"} & {path.name for path in (folders / "out").iterdir()}
-    sites = {"case_1": "north", "case_2": "north", "p3": "south"}
-    assert run(folders, volumes=True, sites=sites) == {}
+    sites = folders / "by_site.csv"
+    sites.write_text("name,site\ncase_1,north\ncase_2,north\np3,south\n")
+    assert run(folders, volumes=True, sites=str(sites)) == {}
     liver = {r["name"]: r for r in table(folders, "volume_agreement.csv")}["liver"]
     assert (liver["cases"], liver["bias_mm3"]) == ("3", f"{-800 / 3:.6g}"), "p3 is empty"
     by_site = {(r["site"], r["name"]): r for r in table(folders, "sites.csv")}
