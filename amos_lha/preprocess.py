@@ -23,6 +23,7 @@ from amos_lha.conversion import PRESETS, convert_case
 from common import distributed
 from common.config import make_parser, parse_args, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
+from common.files import listed
 from common.messages import warn
 from common.pairs import median_spacing
 from common.working_case import resolve_spacing
