@@ -71,13 +71,14 @@ def test_middle_and_colours():
 def test_panels(with_target, tmp_path, monkeypatch):
     """Three rows; scan and prediction, or scan, truth, prediction and error; resampled once a plane."""
     seen = []
-    monkeypatch.setattr(planes, "save_panels", lambda path, rows, titles, **_: seen.append((rows, titles)))
+    monkeypatch.setattr(planes, "save_panels", lambda *args, **more: seen.append((*args[1:], more)))
     hu, pred = np.zeros((5, 20, 24), np.int16), np.zeros((5, 20, 24), np.uint8)
     pred[2:4, 5:9, 6:12] = 2
     target = pred if with_target else None
     look = {"palette": COLORS, "value_range": (-500, 1300)}
     save_planes(tmp_path / "p.png", hu, (4, 1, 1), pred, target, **look, title="case")
-    rows, titles = seen[0]
+    rows, titles, more = seen[0]
+    assert more["edges"] == [[letters] * len(rows[0]) for letters in ("RL", "RL", "AP")]
     assert [len(row) for row in rows] == [4 if with_target else 2] * 3
     assert [row[0].shape for row in rows] == [(20, 24), (20, 24), (20, 20)]
     assert titles[0][0] == "axial case" and titles[1][0] == "coronal" and "prediction" in titles[2]

@@ -220,6 +220,19 @@ def test_panels_keep_the_first_row_on_top(tmp_path):
     assert pixels(picture, (200, 200, 200))[:, 0].max() < pixels(picture, (0, 0, 0))[-1, 0]
 
 
+def test_letters_at_the_edges_of_a_panel(tmp_path):
+    """White on black: L, with its long foot, stands at the right edge only."""
+    black = np.zeros((20, 20), np.uint8)
+    save_panels(tmp_path / "panels.png", [[black]], [[""]], edges=[["RL"]])
+    picture = read_png(tmp_path / "panels.png")
+    dark = pixels(picture, (0, 0, 0))
+    low, high = dark.min(0), dark.max(0)
+    inside = picture[low[0] + 5 : high[0] - 5, low[1] + 1 : high[1] - 1].min(-1) > 128
+    half = inside.shape[1] // 2
+    left, right = inside[:, : half // 2], inside[:, -half // 2 :]
+    assert inside.sum() == left.sum() + right.sum() and left.sum() > right.sum() > 0, "R has more strokes"
+
+
 def test_heat_picture_is_rgb():
     """On black: jet's dark blue (0, 0, .5) and dark red (.5, 0, 0), divided by the highest value."""
     picture = heat_picture(np.zeros((1, 2), np.uint8), np.array([[0.0, 1.0]]))
