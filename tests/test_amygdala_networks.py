@@ -687,7 +687,7 @@ def test_each_family_works_alone(tmp_path):
 @pytest.mark.slow
 @every_network
 def test_learns_one_crop_by_heart(model, dimension):
-    """Two balls in noise, one brighter: a Dice above 0.95 after 200 steps."""
+    """Two balls in noise, one brighter: a Dice above 0.95 after 250 steps."""
     wider = {"base_chan": 8} if "base_chan" in small(model, dimension) else {}
     if model == "unetr":
         wider = {"feature_size": 8, "hidden_size": 48}
@@ -698,8 +698,8 @@ def test_learns_one_crop_by_heart(model, dimension):
         distance = sum((a - c) ** 2 for a, c in zip(axes, centre, strict=True))
         target[0][distance < 36] = label
     image = target[:, None].float() * 0.5 + 0.2 * noise(1, 1, 32, 32, 32)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    for _ in range(200):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)  # at 2e-3 the U-Net loses the second ball again
+    for _ in range(250):
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=model != "swin_unetr"):
             logits = net(image)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from common.hdf5 import CaseFile
-from common.planes import PLANES, grey_picture, middle, plane, save_planes
+from common.planes import EDGES, PLANES, grey_picture, middle, plane, save_planes
 from common.plots import PRED_COLOR, TRUTH_COLOR, costs_the_picture, outline, save_panels
 from verse_spine.dataset import spine_box
 from verse_spine.labels import map_labels
@@ -73,4 +73,4 @@ def save_heatmap_preview(
         ]
         rows.append([picture, *maps])
         titles.append([f"{name}, box of truth (green), prediction (red)", "target", "heat map"])
-    save_panels(path, rows, titles)
+    save_panels(path, rows, titles, edges=[[letters] * 3 for letters in EDGES])
