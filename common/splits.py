@@ -271,8 +271,7 @@ def folds_of(
     folder: Path, patients: Mapping[str, str], groups: Mapping[str, str], *, folds: int, seed: int
 ) -> list[list[str]]:
     """The folds of a `folds.json` in the folder, see `read_folds`, else those of `stratified_folds`."""
-    own = folder / "folds.json"
-    if own.is_file():
+    if (own := folder / "folds.json").is_file():
         return read_folds(own, patients)
     return stratified_folds(patients, groups, folds=folds, seed=seed)
 
