@@ -10,11 +10,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from common.dicom_headers import UNCOMPRESSED
 from common.dicom_series import LEAST_SLICES, Series
 from common.files import link_file
+from common.messages import warn
 from common.nifti import open_nifti
 from common.nifti_checks import check_memory
 
@@ -108,7 +107,7 @@ def _choose(series: Series, made: Path, said: Sequence[str]) -> tuple[dict[str, 
         what = "the gantry was tilted" * ("_Tilt" in ending)
         what += " and " * ("_Tilt" in ending and "_Eq" in ending)
         what += "slices lie at unequal distances (are some missing?)" * ("_Eq" in ending)
-        tqdm.write(f"warning: {series.described}: {what}; the scan is resampled, and so is its mask's grid")
+        warn(f"{series.described}: {what}; the scan is resampled, and so is its mask's grid")
     chosen, left_out = {}, []
     for ending, path in sorted(files.items()):
         try:
