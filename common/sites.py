@@ -9,6 +9,7 @@ from common import distributed
 from common.agreement import mean_or_nan, volume_errors_percent
 from common.class_metrics import metric_columns
 from common.files import listed, read_table
+from common.messages import warn
 
 UNKNOWN = "unknown"  # site of a case that no table names
 
@@ -58,7 +59,7 @@ def read_sites(path: str | Path, cases: Collection[str]) -> dict[str, str]:
     if missing := [name for name in cases if name not in sites]:
         warnings.append(f"{path}: has no row of {listed(missing)}; the site is {UNKNOWN}")
     for warning in warnings if distributed.is_main() else ():
-        print(f"warning: {warning}")
+        warn(warning)
     return sites
 
 
