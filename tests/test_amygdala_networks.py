@@ -687,7 +687,7 @@ def test_each_family_works_alone(tmp_path):
 @pytest.mark.slow
 @every_network
 def test_learns_one_crop_by_heart(model, dimension):
-    """Two balls in noise, one brighter: a Dice above 0.95 after 250 steps."""
+    """Two balls in noise, one brighter: a Dice above 0.95 after at most 500 steps."""
     wider = {"base_chan": 8} if "base_chan" in small(model, dimension) else {}
     if model == "unetr":
         wider = {"feature_size": 8, "hidden_size": 48}
@@ -699,7 +699,7 @@ def test_learns_one_crop_by_heart(model, dimension):
         target[0][distance < 36] = label
     image = target[:, None].float() * 0.5 + 0.2 * noise(1, 1, 32, 32, 32)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)  # at 2e-3 the U-Net loses the second ball again
-    for _ in range(250):
+    for step in range(1, 501):
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=model != "swin_unetr"):
             logits = net(image)
@@ -709,7 +709,14 @@ def test_learns_one_crop_by_heart(model, dimension):
         dice = sum(2 * o / t for o, t in zip(overlap, total, strict=True)) / 2
         (F.cross_entropy(logits.float(), target) + 1 - dice).backward()
         optimizer.step()
-    pred = net.eval()(image).argmax(1)
-    for k in (1, 2):
-        both = (pred == k).sum() + (target == k).sum()
-        assert 2 * ((pred == k) & (target == k)).sum() / both > 0.95, (model, k)
+        if step % 50 == 0:
+            with torch.no_grad():
+                pred = net.eval()(image).argmax(1)
+            net.train()
+            counts = [
+                (((pred == k) & (target == k)).sum(), (pred == k).sum() + (target == k).sum()) for k in (1, 2)
+            ]
+            found = [float(2 * both / all_of_it) for both, all_of_it in counts]
+            if min(found) > 0.95:
+                return
+    raise AssertionError(f"{model} {dimension}: Dice of {found}")
