@@ -1,0 +1,51 @@
+"""Damaged and odd files through every script: success or a sentence, nothing lost, nothing written elsewhere.
+
+`pytest -m hostile` tries all of them, the ordinary run a sample.
+"""
+
+import random
+
+import pytest
+from hostile_entries import ENTRIES
+from hostile_runs import chunks, run_entry
+
+SAMPLE = 24
+
+
+def inputs_of(name: str, seed: int = 0) -> list[dict[str, bytes]]:
+    """What an entry is tried with: the files of each run."""
+    entry = ENTRIES[name]
+    files = {
+        f"{number}_{file}": content
+        for number, make in enumerate(entry.kinds.values())
+        for file, content in make().items()
+    }
+    if entry.most and len(files) > entry.most:
+        chosen = random.Random(f"{seed} {name}").sample(sorted(files), entry.most)
+        files = {file: files[file] for file in chosen}
+    return list(chunks(files, entry.together))
+
+
+def sample() -> list[tuple[str, int]]:
+    """An entry each, and which of its files."""
+    rng = random.Random(0)
+    return [(name, rng.randrange(1000)) for name in rng.sample(sorted(ENTRIES), SAMPLE)]
+
+
+@pytest.mark.parametrize(("name", "number"), sample())
+def test_a_sample_of_damaged_files(name, number, tmp_path):
+    files = [item for part in inputs_of(name) for item in part.items()]
+    assert not run_entry(ENTRIES[name], dict([files[number % len(files)]]), tmp_path)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_damaged_file(name, tmp_path):
+    found = {}
+    for number, files in enumerate(inputs_of(name)):
+        sandbox = tmp_path / str(number)
+        sandbox.mkdir()
+        if problems := run_entry(ENTRIES[name], files, sandbox):
+            found[", ".join(files)] = problems
+    print(f"{name}: {sum(map(len, inputs_of(name)))} files")
+    assert not found, "\n".join(f"{files}: {line}" for files, lines in found.items() for line in lines)
