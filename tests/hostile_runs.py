@@ -1,4 +1,4 @@
-"""Small data sets and models of the five tasks, damaged files put into them, and how a script copes with them.
+"""Small data sets and models of the five tasks, damaged files put into them, and how scripts cope with it.
 
 An entry is a script with the place where strangers' files come in. `run_entry` puts damaged files there,
 beside whole ones, runs the script in this process, and returns what is wrong with how that ended.
