@@ -167,6 +167,10 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 # ---- going on with a run ----
 
+# Attributes of a `training.Run` that its checkpoints hold under "position".
+POSITION = {"epoch": int, "batch": int, "num_batches": int, "loss_sum": float | int, "counts": dict}
+POSITION |= {"best": float | int, "best_epoch": int, "elapsed_s": float | int, "history": list}
+
 
 def resume(
     parser: ArgumentParser,
@@ -222,6 +226,10 @@ def resume(
         raise ValueError(
             f"--resume {path}: written by an earlier version of this project; start the run again"
         )
+    check_keys(checkpoint, {"position": dict, "flags": dict, "epochs": int | None}, f"--resume {path}")
+    check_keys(checkpoint["position"], POSITION, f"--resume {path}: position")
+    for row in checkpoint["position"]["history"]:
+        check_keys(row, {"epoch": int}, f"--resume {path}: a row of its history")
     config = checkpoint["config"]
     for name, values in (("config", config), ("flags", checkpoint["flags"])):
         if missing := [key for key in same if key not in values]:

@@ -18,19 +18,6 @@ from common.ema import WeightAverage
 from common.hardware import peak_memory_mib
 from common.trackers import Trackers
 
-# Attributes of a Run that its checkpoints hold.
-POSITION = (
-    "epoch",
-    "batch",
-    "num_batches",
-    "loss_sum",
-    "counts",
-    "best",
-    "best_epoch",
-    "elapsed_s",
-    "history",
-)
-
 
 class Run:
     """A training run: its folder and log, where it stands, when it ends. It touches no network and no batch.
@@ -274,7 +261,7 @@ class Run:
     def save(self) -> None:
         """Write last.pt, from which a run goes on as if it had never stopped."""
         states = {name: part.state_dict() if part is not None else None for name, part in self.parts.items()}
-        position = {name: getattr(self, name) for name in POSITION}
+        position = {name: getattr(self, name) for name in runs.POSITION}
         save_checkpoint(self.last, self.notes | states | {"position": position, "rng": rng_state()})
 
     def _restore(self, resumed: dict, num_batches: int) -> None:
@@ -285,7 +272,7 @@ class Run:
                     f"--resume: it was stopped in an epoch of {position['num_batches']} batches, now there "
                     f"are {num_batches}; give --batch_size and the number of processes that it had"
                 )
-            for name in POSITION:
+            for name in runs.POSITION:
                 setattr(self, name, position[name])
             for name, part in self.parts.items():
                 if isinstance(part, nn.Module):

@@ -6,11 +6,15 @@ Each function makes the files of one kind; KINDS at the end lists them. Nothing 
 import gzip
 import io
 import json
+import os
 import random
 import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import cv2
 import h5py
@@ -21,7 +25,8 @@ from safetensors.torch import save as save_safetensors
 
 SHAPE = (18, 20, 16)  # z y x of the scans
 VOXEL_MM = 4.0
-Files = dict[str, bytes]
+# A file by its name: its bytes, or a function that puts something else than a file at the path.
+Files = dict[str, bytes | Callable[[Path], None]]
 
 # ---- whole files, which the damage is done to ----
 
@@ -99,7 +104,15 @@ def streams(ending: str, whole: bytes, seed: int) -> Files:
     files[f"zeros{ending}"] = bytes(1000)
     files[f"page{ending}"] = b"<!DOCTYPE html><html><title>404</title></html>"
     files[f"pointer{ending}"] = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    return files
+    return files | no_files(ending)
+
+
+def no_files(ending: str) -> Files:
+    """Links that lead nowhere, to themselves or to a device, a folder and a pipe under the name of a file."""
+    targets = {"nowhere": "nothing.here", "device": "/dev/zero", "null": "/dev/null", "parent": ".."}
+    links = {f"link_{k}{ending}": partial(os.symlink, target) for k, target in targets.items()}
+    links[f"link_to_itself{ending}"] = lambda path: path.symlink_to(path.name)
+    return links | {f"folder{ending}": Path.mkdir, f"pipe{ending}": os.mkfifo}
 
 
 # ---- NIfTI ----
@@ -503,12 +516,12 @@ class Code:
 def checkpoints(state: dict, seed: int = 12) -> Files:
     """Damage to a checkpoint: parts left out or of another type, NaN weights, code."""
 
-    def saved(content, **options) -> bytes:
-        file = io.BytesIO()
-        torch.save(content, file, **options)
-        return file.getvalue()
+    def saved(content, **options) -> Callable[[Path], None]:
+        return lambda path: torch.save(content, path, **options)  # when its turn comes: they may be large
 
-    files = streams(".pt", saved(state), seed)
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    files = streams(".pt", whole.getvalue(), seed)
     wrong = [None, 7, "text", [], {}, torch.zeros(2), [None], {"a": 1}, {1: 2}]
     for place, key in enumerate(state):
         files[f"no_{key}.pt"] = saved({k: v for k, v in state.items() if k != key})
@@ -540,7 +553,7 @@ def checkpoints(state: dict, seed: int = 12) -> Files:
     files["only_weights.pt"] = saved(weights)
     files["wrapped.pt"] = saved(state | {"model": {f"module.{k}": v for k, v in weights.items()}})
     deep: list = []
-    for _ in range(600):
+    for _ in range(150):
         deep = [deep]
     files["deep.pt"] = saved(state | {"config": {"a": deep}})
     return files

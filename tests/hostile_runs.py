@@ -38,10 +38,14 @@ TORCH_MIB = 4096  # of address space that a run may ask for
 # ---- whole data sets ----
 
 
-def place(folder: Path, name: str, content: bytes) -> Path:
+def place(folder: Path, name: str, content: bytes | Callable[[Path], None]) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    path.unlink(missing_ok=True)
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
     return path
 
 
@@ -85,7 +89,7 @@ def preprocess_flags(task: str, source: Path, out: Path) -> list[str]:
     flags = [where, source, "--out", out, "--workers", 0]
     if task in ("spine", "organs"):
         flags += ["--spacing", 4, 4, 4]
-    flags += {"head": ["--dataset", "Hippocampus"], "atrium": ["--dataset", "X", "--pixel_mm", 4]}.get(
+    flags += {"head": ["--dataset", "Hippocampus"], "atrium": ["--dataset", "X", "--pixel_mm", 2]}.get(
         task, []
     )
     return [str(flag) for flag in flags]
@@ -116,12 +120,15 @@ def converted(task: str) -> Path:
 
 @functools.cache
 def weights_of(task: str) -> dict:
-    """A checkpoint of a network that was not trained, for voxels as large as those of the scans."""
+    """A checkpoint of a network that was not trained, for voxels larger than those of the scans."""
     torch.manual_seed(0)
-    at_4_mm = {"spacing_mm": [4.0] * 3}
-    make = {"spine": lambda: spine(data_path="x", **at_4_mm), "organs": lambda: organs(**at_4_mm)}
-    make |= {"head": lambda: head(**at_4_mm), "atrium": lambda: atrium(pixel_mm=4.0), "lung": lung}
-    return make[task]()
+    at_8_mm = {"spacing_mm": [8.0] * 3}
+    make = {"spine": lambda: spine(data_path="x", **at_8_mm), "organs": lambda: organs(**at_8_mm)}
+    make |= {"head": lambda: head(**at_8_mm), "atrium": lambda: atrium(pixel_mm=2.0), "lung": lung}
+    state = make[task]()
+    if "patch_size" in state["config"]:
+        state["config"]["patch_size"] = [16, 16, 16]
+    return state
 
 
 def saved_weights(task: str, folder: Path) -> Path:
@@ -308,6 +315,8 @@ def train_flags(script: str, data: Path, out: Path) -> list:
         "amos_lha/train": conftest.TINY_AMOS,
         "amygdala/train": [*conftest.TINY_AMYGDALA, "--dataset", "Hippocampus", "--fold", "0"],
     }[script]
+    if script == "amygdala/train":
+        flags += ["--log_path", out / "log"]  # its curves have a folder of their own
     more = [] if script == "lung_tumor/train" else ["--no-evaluate"]
     return [*flags, "--out", out, "--model_name", "run", "--epochs", 1, *tiny, *more]
 

@@ -4,6 +4,7 @@
 """
 
 import random
+import shutil
 
 import pytest
 from hostile_entries import ENTRIES
@@ -41,11 +42,13 @@ def test_a_sample_of_damaged_files(name, number, tmp_path):
 @pytest.mark.hostile
 @pytest.mark.parametrize("name", ENTRIES)
 def test_every_damaged_file(name, tmp_path):
-    found = {}
-    for number, files in enumerate(inputs_of(name)):
+    found, inputs = {}, inputs_of(name)
+    for number, files in enumerate(inputs):
         sandbox = tmp_path / str(number)
         sandbox.mkdir()
         if problems := run_entry(ENTRIES[name], files, sandbox):
             found[", ".join(files)] = problems
-    print(f"{name}: {sum(map(len, inputs_of(name)))} files")
+            print(f"{name} {', '.join(files)}: {problems}", flush=True)
+        shutil.rmtree(sandbox)
+    print(f"{name}: {sum(map(len, inputs))} files in {len(inputs)} runs", flush=True)
     assert not found, "\n".join(f"{files}: {line}" for files, lines in found.items() for line in lines)

@@ -11,7 +11,7 @@ import amygdala.model
 import lung_tumor.model
 import verse_spine.networks
 import wsss_medical.model
-from common import checkpoints
+from common import checkpoints, runs
 from common.hardware import choose_precision
 from common.training import Run
 
@@ -239,4 +239,34 @@ def test_a_damaged_run_is_not_resumed(tmp_path, change, problem):
     change(state)
     with pytest.raises(ValueError, match=re.escape(problem)) as caught:
         run_of(tmp_path / "a", small(), state)
+    assert "last.pt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda s: s["position"].update(epoch=None), '"epoch" should be a number, found null'),
+        (lambda s: s["position"].update(best_epoch=[]), '"best_epoch" should be a number'),
+        (lambda s: s["position"].update(history=7), '"history" should be a list'),
+        (
+            lambda s: s["position"].update(history=[{"epoch": 0}, 7]),
+            "a row of its history: expected an object",
+        ),
+        (lambda s: s.update(flags=None), '"flags" should be an object'),
+        (lambda s: s.update(epochs=[]), '"epochs" should be a number'),
+        (lambda s: s.update(position=3), '"position" should be an object'),
+    ],
+)
+def test_a_run_whose_position_is_damaged_is_not_resumed(tmp_path, change, problem):
+    run = run_of(tmp_path / "a", small())
+    run.save()
+    (tmp_path / "a" / "log.txt").touch()
+    parser, words = runs.ArgumentParser(), ["--resume", str(tmp_path / "a")]
+    parser.add_argument("--resume")
+    runs.resume(parser, words, same=())
+    state = checkpoints.load_checkpoint(run.last)
+    change(state)
+    torch.save(state, run.last)
+    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
+        runs.resume(parser, words, same=())
     assert "last.pt" in str(caught.value) and "\n" not in str(caught.value)
