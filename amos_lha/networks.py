@@ -10,7 +10,7 @@ from amos_lha.lha_net import LHANet
 from amos_lha.organs import NUM_CLASSES
 from common import checkpoints
 from common.checkpoints import TrainedModel
-from common.files import check_keys, check_numbers
+from common.files import check_keys, check_numbers, check_sizes
 from common.hardware import Precision
 from common.nnunet import PlainUNet, ResEncUNet, strides_for
 from common.segformer3d import SegFormer3D
@@ -62,8 +62,8 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
         check_keys(
             notes, {"modality": str, "labelled": list, "scaling": list | tuple | None}, "preprocessing"
         )
-        check_numbers(notes["spacing_mm"], 3, "spacing_mm in it")
-        check_numbers(checkpoint["config"]["patch_size"], 3, "patch_size in it")
+        check_numbers(notes["spacing_mm"], 3, "spacing_mm in it", above=0)
+        check_sizes(checkpoint["config"]["patch_size"], 3, "patch_size in it")
         if notes["scaling"] is not None:
             check_numbers(notes["scaling"], 4, "scaling in it")
         return get_model(checkpoint["config"], notes["spacing_mm"])

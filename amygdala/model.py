@@ -17,7 +17,7 @@ from common import checkpoints
 from common.checkpoints import TrainedModel
 from common.config import Switch, fraction, non_negative_int, positive_int
 from common.conv_blocks import ACTIVATIONS, BLOCKS, NORMS
-from common.files import check_keys, check_numbers
+from common.files import check_keys, check_numbers, check_sizes
 from common.hardware import Precision
 from common.layers import SliceBySlice
 from common.swin_unetr import SwinUNETR
@@ -205,8 +205,8 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
         checkpoints.require_stage(checkpoint, "amygdala", known, "amygdala/train.py")
         notes = checkpoint["preprocessing"]
         check_keys(notes, {"dataset": str, "localiser": dict | None}, "preprocessing")
-        check_numbers(notes["spacing_mm"], 3, "spacing_mm in it")
-        check_numbers(config["patch_size"], 3, "patch_size in it")
+        check_numbers(notes["spacing_mm"], 3, "spacing_mm in it", above=0)
+        check_sizes(config["patch_size"], 3, "patch_size in it")
         if notes["dataset"] not in DATASETS:
             raise ValueError(f"its dataset is {notes['dataset']!r}, expected {' or '.join(DATASETS)}")
         if DATASETS[notes["dataset"]].localised:

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from common import distributed
-from common.files import check_keys, replacing
+from common.files import check_keys, check_names, replacing
 from common.hardware import Precision
+from common.splits import PARTS
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -232,6 +233,10 @@ def load_trained(
             network = make_network(checkpoint).to(device)
             expected = {"preprocessing": dict, "split": dict, "ema": dict | None}
             check_keys(checkpoint, expected, "what it holds")
+            check_keys(checkpoint["preprocessing"], {"data_path": str | None}, "preprocessing")
+            split = {part: checkpoint["split"].get(part, []) for part in PARTS}
+            for part, names in split.items():
+                check_names(names, f'"{part}" of its split')
             if averaged := checkpoint.get("ema"):
                 check_keys(averaged, {"average": dict}, "its averaged weights")
         except ValueError as error:
@@ -243,7 +248,7 @@ def load_trained(
         device,
         precision,
         checkpoint["preprocessing"],
-        checkpoint["split"],
+        split,
     )
 
 

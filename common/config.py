@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -127,6 +128,8 @@ def read_yaml_files(parser: argparse.ArgumentParser, path: str | Path) -> list[t
 
 
 def _read_mapping(parser: argparse.ArgumentParser, path: Path) -> dict:
+    if path.exists() and not path.is_file() and path != Path(os.devnull):  # a pipe has no end
+        parser.error(f"--config {path}: a folder, pipe or device, not a file")
     try:
         text, depth = path.read_text(encoding="utf8"), 0
         for token in yaml.scan(text):

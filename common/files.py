@@ -185,20 +185,29 @@ def check_keys(content: Any, expected: Mapping[str, Any], where: str, *, advice:
         raise ValueError(f'{where}: "{key}" should be {wanted}, found {_shown(value)}{ending}')
 
 
-def check_numbers(values: Any, count: int, what: str) -> list[float]:
+def check_numbers(values: Any, count: int, what: str, *, above: float | None = None) -> list[float]:
     """The numbers of a list in a note, as float; none of them NaN or infinite.
 
     Args:
         count: how many there must be.
         what: names file and key in the error message.
+        above: what each of them must exceed, such as 0 for sizes.
 
     Raises:
         ValueError: no such list.
     """
     is_list = isinstance(values, list | tuple) and len(values) == count
-    if not is_list or not all(map(_is_finite, values)):
-        raise ValueError(f"{what}: expected {count} number(s), found {str(values)[:60]}")
+    is_right = is_list and all(map(_is_finite, values))
+    if not is_right or (above is not None and min(values) <= above):
+        limit = "" if above is None else f" above {above:g}"
+        raise ValueError(f"{what}: expected {count} number(s){limit}, found {str(values)[:60]}")
     return [float(v) for v in values]
+
+
+def check_sizes(values: Any, count: int, what: str) -> None:
+    """ValueError unless a list in a note holds `count` whole numbers above 0, such as a patch in voxels."""
+    if any(number % 1 for number in check_numbers(values, count, what, above=0)):
+        raise ValueError(f"{what}: expected {count} whole number(s), found {str(values)[:60]}")
 
 
 def _is_finite(value: Any) -> bool:
@@ -258,6 +267,8 @@ def open_npy(path: str | Path) -> "np.ndarray":
     """
     import numpy as np
 
+    if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path}: a folder, pipe or device, not a file")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_ERRORS as error:

@@ -171,7 +171,8 @@ class CaseFile:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel size z y x."""
-        z, y, x = check_numbers(list(self.attributes["spacing_mm"]), 3, f"{self.path}: attribute spacing_mm")
+        found, what = self.attributes["spacing_mm"], f"{self.path}: attribute spacing_mm"
+        z, y, x = check_numbers(list(found) if np.ndim(found) else found, 3, what, above=0)
         return z, y, x
 
     @property

@@ -39,10 +39,7 @@ def read_cases(
         )
     advice = f"make it again with {task}/preprocess.py"
     notes = read_json(notes_file, {"cases": list, "spacing_mm": list}, advice=advice)
-    notes["spacing_mm"] = check_numbers(notes["spacing_mm"], 3, f'{notes_file}: "spacing_mm"')
-    if min(notes["spacing_mm"]) <= 0:
-        found = notes["spacing_mm"]
-        raise ValueError(f'{notes_file}: "spacing_mm" is {found}, sizes above 0 are needed; {advice}')
+    notes["spacing_mm"] = check_numbers(notes["spacing_mm"], 3, f'{notes_file}: "spacing_mm"', above=0)
     for number, entry in enumerate(notes["cases"]):
         check_keys(entry, {"name": str, **expected}, f'{notes_file}: "cases", entry {number}', advice=advice)
     entries = {entry["name"]: entry for entry in notes.pop("cases")}

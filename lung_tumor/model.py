@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common import checkpoints, losses
 from common.checkpoints import TrainedModel
-from common.files import check_keys, check_numbers
+from common.files import check_keys, check_numbers, check_sizes
 from common.hardware import Precision, autocast
 from common.hu import check_window
 from common.networks import AttentionUNet, UNet
@@ -107,9 +107,10 @@ def _network_of(checkpoint: dict) -> nn.Module:
     check_keys(notes, {"data_path": str}, "preprocessing")
     check_window(notes.get("window_hu"), "window_hu in it")
     for key in ("pixel_mm", "scale"):
-        if notes.get(key) is not None and not check_numbers([notes[key]], 1, f"{key} in it")[0] > 0:
-            raise ValueError(f"{key} in it is {notes[key]}, a number above 0 is needed")
-    check_numbers([config["image_size"]], 1, "image_size in it")
+        if notes.get(key) is not None:
+            check_numbers([notes[key]], 1, f"{key} in it", above=0)
+    for key in ("image_size", "batch_size"):
+        check_sizes([config[key]], 1, f"{key} in it")
     return get_model(config).to(memory_format=torch.channels_last)
 
 

@@ -107,9 +107,9 @@ def flags_of(request):
             return ["--data_path", data, "--out", out, "--model_name", "run", *tiny]
         words = train_flags(script, converted(TRAIN[script]), out)
         if script == "wsss_medical/dist_train":
-            longer = {"--max_iters": 20, "--cam_iters": 8, "--aff_iters": 14, "--eval_iters": 2}
+            longer = {"--max_iters": 12, "--cam_iters": 4, "--aff_iters": 8, "--eval_iters": 2}
         else:
-            longer = {"--epochs": 8}
+            longer = {"--epochs": 5}
         for flag, value in longer.items():
             words[words.index(flag) + 1] = value
         return words
@@ -136,6 +136,7 @@ def test_killed_ten_times(script, tmp_path, flags_of, monkeypatch):
         code = run(script, flags, moment, count)
         if code == -signal.SIGKILL:
             moments.append((moment, count))
+            print(f"{script}: killed at {moment} {count:.3g}", flush=True)
             continue
         assert code == 0, (script, moments, moment, count)
         found = torch.load(checkpoint_of(broken), weights_only=True)

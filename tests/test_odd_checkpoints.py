@@ -117,7 +117,7 @@ def lung(**changes):
         "norm": "batch",
         "deep_supervision": False,
     }
-    config |= {"checkpointing": False, "image_size": 32}
+    config |= {"checkpointing": False, "image_size": 32, "batch_size": 2}
     notes = {"window_hu": [-1000.0, 300.0], "pixel_mm": 1.0, "scale": 1.0, "data_path": "x"} | changes
     return checkpoint_of(lung_tumor.model.get_model(config), config=config, preprocessing=notes)
 
@@ -189,7 +189,11 @@ def test_a_checkpoint_loads_in_its_own_task_only(tmp_path, writer, reader):
         ("lung", {"window_hu": [float("nan"), 300.0]}, "window_hu in it: expected 2 number(s)"),
         ("lung", {"window_hu": [300.0, -1000.0]}, "window_hu in it: window 300 to -1000"),
         ("lung", {"pixel_mm": "1"}, "pixel_mm in it: expected 1 number(s)"),
+        ("lung", {"pixel_mm": 0.0}, "pixel_mm in it: expected 1 number(s) above 0"),
         ("lung", {"data_path": None}, '"data_path" should be a text'),
+        ("spine", {"data_path": 7}, '"data_path" should be a text'),
+        ("spine", {"spacing_mm": [1.0, 0.0, 1.0]}, "spacing_mm in it: expected 3 number(s) above 0"),
+        ("organs", {"spacing_mm": [1.0, 1.0, -1.0]}, "spacing_mm in it: expected 3 number(s) above 0"),
         ("spine", {"spacing_mm": [1.0, 1.0]}, "spacing_mm in it: expected 3 number(s)"),
         ("spine", {"hu_range": [float("nan"), 1.0]}, "hu_range in it: expected 2 number(s)"),
         ("organs", {"scaling": [0.0, 1.0]}, "scaling in it: expected 4 number(s)"),
@@ -207,6 +211,28 @@ def test_notes_of_a_checkpoint_that_cannot_be_used(tmp_path, task, change, probl
     with pytest.raises(ValueError, match=re.escape(problem)) as caught:
         TASKS[task][1](tmp_path / "best.pt")
     assert "best.pt" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "key"), [("lung", "image_size"), ("lung", "batch_size"), ("head", "patch_size")]
+)
+@pytest.mark.parametrize("value", [None, 0, -8, 7.5, "16", "left out"])
+def test_sizes_of_a_checkpoint_that_cannot_be_used(tmp_path, task, key, value):
+    state = TASKS[task][0]()
+    state["config"][key] = [value] * 3 if key == "patch_size" else value
+    if value == "left out":
+        del state["config"][key]
+    torch.save(state, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=f"best.pt: .*{key}"):
+        TASKS[task][1](tmp_path / "best.pt")
+
+
+def test_the_parts_of_a_split_are_lists_of_names_and_may_be_missing(tmp_path):
+    state = checkpoint_of(small(), split={"train": ["a"]})
+    assert load(tmp_path, state).split == {"train": ["a"], "val": [], "test": []}
+    for names in (7, [7], "a", {"a": 1}):
+        with pytest.raises(ValueError, match='best.pt: "test" of its split: expected a list of names'):
+            load(tmp_path, state | {"split": {"test": names}})
 
 
 # ---- going on with a run ----

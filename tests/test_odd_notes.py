@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from common.config import make_parser, parse_args
 from common.conversion import finished_entries
 from common.decathlon import label_names, labelled_numbers, read_dataset_json
-from common.files import csv_cell, read_json, read_table
+from common.files import check_numbers, check_sizes, csv_cell, open_npy, read_json, read_table
 from common.hdf5 import CaseFile, write_case
 from common.hu import check_window
 from common.metrics import write_table
@@ -139,6 +140,33 @@ def test_flag_files_that_would_fill_the_memory(tmp_path, capsys, text, problem):
     assert re.search(problem, line) and "flags.yaml" in line and line.count("\n") == 1
 
 
+def test_a_pipe_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(SystemExit):
+        parse_args(make_parser("doc"), ["--config", str(tmp_path / "pipe.yaml")])
+    assert "pipe.yaml: a folder, pipe or device" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(ValueError, match="pipe.npy: a folder, pipe or device"):
+        open_npy(tmp_path / "pipe.npy")
+
+
+@pytest.mark.parametrize("values", [[1, 2], [1, 2, 0], [1, 2, -3], [1, 2, math.nan], [1, 2, "3"], 7, None])
+def test_sizes_that_are_none(values):
+    for check in (
+        lambda v: check_numbers(v, 3, "x.json: size", above=0),
+        lambda v: check_sizes(v, 3, "x.json: size"),
+    ):
+        with pytest.raises(ValueError, match=r"x.json: size: expected 3 number\(s\) above 0, found"):
+            check(values)
+
+
+def test_sizes_are_whole_numbers():
+    check_sizes([1, 2.0, 3], 3, "x")
+    assert check_numbers([-1, 0.5], 2, "x") == [-1.0, 0.5]
+    with pytest.raises(ValueError, match=r"x: expected 2 whole number\(s\), found \[1.5, 2\]"):
+        check_sizes([1.5, 2], 2, "x")
+
+
 # ---- preprocessed folders ----
 
 
@@ -159,7 +187,7 @@ def preprocessed(tmp_path):
     [
         ({"spacing_mm": [1, 1]}, '"spacing_mm": expected 3 number'),
         ({"spacing_mm": [1, math.nan, 1]}, '"spacing_mm": expected 3 number'),
-        ({"spacing_mm": [1, 0, 1]}, "sizes above 0"),
+        ({"spacing_mm": [1, 0, 1]}, '"spacing_mm": expected 3 number(s) above 0'),
         ({"cases": [1]}, '"cases", entry 0: expected an object, found a number'),
         ({"cases": [{"subject": "a"}]}, '"cases", entry 0: "name" is missing'),
         ({"cases": [{"name": "a", "subject": 3}]}, '"cases", entry 0: "subject" should be a text'),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from common import checkpoints
 from common.checkpoints import TrainedModel
-from common.files import check_numbers
+from common.files import check_keys, check_numbers, check_sizes
 from common.hardware import Precision
 from common.segformer3d import SegFormer3D
 from common.segresnet import SegResNet
@@ -92,9 +92,10 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
 
     def make_network(checkpoint: dict) -> nn.Module:
         checkpoints.require_stage(checkpoint, stage, MODELS, f"verse_spine/train_{stage}.py")
-        check_numbers(checkpoint["preprocessing"]["spacing_mm"], 3, "spacing_mm in it")
-        check_numbers(checkpoint["config"]["patch_size"], 3, "patch_size in it")
+        check_numbers(checkpoint["preprocessing"]["spacing_mm"], 3, "spacing_mm in it", above=0)
+        check_sizes(checkpoint["config"]["patch_size"], 3, "patch_size in it")
         check_numbers(checkpoint["preprocessing"].get("hu_range", (0, 1)), 2, "hu_range in it")
+        check_keys(checkpoint["config"], {"intensity": str | None, "target": str | None}, "config")
         if stage == "segmentation" and checkpoint["num_outputs"] != num_outputs(
             checkpoint["config"]["labels"]
         ):
