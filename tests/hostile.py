@@ -80,6 +80,10 @@ def npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def packed_up(content: bytes) -> bytes:
+    return gzip.compress(content, 1, mtime=0)
+
+
 # ---- damage to any file ----
 
 
@@ -186,18 +190,18 @@ def nifti_headers(voxels: np.ndarray) -> Files:
         name = "".join(c if c.isalnum() or c in "-+._" else "" for c in name)
         content = patched(whole, change)
         packed = number % 3 == 0
-        files[f"{name}.nii{'.gz' if packed else ''}"] = gzip.compress(content, 1) if packed else content
+        files[f"{name}.nii{'.gz' if packed else ''}"] = packed_up(content) if packed else content
     return files
 
 
 def nifti_odd(voxels: np.ndarray, seed: int = 1) -> Files:
     """Voxels and streams that no header tells of."""
     whole = nifti(voxels)
-    packed = bytearray(gzip.compress(whole))
+    packed = bytearray(packed_up(whole))
     files = streams(".nii", whole, seed) | streams(".nii.gz", bytes(packed), seed + 1)
     files["wrong_checksum.nii.gz"] = bytes(packed[:-8]) + bytes(4) + bytes(packed[-4:])
-    files["bomb.nii.gz"] = gzip.compress(whole + bytes(2**28))
-    files["two_streams.nii.gz"] = gzip.compress(whole[:3000]) + gzip.compress(whole[3000:])
+    files["bomb.nii.gz"] = packed_up(whole + bytes(2**28))
+    files["two_streams.nii.gz"] = packed_up(whole[:3000]) + packed_up(whole[3000:])
     files["not_packed.nii.gz"], files["packed.nii"] = whole, bytes(packed)
     big = nibabel.Nifti1Image.from_bytes(whole)
     swapped = nibabel.Nifti1Image(big.dataobj, big.affine, big.header.as_byteswapped(">"))
@@ -268,11 +272,11 @@ MGH_FIELDS = {
 
 def freesurfer_files(voxels: np.ndarray, seed: int = 4) -> Files:
     whole = mgh(voxels)
-    files = streams(".mgz", gzip.compress(whole), seed)
+    files = streams(".mgz", packed_up(whole), seed)
     for field, (place, kind, values) in MGH_FIELDS.items():
         for value in values:
             name = f"{field}_{value}".replace("-", "minus")
-            files[f"{name}.mgz"] = gzip.compress(patched(whole, [(place, kind, value)]))
+            files[f"{name}.mgz"] = packed_up(patched(whole, [(place, kind, value)]))
     return files
 
 
@@ -608,7 +612,7 @@ def tars(members: dict[str, bytes], seed: int = 14) -> Files:
     huge = bytearray(tar_of(("Task06_Lung/a.bin", b"x")))
     huge[124:136] = b"\x80" + (2**60).to_bytes(11, "big")
     files["huge.tar"] = bytes(huge)
-    files["gz_as.tar"] = gzip.compress(tar_of(*inside))
+    files["gz_as.tar"] = packed_up(tar_of(*inside))
     files["twice.tar"] = tar_of(*inside, *inside)
     files["file_and_folder.tar"] = tar_of(("Task06_Lung", b"x"), *inside)
     return files
@@ -619,7 +623,8 @@ def zips(members: dict[str, bytes], seed: int = 15) -> Files:
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, content in (*members.items(), *more):
-                archive.writestr(name, content)
+                info = name if isinstance(name, zipfile.ZipInfo) else zipfile.ZipInfo(name)  # of 1980
+                archive.writestr(info, content, zipfile.ZIP_DEFLATED)
         return file.getvalue()
 
     files = streams(".zip", packed(), seed)

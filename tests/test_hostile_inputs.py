@@ -6,8 +6,9 @@
 import random
 import shutil
 
+import hostile
 import pytest
-from hostile_entries import ENTRIES
+from hostile_entries import ENTRIES, SCANS
 from hostile_runs import chunks, run_entry
 
 SAMPLE = 24
@@ -25,6 +26,14 @@ def inputs_of(name: str, seed: int = 0) -> list[dict[str, bytes]]:
         chosen = random.Random(f"{seed} {name}").sample(sorted(files), entry.most)
         files = {file: files[file] for file in chosen}
     return list(chunks(files, entry.together))
+
+
+def test_there_are_hundreds_of_files_and_always_the_same():
+    makers = [*SCANS.values(), hostile.pictures, hostile.arrays, hostile.yaml_files]
+    once, twice = ([make() for make in makers] for _ in range(2))
+    whole = [content for files in once for content in files.values() if isinstance(content, bytes)]
+    assert len(set(whole)) >= 300
+    assert whole == [content for files in twice for content in files.values() if isinstance(content, bytes)]
 
 
 def sample() -> list[tuple[str, int]]:

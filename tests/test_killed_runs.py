@@ -17,6 +17,7 @@ import torch
 from conftest import TINY_AMYGDALA
 from hostile_entries import TRAIN
 from hostile_runs import converted, train_flags
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 KILLS = 10
 TIMES = ("seconds", "data_wait", "peak_mib")  # columns of metrics.csv that no two runs share
@@ -46,7 +47,7 @@ def kill_at(moment: str, count: float) -> None:
     if moment == "seconds":
         threading.Timer(count, kill).start()
     elif moment == "update":
-        torch.optim.optimizer.register_optimizer_step_post_hook(one_more)
+        register_optimizer_step_post_hook(one_more)
     elif moment == "rename":
         os.replace = before(os.replace)
     elif moment == "sync":
@@ -93,7 +94,7 @@ def same(a, b, where: str = "last.pt") -> None:
         assert a == b or (a != a and b != b), where
 
 
-PARTS = ("model", "optimizer", "ema", "rng", "scaler")  # of a checkpoint
+PARTS = ("position", "model", "optimizer", "ema", "rng", "scaler")  # of a checkpoint
 
 
 @pytest.fixture
