@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.files import read_json
+from common.files import read_json, refuse_pipe
 
 MARKER = ".made_by_download"  # file in folders that a download script made and may delete
 BLOCK = 1 << 20  # bytes read at once
@@ -188,6 +188,7 @@ def check_zip(archive: Path, folder: Path | None = None) -> list[zipfile.ZipInfo
         ValueError: not a zip, damaged or encrypted, or a member is a link or leads out of the folder.
         OSError: the disk has no room for it.
     """
+    refuse_pipe(archive)
     try:
         with zipfile.ZipFile(archive) as packed:
             members = [m for m in packed.infolist() if not m.is_dir()]

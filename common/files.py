@@ -253,6 +253,12 @@ def read_table(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, rows
 
 
+def refuse_pipe(path: str | Path) -> None:
+    """ValueError for a pipe, a device or a folder, which to open and read could take for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: a folder, pipe or device, not a file")
+
+
 # What numpy raises where a .npy file, or a member of a .npz file, is damaged; MemoryError also by a header
 # that announces more than there is.
 NPY_ERRORS = (ValueError, EOFError, OverflowError, MemoryError, RecursionError, tokenize.TokenError)
@@ -267,8 +273,7 @@ def open_npy(path: str | Path) -> "np.ndarray":
     """
     import numpy as np
 
-    if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
-        raise ValueError(f"{path}: a folder, pipe or device, not a file")
+    refuse_pipe(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_ERRORS as error:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.archives import MARKER, check_own, delete_own, leads_outside, make_own, require_space
 from common.config import Switch, make_parser, parse_args, run_script
 from common.decathlon import find_decathlon, list_cases
+from common.files import refuse_pipe
 from lung_tumor.kaggle import find_task, is_kaggle_folder, list_kaggle_cases
 
 KAGGLE_SET = "modaresimr/medical-image-segmentation"
@@ -97,6 +98,7 @@ def unpack_tar(archive: Path, out: Path) -> None:
         ValueError: a damaged tar, as `checked_members`, or another layout than the Decathlon's.
         OSError: the disk has no room for it.
     """
+    refuse_pipe(archive)
     part = out.with_name(out.name + ".unpacking")
     delete_own(part)
     print(f"Unpacking {archive} ...")

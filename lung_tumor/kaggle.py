@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common.archives import leads_outside, require_space
-from common.files import replacing
+from common.files import refuse_pipe, replacing
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
 
@@ -130,6 +130,7 @@ def load_ground_truth(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
         ValueError: the file names what could run code, is damaged, or its contents do not fit the scan.
     """
+    refuse_pipe(path)
     try:
         with open(path, "rb") as file:
             content = _Unpickler(file).load()
@@ -240,6 +241,7 @@ def _task_folders(folder: Path) -> list[Path]:
 
 
 def _open_archive(path: Path) -> zipfile.ZipFile:
+    refuse_pipe(path)
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:

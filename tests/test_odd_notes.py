@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from common.archives import check_zip
 from common.config import make_parser, parse_args
 from common.conversion import finished_entries
 from common.decathlon import label_names, labelled_numbers, read_dataset_json
@@ -20,6 +21,8 @@ from common.preprocessed import read_cases
 from common.runs import append_row
 from common.sites import read_subjects
 from common.splits import patients_of, read_splits
+from lung_tumor.download import unpack_tar
+from lung_tumor.kaggle import load_ground_truth
 from verse_spine.dataset import SmallScan
 
 
@@ -145,9 +148,17 @@ def test_a_pipe_is_not_waited_for(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args(make_parser("doc"), ["--config", str(tmp_path / "pipe.yaml")])
     assert "pipe.yaml: a folder, pipe or device" in capsys.readouterr().err
-    os.mkfifo(tmp_path / "pipe.npy")
-    with pytest.raises(ValueError, match="pipe.npy: a folder, pipe or device"):
-        open_npy(tmp_path / "pipe.npy")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for read in (
+        open_npy,
+        check_zip,
+        lambda path: unpack_tar(path, tmp_path / "out"),
+        lambda path: load_ground_truth(path, (1, 1, 1)),
+    ):
+        with pytest.raises(ValueError, match="pipe: a folder, pipe or device"):
+            read(pipe)
+    assert sorted(tmp_path.iterdir()) == [pipe, tmp_path / "pipe.yaml"]
 
 
 @pytest.mark.parametrize("values", [[1, 2], [1, 2, 0], [1, 2, -3], [1, 2, math.nan], [1, 2, "3"], 7, None])
