@@ -15,7 +15,7 @@ from amygdala.structures import DATASETS
 from common.augment import Augmentation3d, grey_value_probabilities
 from common.config import parse_args, resolved_config
 from common.distributed import main_first, on_main, world_size
-from common.files import link_file, read_json, write_json
+from common.files import check_keys, link_file, read_json, write_json
 from common.hardware import Precision
 from common.phantoms import prepare_demo
 
@@ -204,7 +204,8 @@ def get_localiser(
     if not DATASETS[args.dataset].localised:
         return None, args.time_budget
     if resumed:
-        localiser = resumed["preprocessing"]["localiser"]
+        localiser = resumed["preprocessing"].get("localiser")
+        check_keys(localiser, {"state": dict, "seconds": float | int}, "--resume: the run's localiser")
     else:
         heads = [data.cases[name] for name in data.split["train"]]
         updates = args.localiser_updates

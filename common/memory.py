@@ -330,7 +330,7 @@ def set_up_step(
         )
 
     if resumed and amp == "auto":
-        amp = resumed["config"]["amp"]
+        amp = resumed["config"].get("amp", amp)
     precision = distributed.on_main(lambda: choose_precision(amp, device, step_once))
     plan = replace(wanted, precision=precision.name)
     if vram_gib:

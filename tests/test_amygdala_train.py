@@ -401,6 +401,17 @@ def test_weights_bring_their_localiser(experiment):
     assert [b - a for a, b in zip(start, stop, strict=True)] == [16, 16, 32]
 
 
+@pytest.mark.parametrize("kept", [None, {}, {"state": {}}, {"state": {}, "seconds": "1"}, 7])
+def test_a_run_is_not_resumed_without_its_localiser(kept):
+    args = Namespace(dataset="Amygdala", time_budget=60.0)
+    resumed = {"preprocessing": {"localiser": kept}}
+    with pytest.raises(ValueError, match="--resume: the run's localiser: "):
+        training.get_localiser(args, None, CPU, FP32, resumed)
+    whole = {"state": {}, "seconds": 12.0}
+    resumed["preprocessing"]["localiser"] = whole
+    assert training.get_localiser(args, None, CPU, FP32, resumed) == (whole, 48.0)
+
+
 def localiser_state(checkpoint: dict) -> dict:
     return checkpoint["preprocessing"]["localiser"]["state"]
 

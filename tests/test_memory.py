@@ -394,9 +394,10 @@ def test_a_resumed_run_keeps_its_precision(monkeypatch):
         ("auto", {"config": {"amp": "bf16"}}),
         ("off", {"config": {"amp": "bf16"}}),
         ("auto", None),
+        ("auto", {"config": {}}),
     ):
         set_up(Plan((8, 8), 1, 1, False), amp=amp, resumed=resumed)
-    assert asked == ["bf16", "off", "auto"]
+    assert asked == ["bf16", "off", "auto", "auto"]
 
 
 def test_the_trial_of_a_precision_is_a_whole_step_on_a_copy(monkeypatch):
