@@ -116,9 +116,17 @@ def failure_reason(error: Exception) -> str:
 def file_stamp(paths: Sequence[Path]) -> list[list]:
     """[path, size in bytes, time of change in ns] of each file: tells whether it is still the one converted.
 
-    Both size and time count: a mask that was corrected often keeps its size.
+    Both size and time count: a mask that was corrected often keeps its size. Those of a link that leads
+    nowhere are None, so that reading it fails, and costs its case alone.
     """
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    stamps = []
+    for path in paths:
+        try:
+            found = path.stat()
+            stamps.append([str(path), found.st_size, found.st_mtime_ns])
+        except OSError:
+            stamps.append([str(path), None, None])
+    return stamps
 
 
 # ---- what is noted of a converted data set ----

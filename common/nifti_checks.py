@@ -35,7 +35,10 @@ def check_file(path: Path) -> None:
             is compressed.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        reason = (
+            "a link that leads nowhere; fetch what it stands for" if path.is_symlink() else "no such file"
+        )
+        raise FileNotFoundError(f"{path}: {reason}")
     if reason := why_foreign(path):
         raise ValueError(reason)
     with path.open("rb") as file:

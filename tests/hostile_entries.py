@@ -16,6 +16,7 @@ from hostile_runs import (
     Entry,
     converted,
     copied,
+    ending_of,
     file_of_data,
     flag_with_file,
     kept_folder,
@@ -210,7 +211,7 @@ def volumes_to_score(sandbox: Path, files: Files) -> list:
     weights, source = saved_weights("lung", sandbox / "weights"), raw_data("lung", sandbox / "raw")
     for number, (name, content) in enumerate(files.items()):
         (source / "imagesTr" / f"p{2 + number:03d}.nii").unlink()
-        place(source / "imagesTr", f"p{2 + number:03d}{Path(name).suffix}", content)
+        place(source / "imagesTr", f"p{2 + number:03d}{ending_of(name)}", content)
     flags = ["--weights", weights, "--data_path", copied("lung", sandbox), "--source", source]
     volumes = [f"p{n:03d}" for n in range(1, NUM_WHOLE + 1)]
     return [*flags, "--volumes", *volumes, "--out", sandbox / "out", *CPU]

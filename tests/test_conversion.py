@@ -245,6 +245,8 @@ def test_stamp_tells_changed_files(tmp_path):
     a.write_text("longer")
     os.utime(a, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert file_stamp([a]) == [[str(a), 6, before[0][2]]], "same time, another size"
+    (tmp_path / "link").symlink_to("nothing.here")  # as git-annex leaves files that were not fetched
+    assert file_stamp([tmp_path / "link", a]) == [[str(tmp_path / "link"), None, None], *file_stamp([a])]
 
 
 # ---- notes of a converted data set ----

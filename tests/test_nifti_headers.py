@@ -268,3 +268,9 @@ def test_a_freesurfer_file_without_a_place_in_space_is_a_guess(tmp_path):
     assert [t for t in told if "unclosed" not in t] == [
         "its header tells no place in space, so its orientation and voxels of 1 mm are a guess"
     ]
+
+
+def test_a_link_that_leads_nowhere_is_called_so(tmp_path):
+    (tmp_path / "scan.nii.gz").symlink_to("../annex/objects/scan")
+    with pytest.raises(FileNotFoundError, match=r"scan.nii.gz: a link that leads nowhere; fetch"):
+        open_nifti(tmp_path / "scan.nii.gz")
