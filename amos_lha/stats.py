@@ -22,7 +22,7 @@ from common.config import make_parser, parse_args, positive_float, run_script
 from common.conversion import each_case, print_failed
 from common.files import make_folder
 from common.label_measures import describe_labels, label_rows, label_text, round_trip
-from common.metrics import write_table
+from common.tables import write_table
 from common.working_case import Spacing, resolve_spacing
 
 

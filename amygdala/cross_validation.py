@@ -14,8 +14,8 @@ from common.agreement import mean_or_nan, spread_or_nan, volume_agreement, volum
 from common.class_metrics import metric_columns
 from common.compare import RESULTS
 from common.files import printable, replacing
-from common.metrics import write_table
 from common.sites import site_lines, site_table
+from common.tables import write_table
 
 BLOCKS = {"Dice": "dice", "HD": "hd95_mm", "ASD": "asd_mm"}  # title: our metric
 EXPLANATION = (

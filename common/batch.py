@@ -12,13 +12,11 @@ from tqdm import tqdm
 from common import distributed
 from common.conversion import failure_reason
 from common.dicom_headers import DICOM_ENDINGS
-from common.files import read_table
 from common.foreign import foreign_files, why_foreign
 from common.mask_files import CONVERTED, NO_MASKS
-from common.metrics import write_table
 from common.nifti import case_name
-from common.runs import append_row
 from common.splits import natural_key
+from common.tables import append_row, read_table, write_table
 
 Item = TypeVar("Item", bound=Hashable)  # a path or a name
 

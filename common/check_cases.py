@@ -15,9 +15,9 @@ from common.conversion import failure_reason
 from common.files import make_folder
 from common.hu import why_not_hu
 from common.label_measures import LabelMeasure, measure_labels, why_not_labels
-from common.metrics import write_table
 from common.nifti import load_label, load_nifti
 from common.pairs import content_hash, why_not_a_pair, why_too_thin
+from common.tables import write_table
 
 
 @dataclass

@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.class_metrics import case_means, case_metrics, metric_columns
 from common.config import make_parser, parse_args, run_script
-from common.files import make_folder, read_table
+from common.files import make_folder
 from common.mask_files import called_as, label_files, load_masks
-from common.metrics import holm, paired_wilcoxon, write_table
+from common.metrics import holm, paired_wilcoxon
 from common.splits import natural_key, patients_of
+from common.tables import read_table, write_table
 
 RESULTS = "results.csv"
 VOLUMES = ("target_mm3", "pred_mm3")  # columns that are not scores

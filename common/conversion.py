@@ -22,8 +22,8 @@ from common import faults
 from common.files import check_keys, make_folder, read_json, refuse_raw_data, write_json
 from common.hdf5 import CaseFile
 from common.messages import show_warnings_plainly, warn
-from common.metrics import write_table
 from common.splits import natural_key
+from common.tables import write_table
 
 NOTES = "preprocessing.json"
 

@@ -16,12 +16,12 @@ from common.config import non_negative_int
 from common.decathlon import labelled_numbers, read_dataset_json
 from common.flags import add_patient_pattern_flag
 from common.mask_files import called_as, label_files, load_masks, matching_files
-from common.metrics import write_table
 from common.montage import save_worst_and_median
 from common.nifti import Scan
 from common.plots import costs_the_picture
 from common.sites import read_sites, site_lines, site_table
 from common.splits import natural_key, patients_of
+from common.tables import write_table
 
 CASES = "cases.csv"  # grows case by case
 PICTURE, COMPARISON = "worst_and_median.png", "comparison.csv"

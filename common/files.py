@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, and JSON notes whose content is checked when they are read."""
 
 import contextlib
-import csv
 import hashlib
 import json
 import math
@@ -222,37 +221,6 @@ def check_names(values: Any, what: str) -> list[str]:
     return values
 
 
-def read_table(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
-    """(names of the columns, rows) of a table: comma-separated, or by tabs if its name ends in .tsv.
-
-    Blanks around names and cells count for nothing; a cell that a row lacks is "". What `csv_cell` has quoted
-    comes back as it was.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a table in UTF-8, or a row with more cells than there are columns.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such table")
-    rows = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            columns = [name.strip() for name in next(reader, [])]
-            for cells in reader:
-                if len(cells) > len(columns):
-                    raise ValueError(
-                        f"line {reader.line_num} has {len(cells)} cells, but there are {len(columns)} columns"
-                    )
-                texts = [_unquoted(cell.strip()) for cell in cells]
-                if any(texts):
-                    rows.append(dict.fromkeys(columns, "") | dict(zip(columns, texts, strict=False)))
-    except (ValueError, csv.Error) as error:  # ValueError: also of bytes that are not UTF-8
-        raise ValueError(f"{path}: not a readable table ({error}); save it as CSV in UTF-8") from error
-    return columns, rows
-
-
 def refuse_pipe(path: str | Path) -> None:
     """ValueError for a pipe, a device or a folder, which to open and read could take for ever."""
     if Path(path).exists() and not Path(path).is_file():
@@ -320,35 +288,6 @@ def listed(items: Sequence, most: int = 8) -> str:
     """The first items of a list as a text: 1, 2, 3 and 40 more."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(map(str, items[:most])) + more
-
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # beginnings of a cell that a spreadsheet computes
-
-
-def csv_cell(value: Any) -> Any:
-    """A value as it stands in a table: floats with six significant digits, NaN as an empty cell.
-
-    A text that a spreadsheet would take for a formula gets a ' in front; numbers stay numbers. Else texts are
-    as `printable` makes them.
-    """
-    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):  # of numpy, too
-        return "" if math.isnan(value) else f"{value:.6g}"
-    if not isinstance(value, str):
-        return value
-    text = printable(value)
-    return f"'{text}" if text.startswith(FORMULA) and not _is_number(text) else text
-
-
-def _unquoted(text: str) -> str:
-    return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA) else text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def file_sha1(path: str | Path) -> str:

@@ -4,13 +4,9 @@ Both masks empty = NaN, left out of means and counted beside them; one empty = 0
 class_metrics.py; distances between surfaces: surfaces.py.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
-
-from common.files import csv_cell, replacing
 
 
 def binary_counts(pred: np.ndarray, target: np.ndarray) -> tuple[int, int, int, int]:
@@ -238,14 +234,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.full(p.size, np.nan)
     adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
     return adjusted.tolist()
-
-
-def write_table(path: str | Path, rows: list[dict]) -> None:
-    """Rows of equal keys to CSV in one step; see `csv_cell` for how values are written."""
-    if not rows:
-        raise ValueError(f"{path}: no rows to write")
-    with replacing(path) as partial, partial.open("w", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: csv_cell(value) for key, value in row.items()})

@@ -8,7 +8,7 @@ from common import distributed
 from common.batch import failed_lines
 from common.class_metrics import class_table, group_table
 from common.files import make_folder, printable, replacing
-from common.metrics import write_table
+from common.tables import write_table
 
 SUMMARY = "summary.md"
 RESULTS, BY_CLASS, BY_GROUP = "results.csv", "summary.csv", "groups.csv"

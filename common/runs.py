@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import csv
 import os
 import platform
 import random
@@ -24,7 +23,8 @@ import yaml
 from common import distributed, faults
 from common.checkpoints import load_checkpoint
 from common.config import parse_args
-from common.files import check_keys, csv_cell
+from common.files import check_keys
+from common.tables import append_row
 
 # ---- folder, configuration, log ----
 
@@ -133,22 +133,6 @@ def start_log(run_dir: Path, config: dict, history: list[dict]) -> Callable[...,
     cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
     log(f"python {platform.python_version()}, torch {torch.__version__}{cuda}, numpy {np.__version__}")
     return log
-
-
-def append_row(path: str | Path, row: dict) -> None:
-    """Add one line to a CSV file whose columns are those of its first row.
-
-    Later rows may lack a column, which stays empty there; what has no column is left out.
-    """
-    path = Path(path)
-    is_new = not path.exists() or path.stat().st_size == 0
-    with path.open("a+", newline="", encoding="utf8") as file:
-        file.seek(0)
-        columns = list(row) if is_new else next(csv.reader(file))
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        if is_new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else csv_cell(v) for k, v in row.items()})
 
 
 # ---- seeds ----

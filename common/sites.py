@@ -8,8 +8,9 @@ import numpy as np
 from common import distributed
 from common.agreement import mean_or_nan, volume_errors_percent
 from common.class_metrics import metric_columns
-from common.files import listed, read_table
+from common.files import listed
 from common.messages import warn
+from common.tables import read_table
 
 UNKNOWN = "unknown"  # site of a case that no table names
 

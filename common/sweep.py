@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.metrics import dice_from_counts, iou_from_counts, write_table
+from common.metrics import dice_from_counts, iou_from_counts
 from common.plots import costs_the_picture, save_curves
+from common.tables import write_table
 
 THRESHOLDS = np.arange(1, 50) / 50
 SIZES = ("small", "medium", "large")

@@ -16,6 +16,7 @@ from common import distributed, faults, runs
 from common.checkpoints import load_weights, naming_damage, rng_state, save_checkpoint, set_rng_state
 from common.ema import WeightAverage
 from common.hardware import peak_memory_mib
+from common.tables import append_row
 from common.trackers import Trackers
 
 
@@ -237,7 +238,7 @@ class Run:
             save_checkpoint(self.best_weights, self.notes | {"model": weights, "history": self.history})
         self.save()
         if distributed.is_main():
-            runs.append_row(self.folder / "metrics.csv", row)
+            append_row(self.folder / "metrics.csv", row)
         self.trackers.add(row)
         return is_best
 

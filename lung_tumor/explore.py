@@ -8,8 +8,8 @@ import numpy as np
 from common.files import make_folder
 from common.hu import why_not_hu
 from common.messages import warn
-from common.metrics import write_table
 from common.plots import new_figure, save_figure
+from common.tables import write_table
 
 
 def explore(cases: list, load_case: Callable, out: Path) -> int:

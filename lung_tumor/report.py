@@ -7,14 +7,7 @@ import numpy as np
 from common import distributed
 from common.batch import failed_lines
 from common.files import make_folder
-from common.metrics import (
-    binary_counts,
-    dice_from_counts,
-    iou_from_counts,
-    presence,
-    summary,
-    write_table,
-)
+from common.metrics import binary_counts, dice_from_counts, iou_from_counts, presence, summary
 from common.plots import (
     PRED_COLOR,
     TRUTH_COLOR,
@@ -25,6 +18,7 @@ from common.plots import (
     save_figure,
     save_panels,
 )
+from common.tables import write_table
 from lung_tumor.dataset import SliceDataset
 from lung_tumor.model import TrainedModel, predict_squares
 

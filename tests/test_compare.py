@@ -10,8 +10,8 @@ from scipy import stats
 
 from common.class_metrics import case_metrics
 from common.compare import compare, dropped_lines, main, read_results, score_folders
-from common.metrics import write_table
 from common.nifti import write_nifti
+from common.tables import write_table
 
 NAN = float("nan")
 SPACING = (2.0, 1.0, 0.5)

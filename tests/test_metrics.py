@@ -1,6 +1,5 @@
 """common/metrics.py on masks drawn by hand."""
 
-import csv
 import math
 
 import numpy as np
@@ -21,7 +20,6 @@ from common.metrics import (
     paired_wilcoxon,
     summary,
     volume_similarity,
-    write_table,
 )
 from common.surfaces import surface_metrics
 
@@ -264,32 +262,6 @@ def test_summary_of_one_value_and_of_none():
         none = summary(values)
         assert none.pop("n") == 0
         assert none.keys() == one.keys() - {"n"} and all(math.isnan(v) for v in none.values())
-
-
-def test_write_table(tmp_path):
-    path = tmp_path / "table.csv"
-    rows = [
-        {"case": "lung, 001", "dice": 0.123456789, "voxels": 12_345_678, "hd95_mm": NAN},
-        {"case": "lung_é", "dice": np.float32("nan"), "voxels": np.int64(3), "hd95_mm": np.float32(1 / 3)},
-        {"case": "c", "dice": np.float64("nan"), "voxels": 0, "hd95_mm": 1e-12},
-    ]
-    write_table(path, rows)
-    assert path.read_text(encoding="utf8") == (
-        'case,dice,voxels,hd95_mm\n"lung, 001",0.123457,12345678,\nlung_é,,3,0.333333\nc,,0,1e-12\n'
-    )
-    with path.open(newline="", encoding="utf8") as file:
-        assert [row["case"] for row in csv.DictReader(file)] == ["lung, 001", "lung_é", "c"]
-
-
-def test_write_table_without_rows_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="table.csv: no rows to write"):
-        write_table(tmp_path / "table.csv", [])
-    assert not (tmp_path / "table.csv").exists()
-
-
-def test_write_table_with_an_unknown_column_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="extra"):
-        write_table(tmp_path / "table.csv", [{"a": 1}, {"a": 2, "extra": 3}])
 
 
 # ---- cases, tables, paired test ----

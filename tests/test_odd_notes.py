@@ -12,14 +12,11 @@ from common.archives import check_zip
 from common.config import make_parser, parse_args
 from common.conversion import finished_entries
 from common.decathlon import label_names, labelled_numbers, read_dataset_json
-from common.files import check_numbers, check_sizes, csv_cell, open_npy, read_json, read_table
+from common.files import check_numbers, check_sizes, open_npy, read_json
 from common.hdf5 import CaseFile, write_case
 from common.hu import check_window
-from common.metrics import write_table
 from common.phantoms import already_written
 from common.preprocessed import read_cases
-from common.runs import append_row
-from common.sites import read_subjects
 from common.splits import patients_of, read_splits
 from lung_tumor.download import unpack_tar
 from lung_tumor.kaggle import load_ground_truth
@@ -31,66 +28,6 @@ def test_brackets_within_brackets(tmp_path):
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match="splits.json: brackets within brackets"):
         read_json(path)
-
-
-# ---- tables ----
-
-
-@pytest.mark.parametrize(
-    ("value", "cell"),
-    [
-        ("=1+1", "'=1+1"),
-        ("@SUM(A1)", "'@SUM(A1)"),
-        ("+case", "'+case"),
-        ("-case", "'-case"),
-        ("\tx", "'\tx"),
-        ("-1.5", "-1.5"),
-        ("+3e5", "+3e5"),
-        ("case-1", "case-1"),
-        ("", ""),
-        (-1.5, "-1.5"),
-        (-3, -3),
-        (np.float32(-0.25), "-0.25"),
-        (math.nan, ""),
-        (True, True),
-        (None, None),
-        ("caf\udce9", r"caf\udce9"),
-    ],
-)
-def test_cells_that_a_spreadsheet_would_compute_are_quoted_and_numbers_are_not(value, cell):
-    assert csv_cell(value) == cell
-
-
-def test_quoted_cells_come_back_as_they_were(tmp_path):
-    write_table(tmp_path / "a.csv", [{"case": "=1+1", "dice": -0.5}, {"case": "'=x", "dice": 1.0}])
-    assert (tmp_path / "a.csv").read_text().splitlines() == ["case,dice", "'=1+1,-0.5", "'=x,1"]
-    append_row(tmp_path / "b.csv", {"case": "@x", "loss": -2.0})
-    assert (tmp_path / "b.csv").read_text().splitlines() == ["case,loss", "'@x,-2"]
-    assert read_table(tmp_path / "a.csv") == (
-        ["case", "dice"],
-        [{"case": "=1+1", "dice": "-0.5"}, {"case": "=x", "dice": "1"}],
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"name,subject\n" + b"a" * 200_000 + b",b\n", "field larger"),
-        (b"name,subject\ncaf\xe9,b\n", "utf-8"),
-        (b"name,subject\na,b,c\n", "line 2 has 3 cells, but there are 2 columns"),
-    ],
-)
-def test_a_table_that_cannot_be_read_is_named(tmp_path, content, problem):
-    path = tmp_path / "people.csv"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"people.csv: not a readable table.*{problem}"):
-        read_subjects(path)
-
-
-def test_a_row_that_is_too_short_has_empty_cells(tmp_path):
-    path = tmp_path / "people.tsv"
-    path.write_text("name\tsubject\tsite\na\tb\n\n")
-    assert read_subjects(path) == {"a": ("b", "unknown")}
 
 
 # ---- splits ----

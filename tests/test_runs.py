@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from common import distributed, runs, trackers
+from common.tables import append_row
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -190,28 +191,6 @@ def read_csv(path):
         return list(csv.reader(file))
 
 
-def test_append_row_writes_its_header_once(tmp_path):
-    path = tmp_path / "metrics.csv"
-    runs.append_row(path, {"epoch": 0, "loss": 1 / 3, "note": "a, b"})
-    runs.append_row(path, {"epoch": 1, "loss": float("nan"), "note": "ä"})
-    runs.append_row(path, {"epoch": 2, "loss": 5e-5, "note": None})
-    assert read_csv(path) == [
-        ["epoch", "loss", "note"],
-        ["0", "0.333333", "a, b"],
-        ["1", "nan", "ä"],
-        ["2", "5e-05", ""],
-    ]
-
-
-def test_append_row_keeps_to_the_columns_of_the_first_row(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.touch()  # empty: still gets its header
-    runs.append_row(path, {"epoch": 0, "loss": 0.5})
-    runs.append_row(path, {"loss": 0.25, "added_later": 7, "epoch": 1})
-    runs.append_row(path, {"loss": 0.125})
-    assert read_csv(path) == [["epoch", "loss"], ["0", "0.5"], ["1", "0.25"], ["", "0.125"]]
-
-
 def test_start_log_writes_command_commit_and_versions_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lung_tumor/train.py", "--epochs", "3"])
     monkeypatch.setattr(runs, "git_state", lambda: "abc123 (clean)")
@@ -234,11 +213,11 @@ def test_start_log_rewrites_metrics_from_the_history_of_a_resumed_run(tmp_path):
     history = [{"epoch": 0, "loss": 0.5}, {"epoch": 1, "loss": 0.25}]
     runs.start_log(tmp_path, {"lr": 1.0}, [])("first run")
     for row in [*history, {"epoch": 2, "loss": 9.0}]:  # epoch 2 ended after the last checkpoint
-        runs.append_row(tmp_path / "metrics.csv", row)
+        append_row(tmp_path / "metrics.csv", row)
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("3,0.")  # killed while it wrote
     runs.start_log(tmp_path, {"lr": 2.0}, history)("second run")
-    runs.append_row(tmp_path / "metrics.csv", {"epoch": 2, "loss": 0.125})
+    append_row(tmp_path / "metrics.csv", {"epoch": 2, "loss": 0.125})
     assert read_csv(tmp_path / "metrics.csv") == [
         ["epoch", "loss"],
         ["0", "0.5"],
@@ -347,6 +326,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from common import distributed, runs
+from common.tables import append_row
 
 class Items(torch.utils.data.Dataset):
     def __len__(self):

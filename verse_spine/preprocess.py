@@ -27,10 +27,10 @@ from common.flags import add_workers_flag
 from common.hdf5 import write_case
 from common.hu import why_not_hu
 from common.messages import warn
-from common.metrics import write_table
 from common.pairs import load_pair
 from common.patches import location_index
 from common.scan_files import voxel_mm3
+from common.tables import write_table
 from common.working_case import Spacing, body_and_labels, grid_attributes, to_working_grid
 from verse_spine.cases import Case, find_cases
 from verse_spine.heatmap import HU_RANGE

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from common import report
-from common.metrics import write_table
+from common.tables import write_table
 
 CASES = "cases.csv"  # grows case by case
 HEAT_MAP_FAINT = "whole scan, heat map faint"  # in the column "region"

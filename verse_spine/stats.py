@@ -24,9 +24,9 @@ from common.config import Switch, make_parser, parse_args, run_script
 from common.conversion import each_case
 from common.files import make_folder, printable
 from common.flags import add_workers_flag
-from common.metrics import write_table
 from common.nifti import NiftiFile, Scan, case_name, is_nifti, load_label, open_nifti, same_grid
 from common.splits import natural_key
+from common.tables import write_table
 from verse_spine.cases import Case, find_cases
 from verse_spine.labels import (
     LABEL_NAMES,

@@ -28,11 +28,12 @@ from common.config import fraction, make_parser, parse_args, run_script
 from common.evaluation import add_evaluation_flags, evaluate_folder
 from common.hardware import choose_precision, start_device
 from common.mask_files import label_files, merged_labels
-from common.metrics import classification_scores, write_table
+from common.metrics import classification_scores
 from common.report import clear_report
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
 from common.sweep import Sweep, overlap_lines, size_line, write_sweeps
+from common.tables import write_table
 from wsss_medical.dataset import PARTS, MedicalSliceDataset, patient_of
 from wsss_medical.model import load_trained
 from wsss_medical.segment import GATE, OUTPUTS, THRESHOLD, add_slice_flags, part_of

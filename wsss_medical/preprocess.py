@@ -32,11 +32,11 @@ from common.files import replacing, write_json
 from common.flags import add_workers_flag
 from common.label_measures import structure_mask, tell_structure_labels
 from common.messages import warn
-from common.metrics import write_table
 from common.nifti import load_label
 from common.pairs import why_not_a_pair
 from common.raw_layouts import READERS, Record, find_layout, list_records
 from common.slices import read_scan, to_display, to_pixel_mm
+from common.tables import write_table
 from wsss_medical.dataset import IMAGES, MASKS, split_lines, split_slices, suggested_split
 
 SCAN_STEP = 1000  # the slices of a patient's second scan are numbered from here on
