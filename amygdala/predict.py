@@ -161,8 +161,9 @@ def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Na
     volumes_mm3 = {label: float(counts[label] * scan.voxel_mm3) for label in dataset.structures.names}
     problems = find_warnings(labels, volumes_mm3, dataset, beside_mm)
     sides_mm = np.multiply(scan.shape, scan.spacing_mm)
-    if dataset.localised and min(sides_mm) < LEAST_HEAD_MM:
-        problems.append("only {:.0f} x {:.0f} x {:.0f} mm (z y x), which is no whole head".format(*sides_mm))
+    if (min(sides_mm) >= LEAST_HEAD_MM) != dataset.localised:
+        expected = "whole head" if dataset.localised else "crop around a hippocampus as those trained on"
+        problems.append("{:.0f} x {:.0f} x {:.0f} mm (z y x), which is no {}".format(*sides_mm, expected))
     for problem in problems:
         warn(f"{path.name}: {problem}")
     if args.overlay:

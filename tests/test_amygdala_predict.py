@@ -273,13 +273,16 @@ def test_stray_pieces_are_removed_and_reported(tmp_path, monkeypatch):
 
 
 def test_a_hippocampus_has_parts_and_no_sides(tmp_path, monkeypatch, capsys):
-    write_nifti(tmp_path / "crop.nii.gz", head()[0], (1, 1, 1))
+    write_nifti(tmp_path / "crop.nii.gz", head()[0][:39], (1, 1, 1))
     models = {"fold_0_best.pt": model(dataset="Hippocampus", patch=(48, 48, 48))}
-    assert run(monkeypatch, tmp_path, tmp_path / "out", models=models, box=None) == 0
+    assert run(monkeypatch, tmp_path / "crop.nii.gz", tmp_path / "out", models=models, box=None) == 0
     (row,) = table(tmp_path / "out/volumes.csv")
     assert float(row["anterior_hippocampus_mm3"]) == float(row["posterior_hippocampus_mm3"]) == NUM_VOXELS
     assert "asymmetry_index" not in row and row["warnings"] == ""
     assert "crop.nii.gz: anterior_hippocampus 720 mm3, posterior" in capsys.readouterr().out
+    write_nifti(tmp_path / "head.nii.gz", head()[0], (1, 1, 1))
+    assert run(monkeypatch, tmp_path / "head.nii.gz", tmp_path / "out", models=models, box=None) == 0
+    assert "head.nii.gz: 48 x 44 x 46 mm (z y x), which is no crop around" in capsys.readouterr().out
 
 
 def test_asymmetry():
@@ -306,7 +309,7 @@ def test_what_a_person_should_look_at(tmp_path, monkeypatch, capsys):
     assert "warning: mirrored.nii.gz: the right amygdala lies left of the left amygdala; are left" in told
     assert "warning: small.nii.gz: left amygdala of 450 mm3 is hardly plausible (500 to 3000 mm3" in told
     assert "warning: beside.nii.gz: the region searched lies 38 mm beside the middle of the head" in told
-    assert "warning: piece.nii.gz: only 39 x 44 x 46 mm (z y x), which is no whole head" in told
+    assert "warning: piece.nii.gz: 39 x 44 x 46 mm (z y x), which is no whole head" in told
     assert told.count("warning: ") == 4
     rows = {row["scan"].split("/")[-1]: row for row in table(out / "volumes.csv")}
     assert float(rows["small.nii.gz"]["asymmetry_index"]) == pytest.approx(200 * (450 - 720) / 1170, rel=1e-5)
