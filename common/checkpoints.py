@@ -230,6 +230,7 @@ def load_trained(
     checkpoint = load_checkpoint(weights, device)
     with naming_damage(str(weights)):
         try:
+            check_keys(checkpoint["config"], {"checkpointing": bool | str | None}, "config")
             network = make_network(checkpoint).to(device)
             expected = {"preprocessing": dict, "split": dict, "ema": dict | None}
             check_keys(checkpoint, expected, "what it holds")

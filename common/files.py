@@ -23,6 +23,12 @@ JSON_NAMES |= {bool: "true or false", type(None): "null", tuple: "a list"}
 # ---- writing ----
 
 
+def refuse_pipe(path: str | Path) -> None:
+    """ValueError for a pipe, a device or a folder: to read it could take for ever, replacing it does harm."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: a folder, pipe or device, not a file")
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """Write a file in one step: a reader, or an interruption, never meets half of it.
@@ -44,10 +50,12 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         file behind.
 
     Raises:
+        ValueError: something that is no file has that name.
         FileNotFoundError: nothing was written to it.
         OSError: it cannot be renamed, or with `sync` the disk is full.
     """
     path = Path(path)
+    refuse_pipe(path)
     partial = path.with_name(f".partial_{secrets.token_hex(4)}_{path.name[-50:]}")  # names end at 255 bytes
     try:
         yield partial
@@ -219,12 +227,6 @@ def check_names(values: Any, what: str) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
         raise ValueError(f"{what}: expected a list of names, found {str(values)[:60]}")
     return values
-
-
-def refuse_pipe(path: str | Path) -> None:
-    """ValueError for a pipe, a device or a folder, which to open and read could take for ever."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{path}: a folder, pipe or device, not a file")
 
 
 # What numpy raises where a .npy file, or a member of a .npz file, is damaged; MemoryError also by a header

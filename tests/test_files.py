@@ -191,6 +191,13 @@ def test_keys_of_a_part_of_a_file():
         check_keys(3, {"kept": list}, "lung_001")
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "splits.json")
+    with pytest.raises(ValueError, match="splits.json: a folder, pipe or device, not a file"):
+        write_json(tmp_path / "splits.json", {})
+    assert (tmp_path / "splits.json").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_every_writer_goes_through_it():
     """A file that is written under a temporary name by hand is one more place for the same faults."""
     by_hand = []
@@ -198,10 +205,11 @@ def test_every_writer_goes_through_it():
         for path in (ROOT / folder).glob("*.py"):
             if re.search(r"os\.replace\(|\.partial_", path.read_text(encoding="utf8")):
                 by_hand.append(f"{folder}/{path.name}")
-    # The cache of slices and the phantoms rename whole folders.
+    # The cache of slices and the phantoms rename whole folders, DICOM conversion what dcm2niix has written.
     assert set(by_hand) <= {
         "common/files.py",
         "common/checkpoints.py",
+        "common/dicom_conversion.py",
         "common/phantoms.py",
         "lung_tumor/dataset.py",
         "lung_tumor/phantoms.py",

@@ -68,6 +68,10 @@ def test_a_network_with_a_part_called_module_keeps_its_names():
         (lambda s: s["model"].update({"0.bias": 1}), "holds no weights"),
         (lambda s: s.update(model=[1]), '"model" should be an object'),
         (lambda s: s.update(config=None), '"config" should be an object, found null'),
+        (
+            lambda s: s["config"].update(checkpointing=torch.ones(2)),
+            '"checkpointing" should be true or false or a text',
+        ),
         (lambda s: s.pop("split"), '"split" is missing'),
         (lambda s: s.update(preprocessing=[1]), '"preprocessing" should be an object'),
         (lambda s: s.update(ema={"average": 1}), '"average" should be an object'),
@@ -225,6 +229,14 @@ def test_sizes_of_a_checkpoint_that_cannot_be_used(tmp_path, task, key, value):
     torch.save(state, tmp_path / "best.pt")
     with pytest.raises(ValueError, match=f"best.pt: .*{key}"):
         TASKS[task][1](tmp_path / "best.pt")
+
+
+def test_a_spine_network_without_its_scaling_of_grey_values(tmp_path):
+    state = spine()
+    del state["config"]["intensity"]
+    torch.save(state, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match='best.pt: config: "intensity" is missing, expected a text'):
+        load_spine(tmp_path / "best.pt")
 
 
 def test_the_parts_of_a_split_are_lists_of_names_and_may_be_missing(tmp_path):

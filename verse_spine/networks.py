@@ -95,7 +95,8 @@ def load_trained(weights: str | Path, device: torch.device, precision: Precision
         check_numbers(checkpoint["preprocessing"]["spacing_mm"], 3, "spacing_mm in it", above=0)
         check_sizes(checkpoint["config"]["patch_size"], 3, "patch_size in it")
         check_numbers(checkpoint["preprocessing"].get("hu_range", (0, 1)), 2, "hu_range in it")
-        check_keys(checkpoint["config"], {"intensity": str | None, "target": str | None}, "config")
+        intensity = str if stage == "segmentation" else str | None
+        check_keys(checkpoint["config"], {"intensity": intensity, "target": str | None}, "config")
         if stage == "segmentation" and checkpoint["num_outputs"] != num_outputs(
             checkpoint["config"]["labels"]
         ):
