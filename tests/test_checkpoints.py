@@ -313,7 +313,8 @@ def test_load_trained_takes_averaged_weights_where_there_are_any(averaged, tmp_p
     expected = 5.0 if averaged else 3.0
     assert trained.network.weight.tolist() == [[expected, expected]]
     assert not trained.network.training
-    assert trained.preprocessing == {"spacing_mm": [1.0, 2.0, 3.0]} and trained.split == {"train": ["a"]}
+    assert trained.preprocessing == {"spacing_mm": [1.0, 2.0, 3.0]}
+    assert trained.split == {"train": ["a"], "val": [], "test": []}
 
 
 def test_load_trained_names_the_file_of_another_task(tmp_path):

@@ -272,7 +272,7 @@ def test_missing_file_and_folder(parser, tmp_path, capsys):
     assert f"--config {tmp_path}/no.yaml: No such file" in refusal(
         capsys, parser, ["--config", f"{tmp_path}/no.yaml"]
     )
-    assert f"--config {tmp_path}: Is a directory" in refusal(capsys, parser, ["--config", tmp_path])
+    assert f"--config {tmp_path}: a folder, pipe or device" in refusal(capsys, parser, ["--config", tmp_path])
     message = refusal(capsys, parser, ["--config"])
     assert message == "script.py: error: argument --config: expected one argument"
 

@@ -378,7 +378,7 @@ def test_wrong_folders_and_flags(tmp_path):
     for source, flags, message in (
         ("none", (), "none: no such folder; verse_spine/download.py"),
         ("empty", (), "empty: no scan rawdata/sub-.*give the folder above"),
-        ("source", ("--spacing", 1, 0, 1), "--spacing 1.0 0.0 1.0: millimetres above zero"),
+        ("source", ("--spacing", 1, 2000, 1), "--spacing 1.0 2000.0 1.0: millimetres between 0 and 1000"),
     ):
         with pytest.raises(SystemExit, match=message):
             convert(tmp_path / source, tmp_path / "out", *flags)

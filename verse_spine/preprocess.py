@@ -153,7 +153,7 @@ def convert(args: Namespace) -> dict[str, str]:
         ValueError, OSError: nothing can be converted as asked.
     """
     if not all(0 < mm < 1000 for mm in args.spacing):
-        raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: millimetres above zero")
+        raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: millimetres between 0 and 1000")
     out, spacing_mm = Path(args.out), tuple(args.spacing)
     cases = find_cases(args.source)
     about_all = {"spacing_mm": list(spacing_mm), "hu_range": HU_RANGE, "labels": class_names("levels26")}
