@@ -119,11 +119,7 @@ def localiser_loss(scores: Tensor, maps: Tensor, complete: Tensor) -> Tensor:
 
 
 def train_localiser(
-    cases: Sequence[CaseFile],
-    device: torch.device,
-    precision: Precision,
-    seed: int,
-    updates: int,
+    cases: Sequence[CaseFile], device: torch.device, precision: Precision, seed: int, updates: int
 ) -> dict:
     """Train on whole heads; returns what `find_middles` needs, as plain values and tensors.
 

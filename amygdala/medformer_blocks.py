@@ -74,10 +74,7 @@ class Style:
 
     def separable(self, in_channels: int, out_channels: int, kernel: Sequence[int]) -> nn.Sequential:
         """A convolution of each channel by itself, then one of one voxel, with nothing in between."""
-        return nn.Sequential(
-            self.depthwise(in_channels, kernel),
-            self.pointwise(in_channels, out_channels),
-        )
+        return nn.Sequential(self.depthwise(in_channels, kernel), self.pointwise(in_channels, out_channels))
 
     def projection(self, in_channels: int, out_channels: int, kernel: Sequence[int]) -> nn.Module:
         """How attention reads features: `separable`, or one voxel by itself."""
