@@ -43,12 +43,13 @@ class Threshold(nn.Module):
 
 
 def read_results(folder, name: str) -> tuple[dict, list[list[str]]]:
-    """The JSON file, and the cells of the Markdown file's table without its header."""
+    """The JSON file, and the cells of the Markdown file's first table without its header."""
     text = (folder / f"{name}.md").read_text(encoding="utf8")
     content = json.loads((folder / f"{name}.json").read_text(encoding="utf8"))
     for key in ("command", "date", "commit", "machine", "versions"):
         assert f"- {key}: {content[key]}" in text
-    table = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    first = next(part for part in text.split("\n\n") if part.startswith("|"))
+    table = [line.strip("|").split("|") for line in first.splitlines()]
     assert len({len(row) for row in table}) == 1
     return content, [[cell.strip() for cell in row] for row in table[2:]]
 
@@ -58,22 +59,31 @@ def test_score_by_hand():
     labels[0, :5] = 1  # 50 pixels
     labels[1, 0, :4] = 1  # 4 pixels
     images = 255 * labels
-    score = lung_tumor_patches.score
-    assert score(Threshold(0), images, labels, CPU) == dict(
-        pooled_dice=1, tumour_patch_dice=1, empty_patch_fp=0
-    )
-    assert score(Threshold(2), images, labels, CPU) == dict(
-        pooled_dice=0, tumour_patch_dice=0, empty_patch_fp=0
-    )
-    everything = score(Threshold(-2), images, labels, CPU)
+
+    def score(level):
+        probs = lung_tumor_patches.tumour_probs(Threshold(level), images, CPU)
+        return lung_tumor_patches.score(probs, labels)
+
+    assert score(0) == dict(pooled_dice=1, tumour_patch_dice=1, empty_patch_fp=0)
+    assert score(2) == dict(pooled_dice=0, tumour_patch_dice=0, empty_patch_fp=0)
+    everything = score(-2)
     assert everything["pooled_dice"] == pytest.approx(2 * 54 / (54 + 400))
     assert everything["tumour_patch_dice"] == pytest.approx((100 / 150 + 8 / 104) / 2)
     assert everything["empty_patch_fp"] == 1
     images[1] = 0  # the small tumour is missed
     images[2, 3, 3] = 255  # and one pixel is invented
-    some = score(Threshold(0), images, labels, CPU)
+    some = score(0)
     assert some["pooled_dice"] == pytest.approx(2 * 50 / (2 * 50 + 1 + 4))
     assert some["tumour_patch_dice"] == 0.5 and some["empty_patch_fp"] == 0.5
+
+
+def test_scores_by_threshold():
+    labels = np.array([[[1, 1, 0, 0]], [[0, 0, 0, 0]]], np.uint8)
+    probs = np.array([[[0.9, 0.4, 0.2, 0.1]], [[0.3, 0.1, 0.0, 0.0]]], np.float32)
+    at = {t: tuple(lung_tumor_patches.score(probs, labels, t).values()) for t in (0.15, 0.35, 0.5)}
+    assert at[0.15] == pytest.approx((4 / 6, 4 / 5, 1))  # 2 right, 1 extra in the patch, 1 in the empty one
+    assert at[0.35] == (1, 1, 0)
+    assert at[0.5] == pytest.approx((2 / 3, 2 / 3, 0))
 
 
 def test_batches_repeat_with_the_seed(data_path):
@@ -101,6 +111,8 @@ def test_patches_script_learns_and_reports(data_path, tmp_path):
     assert all(r["pooled_dice"] > 0.8 for r in rows), "a bright square on a dark ground is easy"
     assert content["means"]["ours"]["pooled_dice"] == pytest.approx(np.mean([r["pooled_dice"] for r in rows]))
     assert [row[0] for row in table] == ["ours"]
+    half = [r["thresholds"]["0.5"]["pooled_dice"] for r in rows]
+    assert half == [r["pooled_dice"] for r in rows]
     assert float(table[0][3].split()[0]) == pytest.approx(content["means"]["ours"]["pooled_dice"], abs=6e-4)
 
 
