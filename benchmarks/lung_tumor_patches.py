@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.config import (
     Switch,
     make_parser,
+    non_negative_float,
     non_negative_int,
     parse_args,
     positive_float,
@@ -80,14 +81,16 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--lr",
         type=positive_float,
-        default=3e-3,
-        help="highest learning rate of this project's network; it falls as a cosine",
+        nargs=2,
+        default=[3e-3, 1e-2],
+        help="highest learning rates of this project's network and of MONAI's; they fall as a cosine",
     )
     parser.add_argument(
-        "--monai_lr",
-        type=positive_float,
-        default=1e-2,
-        help="highest learning rate of MONAI's network; it falls as a cosine",
+        "--empty_weight",
+        type=non_negative_float,
+        nargs=2,
+        default=[0.0, 1.0],
+        help="factors on the Dice loss of patches without tumour, for the two networks; as in train.py",
     )
     parser.add_argument(
         "--base_features",
@@ -115,13 +118,7 @@ def build_parser() -> ArgumentParser:
         help="number of processor threads of torch; 0 = as many as there are cores; take 1 on a machine "
         "that others use",
     )
-    parser.add_argument(
-        "--jobs",
-        type=positive_int,
-        default=1,
-        help="number of processes that train at the same time, each with --threads and another seed or "
-        "direction; times are those of the processor then, not of the clock",
-    )
+    parser.add_argument("--jobs", type=positive_int, default=1, help="number of runs at the same time")
     parser.add_argument(
         "--out",
         default="benchmarks/results",
@@ -164,22 +161,25 @@ def batches(images: np.ndarray, labels: np.ndarray, size: int, seed: int) -> Ite
         yield normalise(image).unsqueeze(1), torch.from_numpy(target.astype(np.int64))
 
 
-def train(networks: dict, data: Iterator, steps: int, lr: dict, device: torch.device) -> dict[str, list]:
+def train(
+    networks: dict, data: Iterator, steps: int, settings: dict[str, tuple], device: torch.device
+) -> dict[str, list]:
     """Train all networks (by name) on the same batches, one step each in turns; ms of every step by name.
 
-    On one thread of a CPU these are ms of the processor, so that other programs do not count.
+    `settings` holds, by name, the highest learning rate and the weight of patches without tumour. On one
+    thread of a CPU the ms are those of the processor, so that other programs do not count.
     """
     own_time = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if own_time else time.perf_counter
-    loss_function, taken_ms = get_loss("dice_bce"), {name: [] for name in networks}
+    taken_ms = {name: [] for name in networks}
     optimizers = {k: torch.optim.AdamW(n.parameters(), weight_decay=1e-4) for k, n in networks.items()}
     for step in range(steps):
         image, target = (part.to(device) for part in next(data))  # (N, 1, h, w), (N, h, w)
         for name, network in networks.items():
-            start, optimizer = clock(), optimizers[name]
-            optimizer.param_groups[0]["lr"] = learning_rate("cosine_annealing", step / steps, lr[name], 1e-6)
+            start, optimizer, (lr, empty_weight) = clock(), optimizers[name], settings[name]
+            optimizer.param_groups[0]["lr"] = learning_rate("cosine_annealing", step / steps, lr, 1e-6)
             optimizer.zero_grad(set_to_none=True)
-            loss_function(network(image), target).backward()
+            get_loss("dice_bce", empty_weight=empty_weight)(network(image), target).backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             if device.type == "cuda":
@@ -217,8 +217,9 @@ def run(args: Namespace, names: list[str], steps: int, seed_and_files: tuple[int
     torch.set_num_threads(args.threads)
     patches = {part: load_patches(Path(args.data_path, f"{part}.npz")) for part in (trained, scored)}
     networks = {name: build_network(name, args, seed).to(device) for name in names}
-    lr = {name: args.lr if name == "ours" else args.monai_lr for name in names}
-    taken_ms = train(networks, batches(*patches[trained], args.batch_size, seed), steps, lr, device)
+    own, peer = zip(args.lr, args.empty_weight, strict=True)
+    settings = {name: own if name == "ours" else peer for name in names}
+    taken_ms = train(networks, batches(*patches[trained], args.batch_size, seed), steps, settings, device)
     rows, (images, labels) = {}, patches[scored]
     for name, network in networks.items():
         probs = tumour_probs(network, images, device)

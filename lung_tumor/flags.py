@@ -146,6 +146,14 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="share, 0 to 1, that the tumour pixels of a slice together have in the class-balanced "
         "cross-entropy, however few they are; a larger one finds more tumour and more false alarms",
     )
+    optim.add_argument(
+        "--empty_weight",
+        type=fraction,
+        default=1.0,
+        help="factor, 0 to 1, on the Dice loss of slices without tumour in dice_bce and dice; a smaller one "
+        "finds more of large and faint tumours and gives false alarms in more slices without tumour; 0 "
+        "leaves these slices to the cross-entropy of dice_bce",
+    )
     add_ema_flags(optim, ema=False, decay=0.99)
     augment = parser.add_argument_group("augmentation")
     augment.add_argument(

@@ -40,25 +40,32 @@ def get_model(config: dict) -> nn.Module:
 
 
 def get_loss(
-    name: str, ce_weight: float = 1.0, dice_weight: float = 1.0, tumour_weight: float = 0.5
+    name: str,
+    ce_weight: float = 1.0,
+    dice_weight: float = 1.0,
+    tumour_weight: float = 0.5,
+    empty_weight: float = 1.0,
 ) -> Callable[..., Tensor]:
     """A function (logits, target) -> scalar.
 
     dice_bce is balanced cross-entropy + Dice on the softmax; the project that this task grew from called it
     so, although it holds no binary cross-entropy. Lists of logits (deep supervision) are weighted by
-    DEEP_SUPERVISION_WEIGHTS.
+    DEEP_SUPERVISION_WEIGHTS. The weights are those of train.py's flags.
     """
+
+    def dice(logits: Tensor, target: Tensor) -> Tensor:
+        return losses.dice_loss(logits, target, empty_weight=empty_weight)
 
     def dice_bce(logits: Tensor, target: Tensor) -> Tensor:
         ce = losses.balanced_cross_entropy(logits, target, foreground_weight=tumour_weight)
-        return ce_weight * ce + dice_weight * losses.dice_loss(logits, target)
+        return ce_weight * ce + dice_weight * dice(logits, target)
 
     def balanced_ce(logits: Tensor, target: Tensor) -> Tensor:
         return losses.balanced_cross_entropy(logits, target, foreground_weight=tumour_weight)
 
     loss: Callable[[Tensor, Tensor], Tensor] = {
         "dice_bce": dice_bce,
-        "dice": losses.dice_loss,
+        "dice": dice,
         "ce": losses.cross_entropy,
         "balanced_ce": balanced_ce,
         "focal_tversky": losses.focal_tversky_loss,

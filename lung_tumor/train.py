@@ -85,7 +85,9 @@ def train(
     # ---- network, precision, optimiser ----
     config = resolved_config(args)
     network = get_model(config).to(device, memory_format=torch.channels_last)
-    loss_function = get_loss(args.loss, args.ce_weight, args.dice_weight, args.tumour_weight)
+    loss_function = get_loss(
+        args.loss, args.ce_weight, args.dice_weight, args.tumour_weight, args.empty_weight
+    )
     setup = set_up_step(
         network,
         lambda checkpointing: get_model(config | {"checkpointing": checkpointing}),

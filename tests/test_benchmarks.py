@@ -101,7 +101,7 @@ def test_batches_repeat_with_the_seed(data_path):
 
 def test_patches_script_learns_and_reports(data_path, tmp_path):
     flags = ["--data_path", data_path, "--out", tmp_path / "out", "--models", "ours", "--seeds", 1]
-    flags += ["--steps", 40, "--batch_size", 4, "--base_features", 4, "--lr", 0.02]
+    flags += ["--steps", 40, "--batch_size", 4, "--base_features", 4, "--lr", 0.02, 0.02]
     returned = lung_tumor_patches.main(flags)
     content, table = read_results(tmp_path / "out", "lung_tumor_patches")
     assert str(tmp_path) not in json.dumps(content)

@@ -117,6 +117,18 @@ def test_dice_cost_of_false_positives_on_an_empty_image(false_positives, cost):
     assert round(loss.item(), 2) == cost
 
 
+def test_weight_of_the_dice_of_empty_images():
+    """Image 0 is empty with 3 false-positive voxels, image 1 has 2 voxels, one found and one invented."""
+    target = torch.tensor([[[0, 0], [0, 0]], [[1, 1], [0, 0]]])
+    logits = certain(torch.tensor([[[1, 1], [1, 0]], [[1, 0], [1, 0]]]), 2, 50)
+    for weight in (0.0, 0.25, 1.0):
+        loss = dice_loss(logits, target, empty_weight=weight)
+        assert loss.item() == pytest.approx((weight * 3 / 4 + 2 / 5) / 2, abs=1e-6)
+    only_empty = logits[:1].clone().requires_grad_()
+    dice_loss(only_empty, target[:1], empty_weight=0).backward()
+    assert not only_empty.grad.any()
+
+
 def test_dice_by_hand():
     target = torch.tensor([[[1, 1], [0, 0]]])
     pred = torch.tensor([[[1, 0], [1, 0]]])
