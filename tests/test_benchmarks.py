@@ -128,12 +128,16 @@ def test_patches_script_without_monai(data_path, tmp_path, monkeypatch, capsys):
 def test_patches_script_with_monai(data_path, tmp_path):
     pytest.importorskip("monai")
     flags = ["--data_path", data_path, "--out", tmp_path / "out", "--seeds", 1, "--steps", 3]
+    flags += ["--models", "ours", "monai", "monai_batch_norm"]
     lung_tumor_patches.main([*flags, "--batch_size", 2, "--base_features", 4])
     content, table = read_results(tmp_path / "out", "lung_tumor_patches")
     runs = content["runs"]
-    ours, monai, cut = list(runs)[:3]
-    assert (ours, monai) == ("ours", "monai") and cut in ("ours, equal time", "monai, equal time")
-    assert len(table) == len(runs) == 5
+    ours, monai, batch_norm, cut = list(runs)[:4]
+    assert (ours, monai, batch_norm) == ("ours", "monai", "monai_batch_norm")
+    assert cut in ("ours, equal time", "monai, equal time")
+    merged = 2 * (16 + 32 + 64 + 128)  # scale and shift of each channel, which MONAI's instance norm lacks
+    assert runs[batch_norm][0]["parameters"] == runs[monai][0]["parameters"] + merged
+    assert len(table) == len(runs) == 6
     assert 1 <= runs[cut][0]["steps"] <= 3 == runs[ours][0]["steps"] == runs[monai][0]["steps"]
     for key in ("pooled_dice", "ms_per_step"):
         expected = [a[key] - b[key] for a, b in zip(runs[ours], runs[monai], strict=True)]

@@ -80,7 +80,16 @@ def test_all_folds_score_every_volume_once(phantom_slices, tmp_path):
     "flags",
     [
         ["--model", "UNet", "--no-bilinear", "--loss", "focal_tversky", "--schedule", "warmup_cosine"],
-        ["--deep_supervision", "--loss", "dice", "--ema", "--schedule", "reduce_on_plateau"],
+        [
+            "--deep_supervision",
+            "--loss",
+            "dice",
+            "--empty_weight",
+            "0.5",
+            "--ema",
+            "--schedule",
+            "reduce_on_plateau",
+        ],
         ["--norm", "group", "--loss", "ce", "--checkpointing", "--no-augment", "--grad_clip", "0"],
         ["--loss", "balanced_ce", "--amp", "bf16", "--schedule", "constant"],
     ],
@@ -93,6 +102,21 @@ def test_every_option_trains_and_resumes(flags, phantom_slices, tmp_path):
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["loss"] == flags[flags.index("--loss") + 1]
+
+
+def test_loss_without_the_dice_of_empty_slices():
+    """A slice without tumour then costs its cross-entropy only; one with tumour costs the same as before."""
+    logits = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros(2, 8, 8, dtype=torch.int64)
+    target[1, 2:5, 2:5] = 1
+    whole, partial, cross_entropy = (
+        get_loss("dice_bce"),
+        get_loss("dice_bce", empty_weight=0),
+        get_loss("balanced_ce"),
+    )
+    assert partial(logits[:1], target[:1]) == cross_entropy(logits[:1], target[:1])
+    assert partial(logits[1:], target[1:]) == whole(logits[1:], target[1:])
+    assert get_loss("dice", empty_weight=0)(logits[:1], target[:1]) == 0
 
 
 def test_ema_is_what_is_kept(phantom_slices, tmp_path):
