@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from amos_lha.cases import Case, list_data_set
 from amos_lha.organs import ORGANS, STRUCTURES, group_of
 from benchmarks.abdomen_training import CPU, FILE_ENDING, train_monai, train_nnunet
-from benchmarks.lung_tumor_patches import write_results
+from benchmarks.results_files import write_results
 from common.class_metrics import score_structures
 from common.config import (
     Switch,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.lung_tumor_patches import write_results
+from benchmarks.results_files import write_results
 from common.augment import Augmentation3d, augment_batch
 from common.config import make_parser, parse_args, positive_int, resolved_config
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amygdala.dataset import Cohort
 from amygdala.structures import DATASETS, NUM_CLASSES
-from benchmarks.lung_tumor_patches import write_results
+from benchmarks.results_files import write_results
 from common.class_metrics import mean_dice, score_structures
 from common.config import make_parser, parse_args, positive_float, positive_int, run_script, seed_number
 from common.files import read_json

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha.lha_net import PMSA, BottleneckBlock, ResidualBlock
 from benchmarks.lha_networks import step_seconds
-from benchmarks.lung_tumor_patches import write_results
+from benchmarks.results_files import write_results
 from common.config import make_parser, parse_args, positive_int
 from common.hardware import DTYPES
 from common.layers import ConvNormAct, InstanceNorm, fast_layout

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amos_lha.networks import get_model
-from benchmarks.lung_tumor_patches import write_results
+from benchmarks.results_files import write_results
 from common.config import make_parser, parse_args, positive_int
 from common.hardware import DTYPES
 from common.losses import dice_ce_loss

@@ -11,7 +11,6 @@ probability than 0.5. Writes lung_tumor_patches.json and .md to --out.
 """
 
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.results_files import PACKAGES, write_results
 from common.config import (
     Switch,
     make_parser,
@@ -39,17 +39,15 @@ from common.config import (
     positive_int,
     resolved_config,
 )
-from common.hardware import describe_device, pick_device
+from common.hardware import pick_device
 from common.metrics import binary_counts, dice_from_counts
 from common.networks import AttentionUNet
-from common.runs import git_state
 from common.schedules import learning_rate
 from lung_tumor.augmentations import Augmentation
 from lung_tumor.model import NUM_CLASSES, get_loss
 from lung_tumor.slices import normalise
 
 MODELS = ("ours", "monai", "monai_batch_norm")
-PACKAGES = ("torch", "numpy", "cv2", "albumentations", "monai")
 MONAI_CHANNELS = (16, 32, 64, 128, 256)  # as ours at base_features 16, but for our bottleneck of 128
 DIRECTIONS = (("val", "test"), ("test", "val"))  # trained on, scored on
 SCORES = {"pooled_dice": 3, "tumour_patch_dice": 3, "empty_patch_fp": 2}  # and their decimal places
@@ -241,26 +239,6 @@ def threshold_table(runs: dict[str, list[dict]]) -> str:
             cells = [f"{mean:.{digits}f}" for mean, digits in zip(means, SCORES.values(), strict=True)]
             table += f"| {threshold} | {name} | {' | '.join(cells)} |\n"
     return table
-
-
-def write_results(out: str, name: str, argv: list | None, content: dict, rows: list, notes: str) -> None:
-    """out/<name>.json (`content`) and .md (`rows` by column title, `notes`), each with its origin."""
-    words = map(str, sys.argv[1:] if argv is None else argv)
-    words = [Path(w).name if Path(w).is_absolute() else w for w in words]  # names no folder of this machine
-    origin = {
-        "command": " ".join(["python", f"benchmarks/{name}.py", *words]),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": git_state(),
-        "machine": describe_device(torch.device("cpu")),
-        "versions": ", ".join(f"{m} {sys.modules[m].__version__}" for m in PACKAGES if m in sys.modules),
-    }
-    head = "".join(f"- {key}: {value}\n" for key, value in origin.items())
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    table = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + f"\n{notes}\n"
-    Path(out).mkdir(parents=True, exist_ok=True)
-    Path(out, f"{name}.json").write_text(json.dumps(origin | content, indent=2) + "\n", encoding="utf8")
-    Path(out, f"{name}.md").write_text(f"# {name}\n\n{head}\n{table}", encoding="utf8")
-    print(f"\n{table}\nwritten: {Path(out, name)}.json and .md")
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amygdala.medformer import MedFormer
 from amygdala.structures import NUM_CLASSES
-from benchmarks.lung_tumor_patches import write_results
+from benchmarks.results_files import write_results
 from benchmarks.training_memory import PRECISIONS, measure
 from common.config import make_parser, parse_args, positive_int, read_yaml_files
 from common.hardware import describe_device, pick_device

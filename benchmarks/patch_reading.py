@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.lung_tumor_patches import write_results
+from benchmarks.results_files import write_results
 from common.config import make_parser, parse_args, positive_int
 from common.hdf5 import CaseFile, write_case
 from common.nifti import load_nifti, write_nifti

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.lung_tumor_patches import write_results
+from benchmarks.results_files import write_results
 from benchmarks.slice_loading import shown
 from common.config import make_parser, parse_args, positive_int
 from common.volumes import resample, resampled_shape

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.lung_tumor_patches import write_results
+from benchmarks.results_files import write_results
 from common.config import make_parser, parse_args, positive_int, run_script
 from common.hardware import choose_precision, start_device
 from common.metrics import binary_counts, dice_from_counts

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.lung_tumor_patches import write_results
+from benchmarks.results_files import write_results
 from common.config import make_parser, parse_args, positive_int
 from lung_tumor.dataset import pack_slices
 from lung_tumor.phantoms import chest_phantom

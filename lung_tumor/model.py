@@ -19,6 +19,7 @@ from lung_tumor.slices import fit_to_square, normalise, probs_from_square
 NUM_CLASSES = 2  # background, tumour
 MODELS = ("AttentionUNet", "UNet")
 LOSSES = ("dice_bce", "dice", "ce", "balanced_ce", "focal_tversky")
+LOSS_WEIGHTS = ("ce_weight", "dice_weight", "tumour_weight", "empty_weight")  # flags, see `get_loss`
 # Weights of the losses at strides 1, 2, 4, 8 under deep supervision.
 DEEP_SUPERVISION_WEIGHTS = (1.0, 0.4, 0.2, 0.1)
 # Flags that decide the shape of the weights; a run can only be resumed with the same ones.

@@ -32,7 +32,7 @@ from lung_tumor.augmentations import Augmentation
 from lung_tumor.dataset import PackedSlices, SliceDataset, open_data
 from lung_tumor.evaluate import evaluate_volumes, validate
 from lung_tumor.flags import add_training_flags
-from lung_tumor.model import ARCHITECTURE, get_loss, get_model, load_trained
+from lung_tumor.model import ARCHITECTURE, LOSS_WEIGHTS, get_loss, get_model, load_trained
 from lung_tumor.preprocess import demo_dataset
 from lung_tumor.report import save_val_predictions, write_report
 
@@ -85,9 +85,7 @@ def train(
     # ---- network, precision, optimiser ----
     config = resolved_config(args)
     network = get_model(config).to(device, memory_format=torch.channels_last)
-    loss_function = get_loss(
-        args.loss, args.ce_weight, args.dice_weight, args.tumour_weight, args.empty_weight
-    )
+    loss_function = get_loss(args.loss, **{name: config[name] for name in LOSS_WEIGHTS})
     setup = set_up_step(
         network,
         lambda checkpointing: get_model(config | {"checkpointing": checkpointing}),
