@@ -114,9 +114,12 @@ def save_panels(
     for each image two letters that stand at its left and at its right edge, such as "RL".
     """
     from matplotlib.patches import Patch
+    from matplotlib.patheffects import withStroke
 
     columns = max(len(row) for row in rows) + bool(legend)
-    figure, axes = new_figure(len(rows), columns, (height * columns, (height + 0.25) * len(rows)))
+    shares = [max((image.shape[0] / image.shape[1] for image in row), default=1) for row in rows]
+    heights = [height * min(share, 1) + 0.25 for share in shares]  # a row of wide images is low
+    figure, axes = new_figure(len(rows), columns, (height * columns, sum(heights)), heights)
     if legend:
         handles = [Patch(color=np.divide(rgb, 255), label=name) for name, rgb in legend.items()]
         axes[0, -1].legend(handles=handles, loc="upper left", fontsize=8, frameon=False)
@@ -130,6 +133,7 @@ def save_panels(
         for axis, letters in zip(axis_row, letters_row, strict=False):
             for letter, place, side in zip(letters, (0.02, 0.98), ("left", "right"), strict=True):
                 look = {"ha": side, "va": "center", "color": "white", "fontsize": 8}
+                look["path_effects"] = [withStroke(linewidth=1.5, foreground="black")]  # on white, too
                 axis.text(place, 0.5, letter, transform=axis.transAxes, **look)
     save_figure(figure, path)
 
@@ -140,9 +144,12 @@ def save_figure(figure, path: str | Path) -> None:
         figure.savefig(partial, format="png", dpi=100)
 
 
-def new_figure(rows: int, columns: int, size: tuple[float, float]):
-    """(figure, 2-D array of axes), `size` in inches; no pyplot, hence no display and no global state."""
+def new_figure(rows: int, columns: int, size: tuple[float, float], heights: Sequence[float] | None = None):
+    """(figure, 2-D array of axes), `size` in inches; no pyplot, hence no display and no global state.
+
+    `heights` of the rows, in any unit; None: all alike.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="tight")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=heights)

@@ -203,6 +203,13 @@ def test_panels_are_a_png_of_the_expected_size(tmp_path):
     assert (quarters[3] == 255).all()  # the missing panel is blank, without axes
 
 
+def test_a_row_of_wide_images_is_low(tmp_path):
+    wide, square = np.zeros((10, 40), np.uint8), np.zeros((20, 20), np.uint8)
+    save_panels(tmp_path / "panels.png", [[wide], [square]], [["wide"], ["square"]], height=2.0)
+    # A quarter of 2 inches and 2 inches, with 0.25 for each title.
+    assert read_png(tmp_path / "panels.png").shape == (300, 200, 3)
+
+
 def test_panels_show_grey_values_as_they_are(tmp_path):
     """A dim slice stays dim: no stretching by its own minimum and maximum."""
     dim = np.full((20, 20), 40, np.uint8)
