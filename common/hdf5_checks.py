@@ -36,6 +36,17 @@ def open_file(path: Path):
             known = start.read(8) == b"\x89HDF\r\n\x1a\n"
         reason = "truncated or still being written" if known else "not an HDF5 file, or cut off at the start"
         raise ValueError(f"{path}: {reason} ({error}); {AGAIN}") from error
+    try:
+        _check_content(file, path)
+    except (KeyError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); {AGAIN}") from error
+    return file
+
+
+def _check_content(file, path: Path) -> None:
+    """ValueError: no case of this project, or one that cannot be read here; else what h5py raises."""
+    import h5py
+
     version = file.attrs.get("format_version", 0)
     version = int(version) if np.ndim(version) == 0 and np.isreal(version) else 0
     if version > FORMAT_VERSION:
@@ -65,7 +76,6 @@ def open_file(path: Path):
                 f"{path}: compressed with {file.attrs.get('compression')}, which is not installed here; "
                 f"pip install hdf5plugin, or {AGAIN}"
             )
-    return file
 
 
 def own_dataset(group, name: str, what: str):

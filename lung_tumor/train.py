@@ -56,8 +56,9 @@ def open_training_data(args: Namespace) -> tuple[PackedSlices, dict[str, list[st
 def data_notes(packed: PackedSlices, preprocessing: dict, image_size: int) -> list[str]:
     """What the log should say about pixels and masks."""
     notes = []
-    if pixel_mm := preprocessing["pixel_mm"]:
-        seen_mm = pixel_mm / preprocessing["scale"]
+    pixel_mm, scale = preprocessing["pixel_mm"], preprocessing["scale"]
+    if pixel_mm and scale:
+        seen_mm = pixel_mm / scale
         notes.append(f"pixels: {seen_mm:.3g} mm in squares of {image_size} pixels")
     if packed.num_unclean:
         unclean = f"{packed.num_unclean} masks hold grey values besides 0 and 255"

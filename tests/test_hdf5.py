@@ -314,6 +314,24 @@ def test_damaged_voxels_say_so(case_path):
         CaseFile(case_path).read_image((0, 0, 0), (30, 30, 30))
 
 
+def test_a_flipped_bit_anywhere_is_read_or_refused(case_path):
+    """What is not voxels lies at the beginning of the file."""
+    content, rng, refused = case_path.read_bytes(), np.random.default_rng(0), 0
+    for place in rng.integers(8, 6000, 150):
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(rng.integers(8))
+        case_path.write_bytes(changed)
+        case = CaseFile(case_path)
+        try:
+            case.read_image((0, 0, 0), (4, 4, 4)), case.read_label((0, 0, 0), (4, 4, 4))
+            _ = case.spacing_mm, [case.locations(name) for name in case.index_names]
+        except ValueError as error:
+            assert "case.h5" in str(error)
+            refused += 1
+        case.close()
+    assert refused > 10
+
+
 def test_files_that_are_no_case_say_so(tmp_path):
     path = tmp_path / "a.h5"
     path.write_bytes(b"\x1f\x8b" + bytes(5000))

@@ -1,9 +1,12 @@
-"""verse_spine/dataset.py: the box of a case's vertebrae."""
+"""verse_spine/dataset.py: the folder of cases, and the box of a case's vertebrae."""
+
+import json
 
 import numpy as np
+import pytest
 
 from common.hdf5 import CaseFile, write_case
-from verse_spine.dataset import spine_box
+from verse_spine.dataset import VerSe, spine_box
 
 
 def make_case(path, boxes) -> CaseFile:
@@ -26,3 +29,13 @@ def test_spine_box_by_hand(tmp_path):
 
 def test_no_vertebra_has_no_box(tmp_path):
     assert spine_box(make_case(tmp_path / "a.h5", [])) is None
+
+
+def test_the_hu_range_of_a_data_set_is_two_numbers(tmp_path):
+    (tmp_path / "cases").mkdir()
+    make_case(tmp_path / "cases" / "a.h5", [])
+    entry = {"name": "a", "subject": "a", "part": "training", "edition": 19}
+    notes = {"spacing_mm": [3, 1, 0.5], "cases": [entry], "hu_range": 5}
+    (tmp_path / "preprocessing.json").write_text(json.dumps(notes))
+    with pytest.raises(ValueError, match='preprocessing.json: "hu_range": expected 2 number'):
+        VerSe(tmp_path)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.files import NPY_ERRORS, replacing
+from common.files import NPY_ERRORS, check_numbers, replacing
 from common.hdf5 import CaseFile
 from common.patches import draw_patch
 from common.preprocessed import choose_split, read_cases
@@ -53,6 +53,9 @@ class VerSe:
         self.preprocessing, self.entries, files = read_cases(
             path, "verse_spine", "--source <VerSe folder>", ENTRY, ATTRIBUTES
         )
+        if "hu_range" in self.preprocessing:
+            what = f'{self.path / "preprocessing.json"}: "hu_range"'
+            check_numbers(self.preprocessing["hu_range"], 2, what)
         self.preprocessing["data_path"] = str(self.path.resolve())
         for name, entry in self.entries.items():
             if entry["part"] not in PUBLISHED_PARTS:

@@ -23,6 +23,7 @@ from common.class_metrics import case_row
 from common.config import make_parser, parse_args, run_script
 from common.hardware import choose_precision, start_device
 from common.hdf5 import CaseFile
+from common.hdf5_checks import AGAIN
 from common.mask_files import label_files, matching_files
 from common.run_flags import add_prediction_flags
 from common.runs import run_dir_of
@@ -146,6 +147,8 @@ def evaluate_cases(
         box = None if where is None else where.box
         pred = segment(model, case.image, case.spacing_mm, box=box)
         affine = np.asarray(case.attributes["affine"])
+        if affine.shape != (4, 4):
+            raise ValueError(f"{case.path}: its affine is no matrix of 4 x 4; {AGAIN}")
         pred, _ = clean_up(pred, case.spacing_mm, voxel_mm3(affine))
         centroids = np.asarray(case.attributes["centroids"]).reshape(-1, 4)
         classes, summary = score_case(
