@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.class_metrics import case_means, case_metrics, metric_columns
 from common.config import make_parser, parse_args, run_script
+from common.conversion import failure_reason
+from common.faults import ending_in_a_sentence
 from common.files import make_folder
 from common.mask_files import called_as, label_files, load_masks
 from common.metrics import holm, paired_wilcoxon
@@ -121,7 +123,7 @@ def score_folders(
                 scores = case_metrics(pred.array, truth.array, truth.spacing_mm, {c: str(c) for c in labels})
                 rows += [{"case": case, "patient": patients[case], **row} for row in scores]
         except (ValueError, OSError) as error:  # one damaged file must not cost the others
-            failed[case] = str(error)
+            failed[case] = failure_reason(error)
     if not results[0]:
         reasons = "; ".join(failed.values()) or "no case is in all three folders, or all are empty"
         raise ValueError(f"nothing to compare: {reasons}")
@@ -240,7 +242,7 @@ def print_comparison(table: list[dict]) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
     failed: dict[str, str] = {}
-    try:
+    with ending_in_a_sentence():
         out = Path(args.out)
         if args.target:
             (a, b), failed = score_folders([args.run_a, args.run_b], args.target, args.patient_pattern)
@@ -257,8 +259,6 @@ def main(argv: list[str] | None = None) -> int:
         for name, rows in (("a", a), ("b", b)) if args.target else ():
             write_table(out / f"results_{name}.csv", rows)
         write_table(out / "comparison.csv", table)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     print(f"A: {args.run_a}\nB: {args.run_b}\n{len(cases_a & cases_b)} cases")
     print_comparison(table)
     print(f"written: {out / 'comparison.csv'}")

@@ -233,15 +233,11 @@ def run_script(main: Callable[[], object]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     show_warnings_plainly()
     try:
-        code = main()
+        with faults.ending_in_a_sentence():
+            code = main()
     except KeyboardInterrupt as stop:
         print(str(stop) or "\nstopped by the user; what was finished is kept", file=sys.stderr)
         code = 130
-    except Exception as error:
-        reason = faults.sentence(error)
-        if reason is None:
-            raise
-        sys.exit(f"error: {reason}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import batch, distributed
+from common.conversion import failure_reason
 from common.dicom_conversion import convert_series, find_program
 from common.dicom_headers import DICOM_ENDINGS, read_dicom_header
 from common.dicom_series import Series, find_series, why_no_volume
@@ -110,7 +111,7 @@ def _convert_all(
         try:
             made, no_volumes = convert_series(one, folder, program)
         except (ValueError, OSError) as error:
-            failed[folder / f"{one.name}.nii.gz"] = f"{one.described}: {error}"
+            failed[folder / f"{one.name}.nii.gz"] = f"{one.described}: {failure_reason(error)}"
             continue
         for reason in no_volumes:
             leave_out(one, reason)

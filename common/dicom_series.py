@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common.conversion import failure_reason
 from common.dicom_headers import DICOM_ENDINGS, Header, read_dicom_header
 from common.foreign import FORMATS
 from common.nifti import NIFTI_SUFFIXES
@@ -58,7 +59,7 @@ def find_series(source: Path, out: Path, in_subfolders: bool) -> tuple[list[Seri
         try:
             header = read_dicom_header(path)
         except (ValueError, OSError) as error:
-            damaged[path] = str(error)
+            damaged[path] = failure_reason(error)
             continue
         if header is not None and header.kind != DIRECTORY and only in (None, header.series):
             whose = (header.series or str(path.parent), header.patient)

@@ -50,17 +50,12 @@ def session(backend: str | None = None) -> Iterator[None]:
     Errors that a user can mend (ValueError, OSError, too little memory, another process that has ended) end
     the program with one line.
     """
-    try:
+    with faults.ending_in_a_sentence():
         init(backend)
         try:
             yield
         finally:
             shutdown()
-    except Exception as error:
-        reason = faults.sentence(error)
-        if reason is None:
-            raise
-        raise SystemExit(f"error: {reason}") from error
 
 
 def rank() -> int:

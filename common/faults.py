@@ -1,5 +1,6 @@
 """What goes wrong on any machine, in one sentence: too little memory, dead data workers, full disks."""
 
+import contextlib
 import errno
 import multiprocessing
 import multiprocessing.connection
@@ -19,6 +20,8 @@ NOT_HANDED_OVER = 75  # exit code of a data worker that could not pass its batch
 LESS = "smaller batches or patches (--batch_size, --patch_size) and fewer --workers need less"
 GPU_LESS = "--vram fits a training run to a card, a smaller --batch_size makes other scripts need less"
 
+# Number of the system in front of its words, also within the text of another error.
+NUMBER = re.compile(r"\[(Errno|WinError) -?\d+\] ")
 # What torch's and oneDNN's RuntimeErrors say.
 NO_GPU_MEMORY = re.compile(r"CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED|(CUDA|MPS\w*) out of memory")
 NO_MEMORY = re.compile(
@@ -36,7 +39,7 @@ def sentence(error: BaseException) -> str | None:
     ValueError and OSError of this project say it themselves. The others are those of the machine: no memory,
     no room, another process that has ended.
     """
-    text, kind = re.sub(r"^\[Errno \d+\] ", "", first_line(str(error))), type(error).__name__
+    text, kind = NUMBER.sub("", first_line(str(error))), type(error).__name__
     if kind == "OutOfMemoryError" or NO_GPU_MEMORY.search(text):  # of torch, which need not be loaded here
         return f"out of GPU memory; {GPU_LESS} ({text})"
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
@@ -44,7 +47,7 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return _of_files(error)
     if isinstance(error, ValueError):
-        return str(error) or None
+        return NUMBER.sub("", str(error)) or None
     if not isinstance(error, RuntimeError):
         return None
     text = re.sub(r"^\[[^\]]*:\d+\] *(err == 0\.|data\.|\.)? *", "", text)  # the place in torch's code
@@ -58,6 +61,18 @@ def sentence(error: BaseException) -> str | None:
     if NO_ROOM_TO_SHARE.search(text):
         return f"{no_room_to_share()} ({text})"
     return None
+
+
+@contextlib.contextmanager
+def ending_in_a_sentence() -> Iterator[None]:
+    """An error inside that has a `sentence` ends the program with "error: " and that, exit code 1."""
+    try:
+        yield
+    except Exception as error:
+        reason = sentence(error)
+        if reason is None:
+            raise
+        raise SystemExit(f"error: {reason}") from error
 
 
 def no_room_to_share() -> str:
@@ -81,7 +96,7 @@ def _shared_memory() -> str:
 
 def _of_files(error: OSError) -> str | None:
     """An error of the system without its number, with the file if it has one."""
-    text = re.sub(r"^\[Errno \d+\] ", "", str(error))
+    text = NUMBER.sub("", str(error))
     if error.filename is not None and error.strerror:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
     if text.endswith(os.strerror(errno.ENOSPC)):  # where this project did not say more

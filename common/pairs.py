@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.conversion import failure_reason
 from common.label_measures import why_not_labels
 from common.nifti import NiftiFile, Scan, load_label, load_nifti, open_nifti
 from common.nifti_forms import grid_difference
@@ -88,7 +89,7 @@ def median_spacing(images: Sequence[Path]) -> tuple[float, float, float]:
         try:
             spacings.append(open_nifti(path).spacing_mm)
         except (ValueError, OSError) as error:
-            problems.append(str(error))
+            problems.append(failure_reason(error))
     if not spacings:
         raise ValueError(f"none of {len(images)} scan(s) can be read: {'; '.join(problems[:3])}")
     z, y, x = np.median(spacings, axis=0).round(3).tolist()

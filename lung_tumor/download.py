@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.archives import MARKER, check_own, delete_own, leads_outside, make_own, require_space
 from common.config import Switch, make_parser, parse_args, run_script
+from common.conversion import failure_reason
 from common.decathlon import find_decathlon, list_cases
 from common.files import refuse_pipe
 from lung_tumor.kaggle import find_task, is_kaggle_folder, list_kaggle_cases
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{error}\n{KAGGLE_STEPS.format(set=KAGGLE_SET, out=out)}")
         return 1
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {failure_reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"Stopped. {out} is as it was; run the same command again.", file=sys.stderr)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.conversion import failure_reason
 from common.files import make_folder
 from common.hu import why_not_hu
 from common.messages import warn
@@ -29,7 +30,7 @@ def explore(cases: list, load_case: Callable, out: Path) -> int:
         try:
             scan, mask = load_case(case)
         except (ValueError, OSError) as error:
-            print(f"{case.case_id:<16}  cannot be read: {error}")
+            print(f"{case.case_id:<16}  cannot be read: {failure_reason(error)}")
             num_failed += 1
             continue
         shape, spacing = scan.array.shape, scan.spacing_mm

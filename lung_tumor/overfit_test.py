@@ -26,6 +26,7 @@ from common.config import (
     run_script,
     seed_number,
 )
+from common.faults import ending_in_a_sentence
 from common.files import make_folder
 from common.hardware import autocast, choose_precision, start_device
 from common.metrics import dice_from_counts
@@ -126,15 +127,13 @@ def slices_with_most_tumour(data_path: str | Path, count: int, min_pixels: int, 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    try:
+    with ending_in_a_sentence():
         device = start_device(args.device)
         precision = choose_precision(args.amp, device)
         data_path = demo_dataset() if args.data_path == "demo" else Path(args.data_path)
         images, masks = slices_with_most_tumour(data_path, args.samples, args.min_pixels, args.image_size)
         out = Path(args.out)
         make_folder(out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     seed_everything(args.seed)
     network = get_model({**vars(args), "deep_supervision": False, "checkpointing": False}).to(device)
     loss_function = get_loss(args.loss)

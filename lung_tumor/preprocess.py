@@ -28,6 +28,7 @@ from common.config import (
     seed_number,
 )
 from common.decathlon import find_decathlon, read_dataset_json
+from common.faults import ending_in_a_sentence
 from common.files import write_json
 from common.flags import add_workers_flag
 from common.hu import check_window
@@ -224,13 +225,11 @@ def convert(args: Namespace) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    try:
+    with ending_in_a_sentence():
         if args.explore:
             return explore(find_cases(args.source, args.task), load_case, Path(args.out))
         if convert(args):
             return 1
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     print(f"next: python lung_tumor/train.py --data_path {shlex.quote(args.out)}")
     return 0
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.archives import MARKER, delete_own, download_file, remote_size, unpack_zip
 from common.config import make_parser, parse_args, run_script
+from common.conversion import failure_reason
 from verse_spine.cases import PARTS, find_cases
 
 AUTHORS = "https://s3.bonescreen.de/public/VerSe-complete/dataset-verse{edition}{part}.zip"
@@ -106,7 +107,7 @@ def fetch(edition: int, part: str, out: Path, target: Path) -> None:
         except (ValueError, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise
-            reasons.append(str(error))
+            reasons.append(failure_reason(error))
             print(f"  did not work: {error}")
             archive.unlink(missing_ok=True)
             continue
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         report(out, editions)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {failure_reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Stopped. What was fetched is kept; run the same command again.", file=sys.stderr)

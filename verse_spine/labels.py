@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from common.conversion import failure_reason
 from common.files import read_json, replacing
 from common.nifti import NiftiFile
 
@@ -166,7 +167,7 @@ def optional_centroids(path: Path, scan: NiftiFile) -> tuple[dict[int, tuple] | 
     try:
         return centroids_to_mm(read_centroids(path), scan), ""
     except (ValueError, OSError) as error:
-        return None, f"centroid file left out: {error}"
+        return None, f"centroid file left out: {failure_reason(error)}"
 
 
 def write_centroids(path: str | Path, centroids: Centroids) -> None:

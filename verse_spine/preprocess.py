@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import make_parser, parse_args, positive_float, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
+from common.faults import ending_in_a_sentence
 from common.files import read_json
 from common.flags import add_workers_flag
 from common.hdf5 import write_case
@@ -186,11 +187,9 @@ def convert(args: Namespace) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    try:
+    with ending_in_a_sentence():
         if convert(args):
             return 1
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     notes = read_json(Path(args.out) / "preprocessing.json", {"cases": list})
     more = " --dataset_edition 20" if any(e["edition"] == 20 for e in notes["cases"]) else ""
     data = shlex.quote(args.out)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import Switch, make_parser, parse_args, run_script
 from common.conversion import each_case
+from common.faults import ending_in_a_sentence
 from common.files import make_folder, printable
 from common.flags import add_workers_flag
 from common.nifti import NiftiFile, Scan, case_name, is_nifti, load_label, open_nifti, same_grid
@@ -255,10 +256,8 @@ def statistics(args: Namespace) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    try:
+    with ending_in_a_sentence():
         return 1 if statistics(args) else 0
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

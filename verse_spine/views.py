@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import views
 from common.config import make_parser, parse_args, run_script
+from common.faults import ending_in_a_sentence
 from common.files import make_folder
 from common.mesh import save_html, split_mesh, surface_mesh
 from common.nifti import case_name, load_label, load_nifti
@@ -146,7 +147,7 @@ def save_curved(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(build_parser(), argv)
-    try:
+    with ending_in_a_sentence():
         mask = load_label(args.mask)
         target = load_label(args.target) if args.target else None
         image = load_nifti(args.image) if args.image else None
@@ -164,8 +165,6 @@ def main(argv: list[str] | None = None) -> int:
             target=None if target is None else target.array,
             image=None if image is None else image.array,
         )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     for path in written:
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     if not written:

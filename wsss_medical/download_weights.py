@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import make_parser, parse_args, run_script
+from common.conversion import failure_reason
 from common.files import make_folder
 from common.mit import BACKBONES
 from common.mit_weights import download_encoder, load_encoder
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{error}\n{STEPS.format(backbone=args.backbone, target=target)}")
         return 1
     except (OSError, ValueError) as error:
-        print(f"error: {error}; delete the file if it is damaged", file=sys.stderr)
+        print(f"error: {failure_reason(error)}; delete the file if it is damaged", file=sys.stderr)
         return 1
     print(f"Next: add --backbone {args.backbone} --pretrained {target} to wsss_medical/dist_train.py")
     return 0
