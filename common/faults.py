@@ -1,5 +1,6 @@
 """What goes wrong on any machine, in one sentence: too little memory, dead data workers, full disks."""
 
+import atexit
 import contextlib
 import errno
 import multiprocessing
@@ -153,6 +154,9 @@ def read_batches(loader: Iterable, num_workers: int) -> Iterator:
         why = f"{num_workers} data workers could not be started ({reason})"
         raise ValueError(f"{why}; use fewer, or --workers 0") from error
     workers = multiprocessing.active_children() if num_workers else []
+    if workers:
+        atexit.unregister(end_children)  # once is enough
+        atexit.register(end_children)
     if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:

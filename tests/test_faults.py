@@ -119,8 +119,24 @@ class Items(torch.utils.data.Dataset):
         return torch.tensor(index)
 
 
-def worker_loader(fault=None) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(Items(fault), 2, num_workers=2, worker_init_fn=faults.start_worker)
+def worker_loader(fault=None, timeout_s: float = 0) -> torch.utils.data.DataLoader:
+    """With `timeout_s` torch looks so often whether workers still live, else every five seconds."""
+    return torch.utils.data.DataLoader(
+        Items(fault), 2, num_workers=2, worker_init_fn=faults.start_worker, timeout=timeout_s
+    )
+
+
+@pytest.fixture
+def no_worker_left():
+    """Else torch would wait for workers, 20 seconds, whose queues are gone with the error that held them."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    faults.end_children()
+    signal.signal(signal.SIGCHLD, before)
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def raise_damaged():
@@ -147,22 +163,18 @@ def raise_torch_memory():
         (raise_os_error, "Input/output error: 'a/case_3.h5'"),
         (raise_numpy_memory, "out of memory; .* \\(Unable to allocate 7.11 PiB"),
         (raise_torch_memory, "out of memory; .* you tried to allocate 4000000000000000 bytes"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "a data worker was killed .SIGKILL., most likely"),
+        (killed, "a data worker was killed .SIGKILL., most likely"),
     ],
 )
-def test_what_happens_in_a_worker_is_told_where_its_batch_is_waited_for(fault, expected):
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        with pytest.raises(ValueError, match=expected) as found:
-            list(read_batches(worker_loader(fault), 2))
-        assert str(found.value).count("Traceback") == (fault is raise_damaged)
-        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL, "torch's would raise anywhere"
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+def test_what_happens_in_a_worker_is_told_where_its_batch_is_waited_for(fault, expected, no_worker_left):
+    with pytest.raises(ValueError, match=expected) as found:
+        list(read_batches(worker_loader(fault, timeout_s=1 if fault is killed else 0), 2))
+    assert str(found.value).count("Traceback") == (fault is raise_damaged)
+    assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL, "torch's would raise anywhere"
     assert [batch.tolist() for batch in read_batches(worker_loader(), 2)][2] == [4, 5]
 
 
-def test_a_mistake_in_a_data_set_keeps_its_traceback():
+def test_a_mistake_in_a_data_set_keeps_its_traceback(no_worker_left):
     def mistake():
         raise TypeError("not a number")
 
@@ -170,7 +182,7 @@ def test_a_mistake_in_a_data_set_keeps_its_traceback():
         list(read_batches(worker_loader(mistake), 2))
 
 
-def test_a_worker_that_cannot_hand_its_batch_over_ends():
+def test_a_worker_that_cannot_hand_its_batch_over_ends(no_worker_left):
     """Of itself it would drop the batch, for which the main process would then wait for ever."""
 
     class Stuck:
@@ -178,7 +190,11 @@ def test_a_worker_that_cannot_hand_its_batch_over_ends():
             raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left")
 
     loader = torch.utils.data.DataLoader(
-        [Stuck()] * 4, num_workers=1, worker_init_fn=faults.start_worker, collate_fn=lambda items: items[0]
+        [Stuck()] * 4,
+        num_workers=1,
+        worker_init_fn=faults.start_worker,
+        collate_fn=lambda items: items[0],
+        timeout=1,
     )
     with pytest.raises(ValueError, match="found no room to pass their batches on: .*; use --workers 0, or"):
         list(read_batches(loader, 1))
@@ -222,6 +238,19 @@ def test_the_exit_code_of_a_worker_tells_why(code, beginning):
     others = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=0)]
     assert of_workers(others) is None and of_workers([]) is None
     assert of_workers([*others, SimpleNamespace(exitcode=code)]).startswith(beginning)
+
+
+def test_workers_end_with_a_script_that_forgot_them():
+    """They ignore SIGTERM, so that multiprocessing alone would wait for them for ever."""
+    script = """
+import torch
+from common import faults
+loader = torch.utils.data.DataLoader(range(9), num_workers=1, worker_init_fn=faults.start_worker)
+batches = faults.read_batches(loader, 1)
+next(batches)
+loader._get_iterator = batches  # lives until the end
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=True)
 
 
 # ---- every train script ----
@@ -308,15 +337,12 @@ EXPECTED = {
     "truncated": "error: ",
     "truncated_and_opened_again": "error: ",
 }
-QUICK = [("lung_tumor/train.py", "truncated", 0)]
 ALL = [(script, fault, workers) for script in SCRIPTS for fault in EXPECTED for workers in (0, 2)]
 ALL = [(script, fault, workers) for script, fault, workers in ALL if workers or fault != "killed"]
 
 
-@pytest.mark.parametrize(
-    "script, fault, workers",
-    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in ALL],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script, fault, workers", ALL)
 def test_a_fault_in_mid_epoch(script, fault, workers, request, tmp_path):
     if fault.startswith("truncated") and "heatmap" in script:
         pytest.skip("its items are in memory")
