@@ -135,7 +135,7 @@ def convert(args: Namespace, out: Path) -> dict[str, str]:
         warnings.append(f"{len(for_prediction)} test scan(s) have no labels; they are for predict.py only")
     warnings += [f"{entry['name']}: {entry['notes']}" for entry in entries if entry["notes"]]
     for warning in warnings:
-        warn(f"{warning}")
+        warn(warning)
     print_failed(failed)
     finish_notes(out, entries, about_all, ("name", "part", "subject", "site", "shape", "notes"), {})
     write_list(out, args.dataset, entries)

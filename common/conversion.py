@@ -104,8 +104,6 @@ def failure_reason(error: Exception) -> str:
     line of code are named as well, since their message alone (of KeyError: the key) tells little.
     """
     text = str(error)
-    if type(error).__name__ == "OutOfMemoryError":  # of torch, which need not be loaded here
-        return f"out of GPU memory; use a smaller --batch_size, or --device cpu ({faults.first_line(text)})"
     if reason := faults.sentence(error):
         return reason
     frames = traceback.extract_tb(error.__traceback__)

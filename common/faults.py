@@ -18,8 +18,10 @@ from pathlib import Path
 SHM = Path("/dev/shm")  # through which data workers pass batches on Linux
 NOT_HANDED_OVER = 75  # exit code of a data worker that could not pass its batch on
 
-LESS = "smaller batches or patches (--batch_size, --patch_size) and fewer --workers need less"
-GPU_LESS = "--vram fits a training run to a card, a smaller --batch_size makes other scripts need less"
+# Not every script has all of these flags.
+LESS = "close other programs, or give smaller values to those of --batch_size, --patch_size and --workers"
+LESS += " that this script has"
+GPU_LESS = "--device cpu needs none, a smaller --batch_size less, and --vram fits a training run to a card"
 
 # Number of the system in front of its words, also within the text of another error.
 NUMBER = re.compile(r"\[(Errno|WinError) -?\d+\] ")

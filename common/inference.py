@@ -280,7 +280,7 @@ def predict_labels(
 def warn_of_memory(line: str) -> None:
     """For `on_message`: prints only the lines about a lack of memory."""
     if "out of memory" in line:
-        warn(f"{line}")
+        warn(line)
 
 
 def _repeat_edges(image: Tensor, before: Sequence[int], size: Sequence[int]) -> None:

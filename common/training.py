@@ -113,12 +113,12 @@ class Run:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._bar.close()
         self.stop.__exit__(kind, error, trace)
+        self.trackers.close()
         if isinstance(error, Exception):  # neither Ctrl-C nor a stop that saved
             why = faults.sentence(error) or f"{type(error).__name__}: {error}"
             self.log(f"error in epoch {self.epoch}, batch {self.batch + 1}: {why}", show=False)
             if self.last.is_file():
                 self.log(f"stopped by an error; {self.last} is whole, go on with: {self.resume_command}")
-        self.trackers.close()
 
     @property
     def progress(self) -> float:

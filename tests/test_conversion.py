@@ -43,13 +43,13 @@ ERRORS = {
         OSError(errno.ENOSPC, "No space left on device"),
         "No space left on device; make room where results ",
     ),
-    4: (MemoryError("Unable to allocate 2 TiB"), "out of memory; smaller batches or patches"),
+    4: (MemoryError("Unable to allocate 2 TiB"), "out of memory; close other programs"),
     5: (KeyError("affine"), "KeyError: 'affine' (test_conversion.py, line "),
     6: (OverflowError("int too large"), "OverflowError: int too large (test_conversion.py, line "),
     7: (RuntimeError("one\ntwo"), "RuntimeError: one (test_conversion.py, line "),
     8: (TypeError("not a number"), "TypeError: not a number (test_conversion.py, line "),
     9: (NeedsTwo("x", "y"), "NeedsTwo: x and y (test_conversion.py, line "),
-    10: (MemoryError(), "out of memory; smaller batches or patches"),
+    10: (MemoryError(), "out of memory; close other programs"),
     11: (ValueError(), "ValueError:  (test_conversion.py, line "),
 }
 
@@ -96,8 +96,8 @@ def test_a_bad_case_costs_the_others_nothing(workers):
 def test_out_of_gpu_memory_is_told():
     reason = failure_reason(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"))
     assert reason == (
-        "out of GPU memory; use a smaller --batch_size, or --device cpu "
-        "(CUDA out of memory. Tried to allocate 2 GiB.)"
+        "out of GPU memory; --device cpu needs none, a smaller --batch_size less, and --vram fits a "
+        "training run to a card (CUDA out of memory. Tried to allocate 2 GiB.)"
     )
 
 

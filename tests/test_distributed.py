@@ -400,7 +400,7 @@ def test_what_fails_on_rank_0_ends_the_others_without_a_word(as_rank, monkeypatc
         (FileNotFoundError("data: no such folder"), "error: data: no such folder"),
         (
             torch.OutOfMemoryError("tried 2 GiB"),
-            "error: out of GPU memory; --vram fits a training run to a card",
+            "error: out of GPU memory; --device cpu needs none",
         ),
         (
             RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:544] Connection closed by peer [::1]:4711"),

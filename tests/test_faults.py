@@ -65,11 +65,11 @@ def wsss_slices(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "error, beginning",
     [
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "out of GPU memory; --vram fits"),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of GPU memory; --vram fits"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; smaller batches"),
-        (RuntimeError("could not create a primitive"), "out of memory; smaller batches"),
-        (RuntimeError("std::bad_alloc"), "out of memory; smaller batches"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "out of GPU memory; --device cpu"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of GPU memory; --device cpu"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; close other programs"),
+        (RuntimeError("could not create a primitive"), "out of memory; close other programs"),
+        (RuntimeError("std::bad_alloc"), "out of memory; close other programs"),
         (OSError(errno.EACCES, "Permission denied", "a/b.csv"), "a/b.csv: Permission denied"),
         (OSError(errno.ENOSPC, "a/x.h5: could not be written (full); make room"), "a/x.h5: could not be"),
         (OSError(errno.ENOSPC, "No space left on device", "a"), "a: No space left on device; make room"),
@@ -91,7 +91,7 @@ def test_what_torch_says_when_memory_is_out():
     """The allocation is refused at once: nobody has four petabytes."""
     with pytest.raises(RuntimeError) as refused:
         torch.empty(10**15)
-    assert sentence(refused.value).startswith("out of memory; smaller batches or patches (--batch_size, ")
+    assert sentence(refused.value).startswith("out of memory; close other programs, or give smaller ")
     assert "you tried to allocate 4000000000000000 bytes" in sentence(refused.value)
     assert "enforce fail" not in sentence(refused.value)
 
@@ -333,7 +333,7 @@ def run_faulty(script: str, fault: str, data: Path, tmp_path: Path, *flags: str,
 
 EXPECTED = {
     "killed": "error: a data worker was killed (SIGKILL), most likely by a system short of memory; ",
-    "memory": "error: out of memory; smaller batches or patches (--batch_size, --patch_size) and fewer --w",
+    "memory": "error: out of memory; close other programs, or give smaller values to those of --batch_size",
     "truncated": "error: ",
     "truncated_and_opened_again": "error: ",
 }
