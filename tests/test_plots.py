@@ -240,6 +240,16 @@ def test_letters_at_the_edges_of_a_panel(tmp_path):
     assert inside.sum() == left.sum() + right.sum() and left.sum() > right.sum() > 0, "R has more strokes"
 
 
+def test_letters_at_the_edges_are_seen_on_white_too(tmp_path):
+    """White on white with a dark rim: the letters alone darken a white picture, at both of its edges."""
+    white = np.full((20, 20), 255, np.uint8)
+    save_panels(tmp_path / "panels.png", [[white]], [[""]], edges=[["RL"]])
+    picture = read_png(tmp_path / "panels.png")
+    columns = pixels(picture, (0, 0, 0))[:, 1]
+    middle = picture.shape[1] / 2
+    assert (columns < middle).sum() > 10 and (columns > middle).sum() > 10
+
+
 def test_heat_picture_is_rgb():
     """On black: jet's dark blue (0, 0, .5) and dark red (.5, 0, 0), divided by the highest value."""
     picture = heat_picture(np.zeros((1, 2), np.uint8), np.array([[0.0, 1.0]]))
