@@ -194,7 +194,7 @@ def score_best(
         training.link_weights(run.folder, args.fold)  # again, for where links are copies
     run.log(f"written: {experiment}/ with fold_{args.fold}_best.pt and {run.folder.name}/")
     best = shlex.quote(str(experiment / f"fold_{args.fold}_best.pt"))
-    run.log(f"next: python amygdala/predict.py --weights {best} --source <T1 scan or folder>")
+    run.log(f"next: python amygdala/predict.py --weights {best} --source <scan or folder>")
     return rows, failed
 
 

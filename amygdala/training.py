@@ -217,11 +217,11 @@ def get_localiser(
 def data_lines(data: Cohort, num_patches: int, num_batches: int, localiser: dict | None) -> list[str]:
     """What the log says about the data, and about the localiser."""
     split = data.split
-    sites = sorted(set(data.sites.values()))
-    subjects = len(set(data.subjects.values()))
+    names = [name for part in split.values() for name in part]  # without the published test scans in a fold
+    subjects, sites = {data.subjects[name] for name in names}, sorted({data.sites[name] for name in names})
     lines = [
         f"cases: {len(split['train'])} training, {len(split['val'])} validation, {len(split['test'])} test; "
-        f"{subjects} subjects of {len(sites)} site(s): {', '.join(sites)}",
+        f"{len(subjects)} subjects of {len(sites)} site(s): {', '.join(sites)}",
         f"{num_patches} patches in an epoch, {num_batches} batches for each process",
     ]
     if split["test"]:

@@ -54,12 +54,13 @@ def why_foreign(path: Path) -> str:
 def foreign_files(paths: Iterable[Path]) -> str:
     """How many files of which such formats there are and what converts them; "" if there are none."""
     count = Counter(filter(None, map(foreign_ending, paths)))
-    parts = []
+    formats = {}  # {(what, program): ["2 .hdr", "2 .img"]}: files of a pair are told together
     for ending, number in count.most_common():
-        what, program = FORMATS[ending]
-        parts.append(
-            f"{number} {ending} file(s) ({what}), to be converted to .nii.gz, such as with {program}"
-        )
+        formats.setdefault(FORMATS[ending], []).append(f"{number} {ending}")
+    parts = [
+        f"{' and '.join(numbers)} file(s) ({what}), to be converted to .nii.gz, such as with {program}"
+        for (what, program), numbers in formats.items()
+    ]
     return "; ".join(parts)
 
 

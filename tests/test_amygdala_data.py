@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +18,7 @@ from amygdala.dataset import Cohort, PatchDataset
 from amygdala.labels import parse_label_map
 from amygdala.preprocess import main
 from amygdala.structures import DATASETS
+from amygdala.training import data_lines
 from common.hdf5 import CaseFile
 from common.nifti import load_label, load_nifti, write_nifti
 from common.volumes import resample_labels
@@ -418,6 +420,16 @@ def cohort_folder(tmp_path_factory) -> Path:
     rows = ["name,subject,site", *(f"{name},{name.split('_')[0]},{name[0].upper()}" for name in names)]
     assert convert(source, "--subjects", str(table(folder / "t.csv", *rows)))[0] == 0
     return folder / "out"
+
+
+def test_the_log_counts_the_subjects_of_the_fold():
+    """Three scans of two subjects of site X; the published test scan of site Y takes no part in a fold."""
+    subjects, sites = dict(a="s", b="s", c="t", z="u"), dict(a="X", b="X", c="X", z="Y")
+    split = {"train": ["a", "b"], "val": [], "test": ["c"]}
+    data = SimpleNamespace(split=split, subjects=subjects, sites=sites)
+    assert data_lines(data, 4, 2, None)[0] == (
+        "cases: 2 training, 0 validation, 1 test; 2 subjects of 1 site(s): X"
+    )
 
 
 def test_folds_test_every_subject_once(cohort_folder):

@@ -69,6 +69,9 @@ def test_folders_with_other_formats(tmp_path, capsys):
         "left out: 2 .mha file(s) (MetaImage), to be converted to .nii.gz"
     )
     assert foreign_files([]) == ""
+    pair = foreign_files(map(Path, ("b.img", "a.hdr", "a.img", "b.hdr", "c.mnc")))
+    assert pair.startswith("2 .img and 2 .hdr file(s) (an .hdr/.img pair"), pair
+    assert pair.count("fslchfiletype") == 1 and "; 1 .mnc file(s) (MINC)" in pair
     (tmp_path / "in" / "scan.nii").unlink()
     with pytest.raises(ValueError, match="no .nii or .nii.gz file. There are 2 .mha"):
         label_files(tmp_path / "in")
