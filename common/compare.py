@@ -74,6 +74,11 @@ def read_results(path: str | Path) -> list[dict]:
         folder = path / "evaluation" if (path / "evaluation" / RESULTS).is_file() else path
         path = folder / RESULTS
     if not path.is_file():
+        if folds := sorted(path.parent.glob(f"fold_*/evaluation/{RESULTS}")):
+            raise FileNotFoundError(
+                f"{path}: no such table, as not all folds are done; those done can be compared one by one, such "
+                f"as {folds[0].parents[1]}"
+            )
         raise FileNotFoundError(f"{path}: no such table; run evaluate.py, or name --target for label maps")
     _, rows = read_table(path)
     missing = {"case", "class", "status"} - set(rows[0] if rows else ())

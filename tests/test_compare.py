@@ -273,3 +273,11 @@ def test_a_run_is_named_by_its_folder(tmp_path):
     assert read_results(tmp_path / "run") == read_results(tmp_path / "run" / "evaluation") == rows
     with pytest.raises(FileNotFoundError, match="no such table"):
         read_results(tmp_path)
+
+
+def test_a_cross_validation_that_is_not_complete_is_named(tmp_path):
+    folder = tmp_path / "fold_1" / "evaluation"
+    folder.mkdir(parents=True)
+    write_table(folder / "results.csv", results([(0.5, 0.7)]))
+    with pytest.raises(FileNotFoundError, match=r"not all folds are done; .* such as .*fold_1$"):
+        read_results(tmp_path)
