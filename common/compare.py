@@ -76,8 +76,8 @@ def read_results(path: str | Path) -> list[dict]:
     if not path.is_file():
         if folds := sorted(path.parent.glob(f"fold_*/evaluation/{RESULTS}")):
             raise FileNotFoundError(
-                f"{path}: no such table, as not all folds are done; those done can be compared one by one, such "
-                f"as {folds[0].parents[1]}"
+                f"{path}: no such table, as not all folds are done; those done can be compared one by one, "
+                f"such as {folds[0].parents[1]}"
             )
         raise FileNotFoundError(f"{path}: no such table; run evaluate.py, or name --target for label maps")
     _, rows = read_table(path)
