@@ -5,10 +5,9 @@
 
 Files belong together by the name of the case, with or without an ending such as _mask. Every file of --target
 needs a prediction. Masks hold the labels 1 and 2, see --dataset, or FreeSurfer's 18 and 54; the true ones may
-have other numbers, see --label_map. Writes results.csv (one row for each case
-and label), cases.csv, summary.csv (by label), volume_agreement.csv (ICC, bias, limits of agreement),
-summary.md and worst_and_median.png; with --sites also sites.csv; with --compare also comparison.csv, in which
-B is the second folder.
+have other numbers, see --label_map. Writes results.csv (one row for each case and label), cases.csv,
+summary.csv (by label), volume_agreement.csv (ICC, bias, limits of agreement), summary.md and
+worst_and_median.png; with --sites also sites.csv; with --compare also comparison.csv, in which B is the second folder.
 """
 
 import sys
@@ -25,7 +24,7 @@ from amygdala.dataset import Cohort
 from amygdala.labels import add_label_map_flag, map_mask, parse_label_map
 from amygdala.localiser import find_box
 from amygdala.segment import segment
-from amygdala.structures import DATASETS, add_dataset_flag
+from amygdala.structures import DATASETS, add_dataset_flag, side_columns
 from common import batch, distributed
 from common.checkpoints import TrainedModel
 from common.config import make_parser, parse_args, run_script
@@ -94,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
             volumes=True,
             sites=args.sites,
             renumber=partial(map_mask, label_map=label_map, data_set=data_set),
+            volume_columns=side_columns(data_set).values(),
         )
         return batch.exit_code(failed)
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from amygdala.localiser import find_box
 from amygdala.model import load_trained
 from amygdala.segment import segment
-from amygdala.structures import COLORS, DATASETS, NUM_CLASSES, DataSet
+from amygdala.structures import COLORS, DATASETS, NUM_CLASSES, DataSet, side_columns
 from common import batch, distributed, prediction, prediction_flags
 from common.checkpoints import TrainedModel
 from common.components import remove_stray_pieces
@@ -74,13 +74,6 @@ def build_parser() -> ArgumentParser:
     )
     add_prediction_flags(parser)
     return parser
-
-
-def side_columns(dataset: DataSet) -> dict[int, str]:
-    """{label: its column in volumes.csv}: left_mm3 and right_mm3 where the labels are the two sides."""
-    names = dataset.structures.names.items()
-    words = {label: name.split()[:1] if dataset.sides else name.split() for label, name in names}
-    return {label: f"{'_'.join(of_label)}_mm3" for label, of_label in words.items()}
 
 
 def find_warnings(

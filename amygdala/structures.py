@@ -45,6 +45,13 @@ DATASETS = {
 }
 
 
+def side_columns(dataset: DataSet) -> dict[int, str]:
+    """{label: its column in volumes.csv}: left_mm3 and right_mm3 where the labels are the two sides."""
+    names = dataset.structures.names.items()
+    words = {label: name.split()[:1] if dataset.sides else name.split() for label, name in names}
+    return {label: f"{'_'.join(of_label)}_mm3" for label, of_label in words.items()}
+
+
 def add_dataset_flag(parser: ArgumentParser) -> None:
     """--dataset of the scripts of this task."""
     parser.add_argument(

@@ -21,11 +21,12 @@ from common.nifti import Scan
 from common.plots import costs_the_picture
 from common.sites import read_sites, site_lines, site_table
 from common.splits import natural_key, patients_of
-from common.tables import write_table
+from common.tables import read_table, write_table
 
 CASES = "cases.csv"  # grows case by case
 PICTURE, COMPARISON = "worst_and_median.png", "comparison.csv"
 VOLUMES, SITES = "volume_agreement.csv", "sites.csv"
+VOLUME_TABLE = "volumes.csv"  # of a predict.py
 
 
 def add_evaluation_flags(
@@ -186,6 +187,27 @@ def score_files(
     return score_cases(masks_of, list(targets), structures, patients, table=table)
 
 
+def check_whose_masks(folder: str | Path, columns: Collection[str]) -> None:
+    """Refuse masks that a predict.py wrote of other structures than those that are scored.
+
+    Args:
+        folder: of the masks; without the volumes.csv that a predict.py writes beside them nothing is known.
+        columns: what that table calls the volumes of the structures; empty: nothing is checked.
+
+    Raises:
+        ValueError: the table has none of these columns, but volumes.
+    """
+    path = Path(folder) / VOLUME_TABLE
+    if not columns or not path.is_file():
+        return
+    found = [name for name in read_table(path)[0] if name.endswith("_mm3") and name != "removed_mm3"]
+    if found and not set(columns) & set(found):
+        raise ValueError(
+            f"{path}: has {found[0]} and not {next(iter(columns))}, so these masks are of other structures; "
+            "give their --dataset"
+        )
+
+
 def evaluate_folder(
     pred: str,
     target: str,
@@ -201,6 +223,7 @@ def evaluate_folder(
     volumes: bool = False,
     sites: str | None = None,
     renumber: Callable[[Scan, bool], np.ndarray] | None = None,
+    volume_columns: Collection[str] = (),
 ) -> dict[str, str]:
     """Score a folder of masks against a folder of true ones; every file of `target` needs a prediction.
 
@@ -216,13 +239,16 @@ def evaluate_folder(
         volumes: also write volume_agreement.csv, see `volume_agreement`, and add it to the summary.
         sites: table as of `read_sites`: also write sites.csv, see `site_table`, and add it to the summary.
         renumber: as of `load_masks`.
+        volume_columns: as of `check_whose_masks`.
 
     Returns:
         {case that failed: reason}, the same in every process.
 
     Raises:
-        FileNotFoundError, ValueError: as `matching_files`, `patients_of` and `read_sites`.
+        FileNotFoundError, ValueError: as the functions that are named here and `matching_files`.
     """
+    for folder in filter(None, (pred, other)):
+        check_whose_masks(folder, volume_columns)
     targets = label_files(target)
     preds = matching_files(pred, targets, target)
     second = matching_files(other, targets, target) if other else None

@@ -411,6 +411,16 @@ def scored(folder, truth, pred, *flags):
     return code, {int(row["class"]): (row["status"], row["dice"]) for row in rows}
 
 
+def test_masks_of_another_data_set_are_refused(tmp_path):
+    """predict.py notes volumes of what it found; scored as amygdalae, hippocampi would be called so."""
+    _, labels = head()
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/volumes.csv").write_text("scan,anterior_hippocampus_mm3,removed_mm3\ns1,5,0\n")
+    with pytest.raises(SystemExit, match=r"has anterior_hippocampus_mm3 and not left_mm3, .* --dataset"):
+        scored(tmp_path, labels, labels)
+    assert scored(tmp_path, labels, labels, "--dataset", "Hippocampus")[0] == 0
+
+
 def test_masks_with_other_numbers(tmp_path, capsys):
     """FreeSurfer's, one's own, one number for both sides; a lone left side is no mask of both."""
     _, labels = head()
