@@ -7,7 +7,7 @@ Files belong together by the name of the case, with or without an ending such as
 needs a prediction. Masks hold the labels 1 and 2, see --dataset, or FreeSurfer's 18 and 54; the true ones may
 have other numbers, see --label_map. Writes results.csv (one row for each case and label), cases.csv,
 summary.csv (by label), volume_agreement.csv (ICC, bias, limits of agreement), summary.md and
-worst_and_median.png; with --sites also sites.csv; with --compare also comparison.csv, in which B is the second folder.
+worst_and_median.png; with --sites also sites.csv; with --compare also comparison.csv (B: the second folder).
 """
 
 import sys
