@@ -221,7 +221,7 @@ def _names(cases: Iterable[str]) -> str:
 
 def print_comparison(table: list[dict]) -> None:
     """Print the table of `compare`; missed and invented structures are given as A/B."""
-    widths = (-22, 9, 9, 9, 20, 7, 8, 5, 9, 10)
+    widths = (-26, 9, 9, 9, 20, 7, 8, 5, 9, 10)
 
     def show(*cells: object) -> None:
         # A negative width aligns to the left.
@@ -236,7 +236,7 @@ def print_comparison(table: list[dict]) -> None:
         numbers = {key: value for key, value in row.items() if isinstance(value, float)}
         text = {key: "-" if np.isnan(value) else f"{value:.3f}" for key, value in numbers.items()}
         show(
-            f"  {row['name'][:19]}",
+            f"  {row['name'][:23]}",
             *(text[k] for k in ("mean_a", "mean_b", "difference")),
             f"{text['low']} to {text['high']}",
             *(text["p"], text["p_holm"], row["n"]),

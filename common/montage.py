@@ -14,6 +14,8 @@ from common.nifti_forms import grid_difference
 from common.planes import EDGES, ERROR_TITLE, PLANES, contour_pictures
 from common.plots import save_panels
 
+CONTOUR_TITLE = "solid: truth, dashed: prediction"
+
 
 def worst_and_median(rows: Sequence[dict], number: int) -> dict[str, str]:
     """{case: "worst" or "median"}: the cases with the lowest mean Dice, then those around the median."""
@@ -83,8 +85,8 @@ def save_worst_and_median(
                 value_range=value_range,
             )
         )
-        name = f"{kind}: {case}, {worst['name']} {worst['dice']:.2f}"
-        titles.append([name, *PLANES[1:], ERROR_TITLE])
+        name = f"{kind}: {case}\n{worst['name']} {worst['dice']:.2f}"
+        titles.append([name, f"{PLANES[1]}\n{CONTOUR_TITLE}", PLANES[2], ERROR_TITLE])
     if pictures:
         shown = sorted(set().union(*labelled.values()))
         legend = {structures.names[n]: structures.colors[n] for n in shown}

@@ -393,6 +393,16 @@ def test_the_command_with_sites_and_a_second_run(tmp_path, capsys):
     assert (tmp_path / "out/worst_and_median.png").is_file()
 
 
+def test_the_picture_tells_truth_from_prediction(tmp_path, monkeypatch):
+    """Dice of the moved mask: 8 / 9, see above. The names stand in two lines: a long one was cut off."""
+    titles = []
+    monkeypatch.setattr("common.montage.save_panels", lambda path, rows, names, **_: titles.extend(names))
+    _, labels = head()
+    scored(tmp_path, labels, np.roll(labels, 1, axis=0), "--num_pictures", "1")
+    assert titles[0][0] == "worst: s1\nleft amygdala 0.89"
+    assert titles[0][1] == "coronal\nsolid: truth, dashed: prediction"
+
+
 def scored(folder, truth, pred, *flags):
     """(exit code, {label: (status, dice)}) of one case by the script."""
     for name, array in (("labels", truth), ("masks", pred)):
