@@ -24,6 +24,7 @@ from common import distributed
 from common.config import make_parser, parse_args, run_script
 from common.conversion import convert_data_set, finish_notes, print_failed
 from common.files import listed
+from common.foreign import foreign_hint
 from common.messages import warn
 from common.pairs import median_spacing
 from common.working_case import resolve_spacing
@@ -93,6 +94,9 @@ def convert(args: Namespace) -> dict[str, str]:
     cases, problems = list_data_set(args.data_path, args.labelled)
     if problems:
         raise ValueError("; ".join(problems))
+    if not cases:
+        where = f"{args.data_path}: no scan in imagesTr, imagesVa or imagesTs"
+        raise ValueError(where + foreign_hint(args.data_path))
     cases = choose_cases(cases, args.modality)
     median_mm = median_spacing([case.image for case in cases if case.image is not None])
     spacing_mm = resolve_spacing(args.spacing, PRESETS, median_mm)

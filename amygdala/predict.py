@@ -116,6 +116,11 @@ def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Na
     started, name, scan = time.perf_counter(), case_name(path), prediction.load_scan(path)
     model = models[0]
     dataset = DATASETS[model.preprocessing["dataset"]]
+    sides_mm, problems = np.multiply(scan.shape, scan.spacing_mm), []
+    if (min(sides_mm) >= LEAST_HEAD_MM) != dataset.localised:  # told at once: a head takes minutes as a crop
+        expected = "whole head" if dataset.localised else "crop around a hippocampus as those trained on"
+        problems.append("{:.0f} x {:.0f} x {:.0f} mm (z y x), which is no {}".format(*sides_mm, expected))
+        warn(f"{path.name}: {problems[0]}")
     region = find_box(model, scan.array, scan.spacing_mm)
     beside_mm = beside_middle_mm(scan.array, region, scan.spacing_mm) if dataset.localised else 0.0
     reading = prediction.read_region(
@@ -152,13 +157,9 @@ def predict_scan(models: Sequence[TrainedModel], path: Path, out: Path, args: Na
     save_label(out / f"{name}_mask.nii.gz", reading.on_scan(labels, scan), scan)
     counts = label_counts(labels, NUM_CLASSES)
     volumes_mm3 = {label: float(counts[label] * scan.voxel_mm3) for label in dataset.structures.names}
-    problems = find_warnings(labels, volumes_mm3, dataset, beside_mm)
-    sides_mm = np.multiply(scan.shape, scan.spacing_mm)
-    if (min(sides_mm) >= LEAST_HEAD_MM) != dataset.localised:
-        expected = "whole head" if dataset.localised else "crop around a hippocampus as those trained on"
-        problems.append("{:.0f} x {:.0f} x {:.0f} mm (z y x), which is no {}".format(*sides_mm, expected))
-    for problem in problems:
+    for problem in (found := find_warnings(labels, volumes_mm3, dataset, beside_mm)):
         warn(f"{path.name}: {problem}")
+    problems += found
     if args.overlay:
         with costs_the_picture(f"{name}_overlay.png"):
             save_planes(

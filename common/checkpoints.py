@@ -92,6 +92,8 @@ def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
                 f"{path}: refused, because it holds more than tensors and plain values and loading it could "
                 "run code from the file. Only checkpoints written by this project are opened"
             ) from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
         detail = str(error).split("\n")[0]
         raise ValueError(f"{path}: not a readable checkpoint ({detail})") from error
 

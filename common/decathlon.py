@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.files import read_json
 from common.foreign import foreign_files, foreign_hint
+from common.messages import warn
 from common.nifti import case_name, is_nifti
 from common.splits import natural_key
 
@@ -72,7 +73,8 @@ def list_cases(folder: str | Path) -> list[Case]:
     if same:
         raise ValueError("; ".join(same))
     if not cases:
-        raise ValueError(f"{folder}: imagesTr and labelsTr hold no scan (.nii.gz, .nii, .mgz, .nrrd)")
+        found = "imagesTr and labelsTr hold no scan (.nii.gz, .nii, .mgz, .nrrd)"
+        raise ValueError(f"{folder}: {found}{foreign_hint(folder)}")
     without = {
         "scan(s) without a file of that name in labelsTr": [c.case_id for c in cases if c.label is None],
         "label(s) without a file of that name in imagesTr": [c.case_id for c in cases if c.image is None],
@@ -97,8 +99,8 @@ def list_files(folder: str | Path, part: str) -> tuple[list[Case], list[str]]:
 
     Returns:
         cases in the natural order of their names, with None for the file that a case lacks; problems: a
-        sentence for each file that is left out because it is one case with another file, and one for files in
-        formats that are not read.
+        sentence for each file that is left out because it is one case with another file. Files in formats
+        that are not read are named in a warning.
     """
     folders = {kind: Path(folder) / f"{kind}s{part}" for kind in ("image", "label")}
     paths = {
@@ -111,7 +113,7 @@ def list_files(folder: str | Path, part: str) -> tuple[list[Case], list[str]]:
     problems = []
     for kind, inside in folders.items():
         if foreign := foreign_files(inside.glob("[!.]*")):
-            problems.append(f"{inside}: holds {foreign}")
+            warn(f"{inside}: left out are {foreign}")
         for path in paths[kind]:
             name = case_name(path)
             short = name.removesuffix(CHANNEL)

@@ -33,6 +33,7 @@ NO_MEMORY = re.compile(
 )
 NO_ROOM_TO_SHARE = re.compile(r"shared memory|</torch_\d|Too many open files|ancdata")
 CAUGHT = re.compile(r"Caught (\w+) in (DataLoader worker process|pin memory thread)")
+SIGNALS = {member.value: member.name for member in signal.Signals}
 NO_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset) by|ProcessGroup|TCPStore")
 
 
@@ -190,7 +191,7 @@ def of_workers(workers: Iterable[BaseProcess]) -> str | None:
         return None
     if code == NOT_HANDED_OVER:
         return no_room_to_share()
-    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    name = SIGNALS.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
     if name == "SIGBUS":
         why = f"a file that it read was cut off meanwhile, or {_shared_memory()} was too small"
         return f"a data worker had a bus error (SIGBUS): {why}; check the data set, or use --workers 0"

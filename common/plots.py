@@ -133,7 +133,7 @@ def save_panels(
         for axis, letters in zip(axis_row, letters_row, strict=False):
             for letter, place, side in zip(letters, (0.02, 0.98), ("left", "right"), strict=True):
                 look = {"ha": side, "va": "center", "color": "white", "fontsize": 8}
-                look["path_effects"] = [withStroke(linewidth=1.5, foreground="black")]  # on white, too
+                look["path_effects"] = [withStroke(linewidth=2, foreground="black")]  # white on white tissue
                 axis.text(place, 0.5, letter, transform=axis.transAxes, **look)
     save_figure(figure, path)
 

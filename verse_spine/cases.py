@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.foreign import foreign_files, foreign_hint
+from common.messages import warn
 from common.splits import natural_key
 
 PARTS = ("training", "validation", "test")
@@ -125,7 +126,7 @@ def _cases_of(root: Path, edition: int | None) -> list[Case]:
     problems = []
     for folder, kinds in (("rawdata", ("image",)), ("derivatives", ("mask", "centroids"))):
         if foreign := foreign_files((root / folder).rglob("[!.]*")):
-            problems.append(f"{folder} holds {foreign}")
+            warn(f"{root / folder}: left out are {foreign}")
         for path in sorted((root / folder).rglob("*")):
             for kind in kinds:
                 match = re.search(KINDS[kind], path.name, re.IGNORECASE)
