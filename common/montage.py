@@ -85,6 +85,7 @@ def save_worst_and_median(
                 value_range=value_range,
             )
         )
+        # In two lines, as a long one would be cut off.
         name = f"{kind}: {case}\n{worst['name']} {worst['dice']:.2f}"
         titles.append([name, f"{PLANES[1]}\n{CONTOUR_TITLE}", PLANES[2], ERROR_TITLE])
     if pictures:

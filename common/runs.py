@@ -232,7 +232,9 @@ def resume(
             if now not in known:
                 print(f"--resume: --{key} is {now} from here on, so far it was {known[0]}")
             elif in_file not in known:
-                print(f"--resume: --{key} stays {now}; to make it {in_file}, as in --config, use the flag")
+                other = f"to make it {in_file}, as in --config, use the flag"
+                begun = f"{in_file}, as in --config, needs a new run"
+                print(f"--resume: --{key} stays {now}; {begun if key in same else other}")
     return args, checkpoint, folder
 
 

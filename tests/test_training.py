@@ -732,6 +732,9 @@ def test_a_resumed_run_keeps_its_flags_whatever_a_yaml_file_says(script, unbroke
         f"--resume: --seed stays {seed}; to make it {seed + 1}, as in --config, use the flag",
         f"--resume: --workers is {workers + 1} from here on, so far it was {workers}",
     ]
+    runs.resume(parser, flags[:4], same=["seed"], stage=last_of(run).get("stage"))
+    told = capsys.readouterr().out
+    assert f"--seed stays {seed}; {seed + 1}, as in --config, needs a new run" in told, "the flag is refused"
     runs.resume(parser, ["--resume", str(run)], same=[], stage=last_of(run).get("stage"))
     assert not capsys.readouterr().out
 
