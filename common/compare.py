@@ -235,6 +235,7 @@ def print_comparison(table: list[dict]) -> None:
             print(f"{metric} ({'lower' if metric.endswith('_mm') else 'higher'} is better)")
         numbers = {key: value for key, value in row.items() if isinstance(value, float)}
         text = {key: "-" if np.isnan(value) else f"{value:.3f}" for key, value in numbers.items()}
+        text |= {key: "<0.001" for key in ("p", "p_holm") if row[key] < 0.001}
         show(
             f"  {row['name'][:23]}",
             *(text[k] for k in ("mean_a", "mean_b", "difference")),
