@@ -406,7 +406,7 @@ SCRIPTS = {
         "phantom_slices",
         [*TINY, "--accumulate", "8"],
         ["--base_features", "16"],
-        lambda patch: patch.setattr(train_lung, "get_loss", lambda *_: _nan),
+        lambda patch: patch.setattr(train_lung, "get_loss", lambda *_, **__: _nan),
         other_model="UNet",
     ),
     "heatmap": Script(

@@ -489,7 +489,7 @@ def test_disk_full_while_the_notes_are_written(three, tmp_path, monkeypatch, con
         replace(source, target)
 
     monkeypatch.setattr("common.conversion.os.replace", full)
-    with pytest.raises(SystemExit, match="No space left.*preprocessing.json"):
+    with pytest.raises(SystemExit, match="preprocessing.json: No space left on device; make room"):
         convert(three, out, "--spacing", 4, 4, 4)
     assert list(entries(out)) == ["sub-verse001"]
     monkeypatch.setattr("common.conversion.os.replace", replace)
