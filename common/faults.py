@@ -156,7 +156,7 @@ def read_batches(loader: Iterable, num_workers: int) -> Iterator:
             raise ValueError(f"{no_room_to_share()} ({reason})") from error
         why = f"{num_workers} data workers could not be started ({reason})"
         raise ValueError(f"{why}; use fewer, or --workers 0") from error
-    workers = multiprocessing.active_children() if num_workers else []
+    workers = list(getattr(batches, "_workers", ()))  # those of this loader; they stay from epoch to epoch
     if workers:
         atexit.unregister(end_children)  # once is enough
         atexit.register(end_children)
@@ -168,9 +168,11 @@ def read_batches(loader: Iterable, num_workers: int) -> Iterator:
         except StopIteration:
             return
         except Exception as error:
+            reason = None
             if not CAUGHT.match(str(error)):  # a broken connection, most likely, a moment before its end
                 _wait_for_one(workers)
-            reason = of_workers(workers) or _raised_in_worker(error)
+                reason = of_workers(workers)
+            reason = reason or _raised_in_worker(error)
             if reason is None:
                 raise
             raise ValueError(reason) from error
@@ -185,12 +187,13 @@ def _wait_for_one(workers: Iterable[BaseProcess]) -> None:
 
 
 def of_workers(workers: Iterable[BaseProcess]) -> str | None:
-    """Why the first of these processes that did not end by itself has ended; None if all live or are done."""
-    code = next((code for worker in workers if (code := worker.exitcode)), None)
-    if code is None:
+    """Why one of these processes that did not end by itself has ended; None if all live or are done."""
+    codes = [worker.exitcode for worker in workers if worker.exitcode]
+    if not codes:
         return None
-    if code == NOT_HANDED_OVER:
+    if NOT_HANDED_OVER in codes:
         return no_room_to_share()
+    code = min(codes)  # that of a signal is negative, and says more
     name = SIGNALS.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
     if name == "SIGBUS":
         why = f"a file that it read was cut off meanwhile, or {_shared_memory()} was too small"

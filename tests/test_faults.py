@@ -134,7 +134,10 @@ def no_worker_left():
     middle of the next test.
     """
     yield
+    children = multiprocessing.active_children()
     faults.end_children()
+    for child in children:
+        child.join()
 
 
 def killed():
@@ -174,6 +177,27 @@ def test_what_happens_in_a_worker_is_told_where_its_batch_is_waited_for(fault, e
     assert str(found.value).count("Traceback") == (fault is raise_damaged)
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL, "torch's would raise anywhere"
     assert [batch.tolist() for batch in read_batches(worker_loader(), 2)][2] == [4, 5]
+
+
+def test_a_worker_that_stays_from_epoch_to_epoch_is_missed_in_the_second(no_worker_left):
+    loader = torch.utils.data.DataLoader(
+        Items(),
+        2,
+        num_workers=1,
+        worker_init_fn=faults.start_worker,
+        persistent_workers=True,
+        timeout=1,
+        prefetch_factor=1,
+    )
+    first = [batch.tolist() for batch in read_batches(loader, 1)]
+    (worker,) = multiprocessing.active_children()
+    batches = read_batches(loader, 1)
+    next(batches)
+    worker.kill()
+    worker.join()
+    with pytest.raises(ValueError, match="a data worker was killed .SIGKILL., most likely"):
+        list(batches)
+    assert len(first) > 3, "there are batches left when it is killed"
 
 
 def test_a_mistake_in_a_data_set_keeps_its_traceback(no_worker_left):
