@@ -12,6 +12,7 @@ from tqdm import tqdm
 from common import distributed
 from common.conversion import failure_reason
 from common.dicom_headers import DICOM_ENDINGS
+from common.files import visible_files
 from common.foreign import foreign_files, why_foreign
 from common.mask_files import CONVERTED, NO_MASKS
 from common.nifti import case_name
@@ -51,21 +52,15 @@ def find_sources(
         return [source]
     if not source.is_dir():
         raise FileNotFoundError(f"--source {source}: no such file or folder")
-    results = None
-    if source.resolve() in out.resolve().parents:
-        results = out.resolve().relative_to(source.resolve())
     found, foreign, left_out = [], [], 0
-    for path in source.rglob("*") if recursive else source.iterdir():
-        inside = path.relative_to(source)
-        is_hidden = any(part.startswith(".") for part in inside.parts)
-        if is_hidden or not path.is_file():
-            continue
+    for path, is_in_out in visible_files(source, out, recursive):
         if not path.name.lower().endswith(suffixes):
-            if results not in inside.parents and not path.name.lower().endswith(DICOM_ENDINGS):
+            if not is_in_out and not path.name.lower().endswith(DICOM_ENDINGS):
                 foreign.append(path)
             continue
+        inside = path.relative_to(source)
         is_result = case_name(path).lower().endswith(own_names) or NO_MASKS.intersection(inside.parts[:-1])
-        if is_result or results in inside.parents:
+        if is_result or is_in_out:
             left_out += 1
         else:
             found.append(path)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from common import distributed
+from common.faults import first_line
 from common.files import check_keys, check_names, replacing
 from common.hardware import Precision
 from common.splits import PARTS
@@ -42,7 +43,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else None
-        reason = reason or str(error).split("\n")[0]
+        reason = reason or first_line(error)
         what_is_left = f"the earlier {path.name} is untouched" if path.exists() else "nothing was written"
         raise OSError(
             f"{path}: checkpoint could not be written ({reason}); {what_is_left}. Free space or check "
@@ -94,7 +95,7 @@ def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
             ) from error
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
-        detail = str(error).split("\n")[0]
+        detail = first_line(error)
         raise ValueError(f"{path}: not a readable checkpoint ({detail})") from error
 
 
@@ -156,7 +157,7 @@ def naming_damage(what: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        detail = f"{type(error).__name__}: {error}".split("\n")[0]
+        detail = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(
             f"{what}: a part is missing or damaged ({detail}); take another checkpoint, or train again"
         ) from error

@@ -12,6 +12,7 @@ from typing import NoReturn
 import yaml
 
 from common import faults
+from common.files import refuse_pipe
 from common.messages import show_warnings_plainly
 
 # Tokens of YAML that go a level deeper, those that come back, and how deep a file of flags may be.
@@ -128,8 +129,11 @@ def read_yaml_files(parser: argparse.ArgumentParser, path: str | Path) -> list[t
 
 
 def _read_mapping(parser: argparse.ArgumentParser, path: Path) -> dict:
-    if path.exists() and not path.is_file() and path != Path(os.devnull):  # a pipe has no end
-        parser.error(f"--config {path}: a folder, pipe or device, not a file")
+    try:
+        if path != Path(os.devnull):
+            refuse_pipe(path)
+    except ValueError as error:
+        parser.error(f"--config {error}")
     try:
         text, depth = path.read_text(encoding="utf8"), 0
         for token in yaml.scan(text):

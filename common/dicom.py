@@ -12,7 +12,7 @@ from common.conversion import failure_reason
 from common.dicom_conversion import convert_series, find_program
 from common.dicom_headers import DICOM_ENDINGS, read_dicom_header
 from common.dicom_series import Series, find_series, why_no_volume
-from common.files import make_folder
+from common.files import listed, make_folder
 from common.foreign import foreign_files
 from common.mask_files import CONVERTED
 
@@ -58,24 +58,22 @@ def find_scans(
             return scans, {}
     series, failed = find_series(source, out, recursive or nothing is not None)
     converted, left_out = [], []
+    distributed.barrier()  # all have looked before the first writes there
     if series:
         converted, not_converted, left_out = distributed.on_main(lambda: _convert_all(series, source, out))
         failed |= not_converted
     if not scans and not converted:
         if failed:
-            raise ValueError(_listed(list(failed.values())))
+            raise ValueError(listed(list(failed.values()), MOST_LISTED, "; "))
         if left_out:
-            raise ValueError(f"--source {source}: no volume among its DICOM series ({_listed(left_out)})")
+            raise ValueError(
+                f"--source {source}: no volume among its DICOM series ({listed(left_out, MOST_LISTED, '; ')})"
+            )
         raise nothing or ValueError(f"--source {source}: a DICOM directory, not an image")
     if nothing is not None and distributed.is_main():  # else `batch.find_sources` has told it
         if others := foreign_files(p for p in source.iterdir() if not p.name.lower().endswith(DICOM_ENDINGS)):
             tqdm.write(f"left out: {others}")
     return [*scans, *converted], failed
-
-
-def _listed(reasons: list[str]) -> str:
-    more = f"; and {len(reasons) - MOST_LISTED} more" if len(reasons) > MOST_LISTED else ""
-    return "; ".join(reasons[:MOST_LISTED]) + more
 
 
 def _is_dicom_file(path: Path, suffixes: tuple[str, ...]) -> bool:

@@ -104,10 +104,11 @@ def _choose(series: Series, made: Path, said: Sequence[str]) -> tuple[dict[str, 
     for ending in resampled:
         stem = ending.split("_Tilt")[0].split("_Eq")[0]
         files.pop(stem, None)
-        what = "the gantry was tilted" * ("_Tilt" in ending)
-        what += " and " * ("_Tilt" in ending and "_Eq" in ending)
-        what += "slices lie at unequal distances (are some missing?)" * ("_Eq" in ending)
-        warn(f"{series.described}: {what}; the scan is resampled, and so is its mask's grid")
+        reasons = ["the gantry was tilted"] if "_Tilt" in ending else []
+        if "_Eq" in ending:
+            reasons.append("slices lie at unequal distances (are some missing?)")
+        what = f"{' and '.join(reasons)}; the scan is resampled, and so is its mask's grid"
+        warn(f"{series.described}: {what}")
     chosen, left_out = {}, []
     for ending, path in sorted(files.items()):
         try:

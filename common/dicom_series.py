@@ -1,17 +1,18 @@
 """Which series lie in a folder of DICOM files, which of them can be a volume, and how they are called."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from common.conversion import failure_reason
 from common.dicom_headers import DICOM_ENDINGS, Header, read_dicom_header
+from common.files import visible_files
 from common.foreign import FORMATS
 from common.nifti import NIFTI_SUFFIXES
 from common.splits import natural_key
 
 LEAST_SLICES = 3  # of a volume; two are the side and front view of a localiser
-LONGEST_NAME = 120  # characters; a file system takes 255 bytes, with what the scripts append
+LONGEST_NAME = 120  # bytes; a file system takes 255, with what the scripts append
 FORBIDDEN = '/\\:*?"<>|'  # letters that some systems do not allow in names of files
 WANTED = ("CT", "MR", "")  # kinds of scan that can be segmented; "" is not told
 PICTURE, DIRECTORY = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.1.3.10"  # kinds: of the screen, DICOMDIR
@@ -55,7 +56,10 @@ def find_series(source: Path, out: Path, in_subfolders: bool) -> tuple[list[Seri
         if header is None:
             return [], {}
         only, root, in_subfolders = header.series, source.parent, False
-    for path in _candidates(root, out, in_subfolders):
+    candidates = visible_files(root, out, in_subfolders)
+    for path, is_in_out in sorted(candidates, key=lambda pair: natural_key(str(pair[0]))):
+        if is_in_out or path.name.lower().endswith(OTHERS):
+            continue
         try:
             header = read_dicom_header(path)
         except (ValueError, OSError) as error:
@@ -77,24 +81,11 @@ def find_series(source: Path, out: Path, in_subfolders: bool) -> tuple[list[Seri
     return found, {} if only is not None else damaged
 
 
-def _candidates(root: Path, out: Path, in_subfolders: bool) -> Iterator[Path]:
-    """Files that may be DICOM, by their names, in natural order."""
-    results = None
-    if root.resolve() in out.resolve().parents:
-        results = out.resolve().relative_to(root.resolve())
-    paths = root.rglob("*") if in_subfolders else root.iterdir()
-    for path in sorted(paths, key=lambda path: natural_key(str(path))):
-        inside = path.relative_to(root)
-        is_hidden = any(part.startswith(".") for part in inside.parts)
-        is_other = path.name.lower().endswith(OTHERS) or results in inside.parents
-        if not (is_hidden or is_other) and path.is_file():
-            yield path
-
-
 def _name(root: Path, folder: Path, number: str) -> str:
     """Name of a scan: the folders below `root`, or that itself, and the number of the series."""
     parts = folder.relative_to(root).parts or (root.resolve().name,)
-    name = "_".join([*parts, *number.split()])[-LONGEST_NAME:]
+    whole = "_".join([*parts, *number.split()])
+    name = whole.encode(errors="replace")[-LONGEST_NAME:].decode(errors="ignore")
     cleaned = ("_" if letter in FORBIDDEN or letter.isspace() else letter for letter in name)
     return "".join(cleaned).lstrip(".")
 

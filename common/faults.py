@@ -34,7 +34,7 @@ NO_MEMORY = re.compile(
 NO_ROOM_TO_SHARE = re.compile(r"shared memory|</torch_\d|Too many open files|ancdata")
 CAUGHT = re.compile(r"Caught (\w+) in (DataLoader worker process|pin memory thread)")
 SIGNALS = {member.value: member.name for member in signal.Signals}
-NO_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset) by|ProcessGroup|TCPStore")
+NO_PEER = re.compile(r"gloo|NCCL(?! built in)|[Cc]onnection (closed|reset) by|ProcessGroup|TCPStore")
 
 
 def sentence(error: BaseException) -> str | None:
@@ -87,9 +87,10 @@ def no_room_to_share() -> str:
     )
 
 
-def first_line(text: str) -> str:
-    """The first line of a text, "" of an empty one."""
-    return text.split("\n")[0]
+def first_line(said: object) -> str:
+    """The first line of a text or of what an error says; of an error that says nothing its type."""
+    line = str(said).split("\n")[0]
+    return line or (type(said).__name__ if isinstance(said, BaseException) else "")
 
 
 def _shared_memory() -> str:
@@ -148,7 +149,8 @@ def read_batches(loader: Iterable, num_workers: int) -> Iterator:
     try:
         if num_workers:
             # What the loader's queues take of shared memory: with less, torch prints a traceback of its own.
-            del [multiprocessing.Semaphore() for _ in range(8 + 3 * num_workers)][:]
+            tried = [multiprocessing.Semaphore() for _ in range(8 + 3 * num_workers)]
+            tried.clear()
         batches = iter(loader)
     except OSError as error:
         reason = error.strerror or error
@@ -181,9 +183,10 @@ def read_batches(loader: Iterable, num_workers: int) -> Iterator:
 
 def _wait_for_one(workers: Iterable[BaseProcess]) -> None:
     """Wait until one of these processes has ended, or for five seconds."""
-    of = {worker.sentinel: worker for worker in workers}
-    for sentinel in multiprocessing.connection.wait(list(of), timeout=5) if of else ():
-        of[sentinel].join(5)
+    by_sentinel = {worker.sentinel: worker for worker in workers}
+    if by_sentinel:  # to wait for none would take all of the time
+        for sentinel in multiprocessing.connection.wait(list(by_sentinel), timeout=5):
+            by_sentinel[sentinel].join(5)
 
 
 def of_workers(workers: Iterable[BaseProcess]) -> str | None:

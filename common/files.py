@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.faults import first_line
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -135,6 +137,23 @@ def write_json(path: str | Path, content: Any) -> None:
 # ---- reading ----
 
 
+def visible_files(folder: Path, out: Path, recursive: bool) -> Iterator[tuple[Path, bool]]:
+    """(file, whether it lies in `out`, a folder of results) of a folder, in no order, but no hidden ones and
+    none in hidden folders.
+
+    Args:
+        recursive: also of its subfolders.
+    """
+    results = None
+    if folder.resolve() in out.resolve().parents:
+        results = out.resolve().relative_to(folder.resolve())
+    for path in folder.rglob("*") if recursive else folder.iterdir():
+        inside = path.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in inside.parts)
+        if not is_hidden and path.is_file():
+            yield path, results in inside.parents
+
+
 def read_json(path: str | Path, expected: type | Mapping[str, Any] = dict, *, advice: str = "") -> Any:
     """Content of a JSON file, after checking that it is what the caller expects.
 
@@ -247,7 +266,7 @@ def open_npy(path: str | Path) -> "np.ndarray":
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_ERRORS as error:
-        detail = str(error).split("\n")[0] or type(error).__name__
+        detail = first_line(error)
         raise ValueError(f"{path}: not a .npy file of plain numbers ({detail})") from error
     if not isinstance(array, np.ndarray):
         array.close()
@@ -286,10 +305,10 @@ def printable(text: str) -> str:
     return text.encode("utf8", "backslashreplace").decode("utf8")
 
 
-def listed(items: Sequence, most: int = 8) -> str:
+def listed(items: Sequence, most: int = 8, separator: str = ", ") -> str:
     """The first items of a list as a text: 1, 2, 3 and 40 more."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(map(str, items[:most])) + more
+    return separator.join(map(str, items[:most])) + more
 
 
 def file_sha1(path: str | Path) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoints import load_weights, naming_damage
+from common.faults import first_line
 from common.files import replacing
 from common.mit import BACKBONES
 from common.pretrained import first_names, read_weights
@@ -70,7 +71,7 @@ def download_encoder(backbone: str, target: Path) -> None:
         with replacing(target) as partial:
             shutil.copyfile(found, partial)
     except Exception as error:  # network, disk, ...: all end in the steps by hand
-        cause = str(error).split("\n")[0]
+        cause = first_line(error)
         raise RuntimeError(f"huggingface_hub (pip install huggingface_hub) failed: {cause}") from error
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from common import nifti_checks as checks
+from common.faults import first_line
 from common.files import replacing
 from common.nifti_checks import as_labels, rounded_labels
 from common.nifti_forms import GRID_TOLERANCE_MM, choose_affine, grid_difference, unit_mm
 from common.nrrd import is_nrrd, read_nrrd_header
-from common.scan_files import UNREADABLE, NiftiFile, Scan, first_line
+from common.scan_files import UNREADABLE, NiftiFile, Scan
 from common.stored_values import Stored, choose_channel, lowest_finite, scaled, without_nan
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".nrrd")  # of what `open_nifti` reads

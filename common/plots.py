@@ -23,7 +23,6 @@ def costs_the_picture(name: str) -> Iterator[None]:
         warn(f"{name} is left out: {failure_reason(error)}")
 
 
-@costs_the_picture("the picture of the curves")
 def save_curves(
     path: str | Path,
     rows: list[dict],
@@ -42,32 +41,33 @@ def save_curves(
         names: {column: what the legend calls it}; None, or a column that is not in it: its own name.
         only_above_0: leave out columns that are 0 or NaN in every row, and panels without any other.
     """
-    from matplotlib import colormaps
+    with costs_the_picture(Path(path).name):
+        from matplotlib import colormaps
 
-    if only_above_0:
-        panels = {
-            title: [column for column in columns if any(row[column] > 0 for row in rows)]
-            for title, columns in panels.items()
-        }
-        panels = {title: columns for title, columns in panels.items() if columns}
-    figure, axes = new_figure(1, len(panels), (4.2 * len(panels), 3.2))
-    for axis, (title, columns) in zip(axes.flat, panels.items(), strict=True):
-        if len(columns) > NUM_COLORS:  # else lines would share one
-            axis.set_prop_cycle(color=colormaps["tab20"].colors)
-        for column in columns:
-            # A dot as well: a single epoch draws no line.
-            name = (names or {}).get(column, column)
-            axis.plot([r[x] for r in rows], [r[column] for r in rows], marker=".", label=name)
-        axis.set_title(title)
-        axis.set_xlabel(x)
-        if x == "epoch":
-            axis.xaxis.get_major_locator().set_params(integer=True)  # no fifths of an epoch
-        axis.grid(alpha=0.3)
-        if len(columns) > MOST_INSIDE:
-            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
-        elif len(columns) > 1:
-            axis.legend()
-    save_figure(figure, path)
+        if only_above_0:
+            panels = {
+                title: [column for column in columns if any(row[column] > 0 for row in rows)]
+                for title, columns in panels.items()
+            }
+            panels = {title: columns for title, columns in panels.items() if columns}
+        figure, axes = new_figure(1, len(panels), (4.2 * len(panels), 3.2))
+        for axis, (title, columns) in zip(axes.flat, panels.items(), strict=True):
+            if len(columns) > NUM_COLORS:  # else lines would share one
+                axis.set_prop_cycle(color=colormaps["tab20"].colors)
+            for column in columns:
+                # A dot as well: a single epoch draws no line.
+                name = (names or {}).get(column, column)
+                axis.plot([r[x] for r in rows], [r[column] for r in rows], marker=".", label=name)
+            axis.set_title(title)
+            axis.set_xlabel(x)
+            if x == "epoch":
+                axis.xaxis.get_major_locator().set_params(integer=True)  # no fifths of an epoch
+            axis.grid(alpha=0.3)
+            if len(columns) > MOST_INSIDE:
+                axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
+            elif len(columns) > 1:
+                axis.legend()
+        save_figure(figure, path)
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, color: tuple = PRED_COLOR, alpha: float = 0.4) -> np.ndarray:

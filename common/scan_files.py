@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from common import nifti_checks as checks
+from common.faults import first_line
 from common.nrrd import is_nrrd, open_nrrd_voxels
 from common.stored_values import Stored, clip_values, lowest_finite, scaled, without_nan
 
@@ -168,8 +169,3 @@ class Scan(NiftiFile):
     """A NiftiFile with its voxels: `array` is (z, y, x) RAS+, of integers if the file's scaling allows."""
 
     array: np.ndarray
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its type."""
-    return str(error).split("\n")[0] or type(error).__name__

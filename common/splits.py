@@ -69,7 +69,7 @@ def _time_limit(seconds: float, message: str) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)  # None: one that Python did not set
 
 
 def split_by_patient(

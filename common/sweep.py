@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.metrics import dice_from_counts, iou_from_counts
-from common.plots import costs_the_picture, save_curves
+from common.plots import save_curves
 from common.tables import write_table
 
 THRESHOLDS = np.arange(1, 50) / 50
@@ -156,8 +156,7 @@ def write_sweeps(out: Path, sweeps: Mapping[str, Sweep], thresholds: Mapping[str
         write_table(out / "sizes.csv", rows)
     panels = {f"Dice, {c}": [f"{kind} dice_{c}" for kind in sweeps] for c in ("slices", "volumes")}
     names = {f"{kind} dice_{c}": kind for kind in sweeps for c in ("slices", "volumes")}
-    with costs_the_picture("sweep.png"):
-        save_curves(out / "sweep.png", table, panels, names, x="threshold")
+    save_curves(out / "sweep.png", table, panels, names, x="threshold")
 
 
 def overlap_lines(rows: Mapping[str, Mapping[str, float]]) -> list[str]:

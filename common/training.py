@@ -97,7 +97,8 @@ class Run:
         self.log = runs.start_log(folder, config, self.history)
         if resumed:
             self.log(f"resumed at epoch {self.epoch}, batch {self.batch}")
-            if not time_budget_s and self.epoch >= (before := resumed.get("epochs", math.inf)):
+            before = resumed.get("epochs")
+            if not time_budget_s and before is not None and self.epoch >= before:
                 self.log(f"warning: it was over after {before} epochs; now its learning rate jumps up again")
         self.trackers = Trackers(folder, config, self.epoch, self.log, wandb_project, tensorboard)
         self._started = time.perf_counter() - self.elapsed_s

@@ -272,9 +272,7 @@ def test_a_failed_write_leaves_the_old_picture_and_nothing_else(tmp_path, monkey
 
     monkeypatch.setattr(Figure, "savefig", full_disk)
     save_curves(path, curve_rows(4), PANELS)
-    assert (
-        "warning: the picture of the curves is left out: No space left on device" in capsys.readouterr().out
-    )
+    assert "warning: curves.png is left out: No space left on device" in capsys.readouterr().out
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
 
@@ -303,7 +301,5 @@ def test_curves_that_cannot_be_drawn_do_not_end_a_run(tmp_path, capsys):
     save_curves(tmp_path / "none" / "curves.png", [{"epoch": 0, "lr": 1.0}], {"rate": ["lr"]})
     save_curves(tmp_path / "curves.png", [{"epoch": 0}], {"rate": ["lr"]})
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("warning: the picture of the curves is left out: ")
-    assert second.startswith(
-        "warning: the picture of the curves is left out: KeyError: 'lr' (plots.py, line "
-    )
+    assert first.startswith("warning: curves.png is left out: ")
+    assert second.startswith("warning: curves.png is left out: KeyError: 'lr' (plots.py, line ")

@@ -15,6 +15,7 @@ import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from common import batch, distributed, hardware, runs
 from common.augment import augment_batch
 from common.checkpoints import TrainedModel
 from common.config import make_parser, resolved_config, run_script
+from common.evaluation import validate_cases
 from common.flags import add_patches_flag, add_validation_flags
 from common.losses import dice_ce_loss
 from common.patches import histogram
@@ -160,10 +162,8 @@ def train(args: Namespace, resumed: dict | None, folder: Path | None) -> tuple[l
             network.eval()
             dice, text = math.nan, ""
             if (run.epoch + 1) % args.val_every == 0 or run.is_last_epoch:
-                rows, failed = evaluate_cases(trained, verse, val_names, surfaces=False)
-                for name, reason in failed.items():
-                    run.log(f"warning: {name} could not be validated: {reason}")
-                dice = mean_dice(rows)
+                evaluate = partial(evaluate_cases, trained, verse, surfaces=False)
+                dice = mean_dice(validate_cases(evaluate, val_names, len(val_names), run.log))
                 text = f"Dice {dice:.4f}  "
             drawn = histogram(run.counts)
             score = dice

@@ -21,7 +21,7 @@ from common.mit import to_network_input
 from common.par import PAR, image01
 from common.phantoms import prepare_demo
 from common.pixel_labels import IGNORE, normalise_cam, refined_label, zero_pixels_background
-from common.plots import PRED_COLOR, costs_the_picture, heat_picture, outline, overlay, save_curves
+from common.plots import PRED_COLOR, heat_picture, outline, overlay, save_curves
 from common.slices import NOTES, check_slice_notes
 from common.training import Run
 from common.wetr import Output, multi_scale_cam
@@ -313,7 +313,6 @@ def label_pictures(
         yield [*row, heat_picture(image, result.seg)]
 
 
-@costs_the_picture("training_curves.png")
 def draw_curves(path: Path, history: list[dict]) -> None:
     """CURVES, without the columns of what this run does not have."""
     panels = {title: [name for name in names if name in history[0]] for title, names in CURVES.items()}
