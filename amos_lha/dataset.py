@@ -119,7 +119,7 @@ class PatchDataset(Dataset):
         case = self.cases[drawn.case]
         return {
             "image": torch.from_numpy(case.read_image(drawn.start, self.patch_size).astype(np.float32))[None],
-            "label": torch.from_numpy(case.read_label(drawn.start, self.patch_size)),
+            "label": torch.from_numpy(case.read_label(drawn.start, self.patch_size, NUM_CLASSES)),
             "scaling": self.scalings[drawn.case],
             "labelled": self.labelled[drawn.case],
             "case": drawn.case,

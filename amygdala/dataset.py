@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from amygdala.head import add_surroundings
-from amygdala.structures import DATASETS
+from amygdala.structures import DATASETS, NUM_CLASSES
 from common.hdf5 import CaseFile
 from common.preprocessed import read_cases
 from common.splits import check_split, folds_of, hold_out, leave_group_out
@@ -140,7 +140,7 @@ class PatchDataset(Dataset):
             image = add_surroundings(image, float(np.mean(case.spacing_mm)), rng)
         return {
             "image": torch.from_numpy(image)[None],
-            "label": torch.from_numpy(case.read_label(start, self.patch_size)),
+            "label": torch.from_numpy(case.read_label(start, self.patch_size, NUM_CLASSES)),
             "case": number,
             "seed": seed,
         }

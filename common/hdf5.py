@@ -200,13 +200,19 @@ class CaseFile:
         """
         return self._read(self.image, start, shape)
 
-    def read_label(self, start: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+    def read_label(self, start: Sequence[int], shape: Sequence[int], num_labels: int = 256) -> np.ndarray:
         """Box of the label like `read_image`, uint8; beyond the volume the nearest label is repeated too.
 
         A repeated voxel looks like the one that it repeats. Called background there, it would teach the
         network that what looks like, say, the end of a cut vertebra is background.
+
+        Raises:
+            ValueError: a label that is not below `num_labels`, which a loss would count in the wrong place.
         """
-        return self._read(self.label, start, shape)
+        label = self._read(self.label, start, shape)
+        if num_labels < 256 and label.max() >= num_labels:
+            raise ValueError(f"{self.path}: label {label.max()}, at most {num_labels - 1} is known; {AGAIN}")
+        return label
 
     def close(self) -> None:
         """Close the file and forget what was read; the next use opens it again."""

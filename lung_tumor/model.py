@@ -131,7 +131,7 @@ def predict_slices(
     """Tumour probability of each slice at its own size, one after the other.
 
     The network sees every slice at the pixel size of its training. A slice larger than the square of the
-    training is shown as a larger square, and fewer of them at a time.
+    training is shown whole, and fewer of them at a time.
 
     Args:
         slices: uint8 (n, h, w), or a list of (h, w), all of one shape.
@@ -145,8 +145,8 @@ def predict_slices(
     shape = own_shape
     if pixel_size_mm is not None and model.preprocessing.get("pixel_mm"):
         shape = shape_at(own_shape, pixel_size_mm, model.preprocessing["pixel_mm"])
-    side = len(fit_to_square(np.zeros(shape, np.uint8), model.config["image_size"], scale))
-    batch_size = max(1, batch_size * model.config["image_size"] ** 2 // side**2)
+    shown = fit_to_square(np.zeros(shape, np.uint8), model.config["image_size"], scale)
+    batch_size = max(1, batch_size * model.config["image_size"] ** 2 // shown.size)
     for start in range(0, len(slices), batch_size):
         batch = [resize(s, shape) for s in slices[start : start + batch_size]]
         squares = np.stack([fit_to_square(s, model.config["image_size"], scale) for s in batch])
@@ -156,7 +156,7 @@ def predict_slices(
 
 @torch.inference_mode()
 def predict_squares(model: TrainedModel, squares: np.ndarray) -> np.ndarray:
-    """Tumour probability, float32 (n, side, side), of squares from `fit_to_square`, uint8 of that shape."""
+    """Tumour probability, float32 (n, h, w), of squares from `fit_to_square`, uint8 of that shape."""
     images = normalise(squares).unsqueeze(1).to(model.device, memory_format=torch.channels_last)
     with autocast(model.device, model.precision):
         logits = model.network(images)

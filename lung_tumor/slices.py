@@ -40,13 +40,14 @@ def fit_to_square(
         scale: new pixels for an old one, the same for all slices of a data set, so that the network sees one
             pixel size. None, where pixel sizes are not known: the longer side becomes `size`.
         cut: whether a slice that is larger than the square is cut, as much on either side (for training,
-            where all squares have one size). Otherwise its square grows to the next multiple of 16.
+            where all squares have one size). Otherwise the square grows along the axes that need it to the
+            next multiple of 16, and need not be one any more.
     """
     rows, columns = _scaled(image.shape, size, scale)
-    side = size if cut else _side(rows, columns, size)
+    height, width = (size, size) if cut else (_side(rows, size), _side(columns, size))
     image = resize(image, (rows, columns), is_mask=is_mask)
-    top, left = max(0, rows - side) // 2, max(0, columns - side) // 2
-    return fill_around(image[top : top + side, left : left + side], side)
+    top, left = max(0, rows - height) // 2, max(0, columns - width) // 2
+    return fill_around(image[top : top + height, left : left + width], height, width)
 
 
 def probs_from_square(
@@ -54,7 +55,7 @@ def probs_from_square(
 ) -> np.ndarray:
     """Undo `fit_to_square` (without `cut`) of an image of `shape` for float32 probabilities -> (h, w)."""
     rows, columns = _scaled(shape, size, scale)
-    top, left = (len(probs) - rows) // 2, (len(probs) - columns) // 2
+    top, left = (probs.shape[0] - rows) // 2, (probs.shape[1] - columns) // 2
     return resize(probs[top : top + rows, left : left + columns], shape)
 
 
@@ -64,18 +65,17 @@ def _scaled(shape: tuple[int, int], size: int, scale: float | None) -> tuple[int
     return rows, columns
 
 
-def _side(rows: int, columns: int, size: int) -> int:
-    longer = max(rows, columns)
-    return size if longer <= size else -(-longer // 16) * 16
+def _side(pixels: int, size: int) -> int:
+    return size if pixels <= size else -(-pixels // 16) * 16
 
 
-def fill_around(image: np.ndarray, side: int) -> np.ndarray:
-    """(h, w) -> (side, side) with the image, or mask, in the middle: what the network sees beyond a slice.
+def fill_around(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(h, w) -> (height, width) with the image, or mask, in the middle: what the network sees beyond a slice.
 
     The edge is repeated: where a field of view cuts the body, the body goes on, and air would be wrong.
     """
-    top, left = ((side - num) // 2 for num in image.shape)
-    around = (top, side - image.shape[0] - top), (left, side - image.shape[1] - left)
+    top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
+    around = (top, height - image.shape[0] - top), (left, width - image.shape[1] - left)
     return np.pad(image, around, mode="edge") if any(sum(around, ())) else image
 
 

@@ -332,6 +332,13 @@ def test_a_flipped_bit_anywhere_is_read_or_refused(case_path):
     assert refused > 10
 
 
+def test_a_label_beyond_the_known_ones_is_named(case_path):
+    case = CaseFile(case_path)
+    assert case.read_label((5, 10, 8), (20, 4, 4), 8).max() == 7
+    with pytest.raises(ValueError, match="case.h5: label 7, at most 6 is known; run preprocessing again"):
+        case.read_label((5, 10, 8), (20, 4, 4), 7)
+
+
 def test_files_that_are_no_case_say_so(tmp_path):
     path = tmp_path / "a.h5"
     path.write_bytes(b"\x1f\x8b" + bytes(5000))
